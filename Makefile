@@ -1,0 +1,58 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+ORACLE := .oracle
+BIN := $(VENV)/bin
+# Where torch comes from; elsewhere on Linux the plain index gives a CUDA build:
+#   make oracle TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+MODEL ?= smollm2-135m-instruct
+PORT ?= 8765
+
+.PHONY: help demo test lint format serve mutants oracle dockerfile snapshot clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+$(ORACLE)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(ORACLE)/bin/python -m pip install --quiet $(TORCH_INDEX) torch==2.13.0
+	$(ORACLE)/bin/python -m pip install --quiet --editable . --group oracle
+	touch $@
+
+demo: $(VENV)/.ready  ## fetch the default model, start the server and drive it through one investigation
+	$(BIN)/mechscope demo --model $(MODEL)
+
+test: $(VENV)/.ready  ## run the tests
+	$(BIN)/mechscope fetch smollm2-135m-instruct
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/.ready  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready  ## put the code in order
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+mutants: $(VENV)/.ready  ## break the code in named ways; every mutant must be caught by the tests
+	$(BIN)/mechscope fetch smollm2-135m-instruct
+	$(BIN)/python tests/mutants.py
+
+oracle: $(ORACLE)/.ready  ## compare with transformers and torch on the same weights
+	$(ORACLE)/bin/mechscope fetch smollm2-135m-instruct
+	$(ORACLE)/bin/python tests/oracle/run.py
+
+serve: $(VENV)/.ready  ## serve MCP over HTTP on localhost
+	$(BIN)/mechscope serve --http --port $(PORT)
+
+clean:  ## remove environments and caches
+	rm -rf $(VENV) $(ORACLE) dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,89 @@
+"""mechscope's engine: real language models in numpy, open at every step.
+
+from engine import load_model
+model = load_model("smollm2-135m-instruct")
+"""
+
+from engine.cache import KVCache
+from engine.decoder import ForwardResult, forward
+from engine.errors import EngineError
+from engine.generate import Generation, generate
+from engine.hooks import (
+    CompositeHook,
+    Edit,
+    EditHook,
+    LayerHook,
+    NoopHook,
+    PatchHook,
+    RecordHook,
+    ScaleHook,
+    SteerHook,
+    ZeroAblateHook,
+)
+from engine.injection import kv_inject_test, prefill_inject
+from engine.interventions import Intervention, compile_interventions
+from engine.lens import (
+    embedding_neighbors,
+    embedding_row,
+    embedding_row_scaled,
+    logit_lens_topk,
+    project_through_unembed,
+    track_race,
+    track_token,
+    unembedding_row,
+)
+from engine.load import load_model
+from engine.model import Model
+from engine.patching import (
+    DonorState,
+    Trace,
+    capture_donor_state,
+    map_pre_o_head,
+    patch_and_trace,
+    run_layer_with_mapped_pre_o_head,
+    scoped_layer,
+    trace_forward,
+)
+from engine.points import POINTS
+
+__all__ = [
+    "POINTS",
+    "CompositeHook",
+    "DonorState",
+    "Edit",
+    "EditHook",
+    "EngineError",
+    "ForwardResult",
+    "Generation",
+    "Intervention",
+    "KVCache",
+    "LayerHook",
+    "Model",
+    "NoopHook",
+    "PatchHook",
+    "RecordHook",
+    "ScaleHook",
+    "SteerHook",
+    "Trace",
+    "ZeroAblateHook",
+    "capture_donor_state",
+    "compile_interventions",
+    "embedding_neighbors",
+    "embedding_row",
+    "embedding_row_scaled",
+    "forward",
+    "generate",
+    "kv_inject_test",
+    "load_model",
+    "logit_lens_topk",
+    "map_pre_o_head",
+    "patch_and_trace",
+    "prefill_inject",
+    "project_through_unembed",
+    "run_layer_with_mapped_pre_o_head",
+    "scoped_layer",
+    "trace_forward",
+    "track_race",
+    "track_token",
+    "unembedding_row",
+]

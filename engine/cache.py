@@ -1,0 +1,236 @@
+"""KVCache: keys (after rotary) and values of every layer, with their absolute positions.
+
+append, fork, crop, keep_last        the decoder's and the generator's needs
+clone_layer_from, clone_layer_position_range, transplant    surgery
+
+Arrays are (batch, kv_heads, positions, d_head). Layers may be unfilled or of different lengths while a cache
+is being assembled; decoding checks and names the odd ones out.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from engine.config import Config, Rope
+from engine.errors import CacheError, LayerError
+from engine.ops import Array, IntArray, rotate
+
+
+@dataclass
+class LayerKV:
+    """One layer's buffers; only the first `length` positions are filled."""
+
+    k: Array
+    v: Array
+    pos: IntArray
+    length: int
+
+    @classmethod
+    def of(cls, k: Array, v: Array, pos: IntArray) -> "LayerKV":
+        return cls(k.copy(), v.copy(), pos.copy(), len(pos))
+
+    def filled(self) -> tuple[Array, Array, IntArray]:
+        """Views of the filled part: keys, values, positions."""
+        return self.k[:, :, : self.length], self.v[:, :, : self.length], self.pos[: self.length]
+
+    def extend(self, k: Array, v: Array, pos: IntArray) -> None:
+        needed = self.length + len(pos)
+        if needed > len(self.pos):
+            self._grow(max(needed, 2 * len(self.pos)))
+        new = slice(self.length, needed)
+        self.k[:, :, new], self.v[:, :, new], self.pos[new] = k, v, pos
+        self.length = needed
+
+    def _grow(self, capacity: int) -> None:
+        old_k, old_v, old_pos = self.filled()
+        b, heads, _, d_head = self.k.shape
+        self.k = np.empty((b, heads, capacity, d_head), np.float32)
+        self.v = np.empty((b, heads, capacity, self.v.shape[3]), np.float32)
+        self.pos = np.empty(capacity, np.int64)
+        self.k[:, :, : self.length], self.v[:, :, : self.length], self.pos[: self.length] = old_k, old_v, old_pos
+
+
+class KVCache:
+    """The cache of one run. `layers[i]` is None until layer i has run."""
+
+    def __init__(self, layers: list[LayerKV | None], config: Config | None = None) -> None:
+        self.layers = layers
+        self.config = config
+
+    @classmethod
+    def with_layers(cls, n: int) -> "KVCache":
+        """An empty cache of n layers."""
+        if n < 1:
+            raise CacheError(f"a cache needs at least one layer, not {n}")
+        return cls([None] * n)
+
+    def bind(self, config: Config) -> None:
+        """Say which architecture the cache belongs to (done by the first pass that uses it)."""
+        if len(self.layers) != config.n_layers:
+            raise CacheError(f"the cache has {len(self.layers)} layers, the model {config.n_layers}")
+        if self.config is not None and _shape(self.config) != _shape(config):
+            raise CacheError(f"the cache has (kv_heads, d_head) {_shape(self.config)}, the model {_shape(config)}")
+        self.config = config
+
+    @property
+    def length(self) -> int:
+        """Positions held; raises `CacheError` naming the layers that hold another number."""
+        lengths = [0 if layer is None else layer.length for layer in self.layers]
+        usual = max(set(lengths), key=lengths.count)
+        odd = {i: n for i, n in enumerate(lengths) if n != usual}
+        if odd:
+            named = ", ".join(f"layer {i} holds {n}" for i, n in odd.items())
+            raise CacheError(f"the cache is ragged: most layers hold {usual} positions, but {named}")
+        return usual
+
+    @property
+    def next_position(self) -> int:
+        """The absolute position of the next token."""
+        if self.length == 0:
+            return 0
+        return 1 + max(int(layer.pos[layer.length - 1]) for layer in self.layers if layer is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(2 * layer.k[:, :, : layer.length].nbytes for layer in self.layers if layer is not None)
+
+    def layer(self, index: int) -> LayerKV:
+        """A filled layer; raises `LayerError` or `CacheError`."""
+        if not 0 <= index < len(self.layers):
+            raise LayerError(f"layer {index} does not exist; the cache has layers 0 to {len(self.layers) - 1}")
+        layer = self.layers[index]
+        if layer is None:
+            raise CacheError(f"layer {index} of the cache is empty")
+        return layer
+
+    def append(self, index: int, k: Array, v: Array, pos: IntArray) -> tuple[Array, Array, IntArray]:
+        """Add positions to a layer; returns all its keys, values and positions."""
+        layer = self.layers[index]
+        if layer is None:
+            self.layers[index] = LayerKV.of(k, v, pos)
+            return k, v, pos
+        if layer.k.shape[0] != k.shape[0]:
+            raise CacheError(f"the cache holds {layer.k.shape[0]} sequences, the tokens are {k.shape[0]}")
+        layer.extend(k, v, pos)
+        return layer.filled()
+
+    def fork(self) -> "KVCache":
+        """An independent copy."""
+        copies = [None if layer is None else LayerKV.of(*layer.filled()) for layer in self.layers]
+        return KVCache(copies, self.config)
+
+    def crop(self, n: int) -> None:
+        """Keep the first n positions of every layer."""
+        if n < 0:
+            raise CacheError(f"cannot crop to {n} positions")
+        for layer in self.layers:
+            if layer is not None:
+                layer.length = min(layer.length, n)
+
+    def keep_last(self, n: int) -> None:
+        """Keep the last n positions of every layer; they stay at their absolute positions."""
+        if n < 1:
+            raise CacheError(f"a window must keep at least one position, not {n}")
+        for index, layer in enumerate(self.layers):
+            if layer is not None and layer.length > n:
+                k, v, pos = layer.filled()
+                self.layers[index] = LayerKV.of(k[:, :, -n:], v[:, :, -n:], pos[-n:])
+
+    def clone_layer_from(self, other: "KVCache", layer: int) -> None:
+        """This layer becomes a copy of the other cache's."""
+        source = other.layer(layer)
+        self._check_layer(other, layer)
+        self.layers[layer] = LayerKV.of(*source.filled())
+
+    def clone_layer_position_range(self, other: "KVCache", layer: int, start: int, end: int) -> None:
+        """This layer becomes the other's rows [start, end), at their absolute positions."""
+        source = other.layer(layer)
+        self._check_layer(other, layer)
+        _check_range(start, end, source.length)
+        k, v, pos = source.filled()
+        self.layers[layer] = LayerKV.of(k[:, :, start:end], v[:, :, start:end], pos[start:end])
+
+    def transplant(
+        self,
+        donor: "KVCache",
+        layers: Iterable[int],
+        source: tuple[int, int],
+        dest: int,
+        what: Literal["kv", "k", "v"] = "kv",
+        heads: Sequence[int] | None = None,
+        rope: Literal["realign", "keep"] = "realign",
+    ) -> int:
+        """Write the donor's rows [start, end) over this cache's rows from `dest` on; lengths stay equal.
+
+        `realign` turns each key from its position in the donor to its new one; `keep` leaves it as it was.
+        `heads` are key-value heads. Returns the number of (layer, position) rows written.
+        """
+        if what not in ("kv", "k", "v") or rope not in ("realign", "keep"):
+            raise CacheError(f"what={what!r}, rope={rope!r}; valid: what = kv, k or v; rope = realign or keep")
+        start, end = source
+        chosen = list(dict.fromkeys(layers))
+        for index in chosen:
+            self._check_layer(donor, index)
+            _check_range(start, end, donor.layer(index).length)
+            _check_range(dest, dest + end - start, self.layer(index).length)
+            self._check_heads(heads, index)
+        for index in chosen:
+            self._write_layer(donor, index, slice(start, end), slice(dest, dest + end - start), what, heads, rope)
+        return len(chosen) * (end - start)
+
+    def _write_layer(
+        self, donor: "KVCache", index: int, rows: slice, to: slice, what: str, heads: Sequence[int] | None, rope: str
+    ) -> None:
+        mine, theirs = self.layer(index), donor.layer(index)
+        which = slice(None) if heads is None else list(dict.fromkeys(heads))
+        if "k" in what:
+            keys = theirs.k[:, :, rows]
+            if rope == "realign":
+                keys = realigned(keys, donor.rope(index), theirs.pos[rows], self.rope(index), mine.pos[to])
+            mine.k[:, which, to] = keys[:, which]
+        if "v" in what:
+            mine.v[:, which, to] = theirs.v[:, which, rows]
+
+    def rope(self, index: int) -> Rope | None:
+        """The rotary embedding of a layer; raises `CacheError` while the cache belongs to no model."""
+        if self.config is None:
+            raise CacheError("an empty cache belongs to no model yet; run a prompt through it first")
+        return self.config.ropes[index]
+
+    def _check_layer(self, other: "KVCache", index: int) -> None:
+        if not 0 <= index < len(self.layers):
+            raise LayerError(f"layer {index} does not exist; the cache has layers 0 to {len(self.layers) - 1}")
+        mine, theirs = self.layers[index], other.layer(index)
+        if mine is not None and (mine.k.shape[:2], mine.k.shape[3]) != (theirs.k.shape[:2], theirs.k.shape[3]):
+            raise CacheError(f"layer {index}: the donor's keys are {theirs.k.shape}, the recipient's {mine.k.shape}")
+
+    def _check_heads(self, heads: Sequence[int] | None, index: int) -> None:
+        n = self.layer(index).k.shape[1]
+        if heads is not None and (not heads or min(heads) < 0 or max(heads) >= n):
+            raise CacheError(f"key-value heads {list(heads)} do not exist; valid: 0 to {n - 1}")
+
+
+def realigned(keys: Array, old: Rope | None, old_pos: IntArray, new: Rope | None, new_pos: IntArray) -> Array:
+    """Keys (..., positions, d_head) turned from their old positions and frequencies to new ones.
+
+    One pure rotation by new_pos * new_freq - old_pos * old_freq: the attention factor of yarn and longrope
+    is in the keys already and is not applied again.
+    """
+    if old is None or new is None or len(old.inv_freq) != len(new.inv_freq):
+        if old is None and new is None:
+            return keys
+        raise CacheError("the two layers rotate different features; use rope='keep' or another layer")
+    angle = new_pos[:, None] * np.asarray(new.inv_freq) - old_pos[:, None] * np.asarray(old.inv_freq)
+    return rotate(keys, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+
+
+def _shape(config: Config) -> tuple[int, int]:
+    return config.n_kv_heads, config.d_head
+
+
+def _check_range(start: int, end: int, length: int) -> None:
+    if not 0 <= start < end <= length:
+        raise CacheError(f"positions [{start}, {end}) do not lie in the {length} that the cache holds")

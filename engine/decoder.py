@@ -1,0 +1,226 @@
+"""The one forward pass: `block`, `attention`, `mlp`, `forward`.
+
+Differences between architectures are data (`Config`, absent parameters); hooks fire at the named points of
+`points.POINTS`. Arrays are float32 with a batch axis; there is no padding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from engine.cache import KVCache
+from engine.config import Config, Rope
+from engine.errors import InputError, PointError, PositionError
+from engine.hooks import LayerHook, Listeners, resolve_positions
+from engine.ops import ACTIVATIONS, Array, IntArray, attend, layer_norm, linear, rms_norm, rotate, softcap
+from engine.params import LayerParams, Linear, Norm
+
+if TYPE_CHECKING:
+    from engine.model import Model
+
+Tick = Callable[[int, int, str], None]
+"""Called as tick(done, total, what) at least once per layer; raising from it stops the work."""
+
+Tokens = Sequence[int] | Sequence[Sequence[int]]
+"""Token ids of one prompt, or of several prompts of one length."""
+
+LogitsAt = Literal["last", "all", "none"] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """residual: (b, s, d_model) after the last layer that ran. logits: (b, rows, d_vocab) for the absolute
+    positions `logit_positions`; None when the pass stopped before the last layer, or none were asked for.
+    """
+
+    residual: Array
+    logits: Array | None
+    logit_positions: IntArray
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What every block of one pass shares."""
+
+    cfg: Config
+    hooks: Listeners
+    cache: KVCache | None
+    pos: IntArray
+    tables: dict[Rope, tuple[Array, Array]]
+
+
+def forward(
+    model: "Model",
+    tokens: Tokens | None,
+    *,
+    hook: LayerHook | None = None,
+    cache: KVCache | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    residual: Array | None = None,
+    positions: IntArray | None = None,
+    logits_at: LogitsAt = "last",
+    prompt_length: int | None = None,
+    tick: Tick | None = None,
+) -> ForwardResult:
+    """Run layers start .. stop-1 on tokens that follow whatever the cache holds.
+
+    `residual` (b, s, d_model) takes the place of tokens (None then) and is required when start > 0; `positions`
+    are its rows' absolute positions, ascending. `logits_at` names the rows to unembed: "last", "all", "none" or
+    positions. `prompt_length` tells hooks where the prompt ends when it is fed in pieces; by default it ends with
+    these tokens. Raises `InputError`s for layers, tokens, positions and caches that do not fit.
+    """
+    cfg = model.config
+    stop = cfg.n_layers if stop is None else stop
+    if not 0 <= start < stop <= cfg.n_layers:
+        raise InputError(f"layers {start} to {stop} cannot be run; valid: 0 <= start < stop <= {cfg.n_layers}")
+    past = 0
+    if cache is not None:
+        cache.bind(cfg)
+        past = cache.next_position
+    x = _input(model, tokens, residual, start)
+    pos = np.arange(past, past + x.shape[1], dtype=np.int64) if positions is None else positions
+    model.check_context(int(pos[-1]) + 1)
+    if hook is not None:
+        hook.begin_run(int(pos[-1]) + 1 if prompt_length is None else prompt_length, past)
+    listeners = Listeners(hook, range(start, stop), cfg.n_layers - 1, pos)
+    run = _Pass(cfg, listeners, cache, pos, {rope: rope.table(pos) for rope in set(cfg.ropes) if rope is not None})
+    x = listeners.fire("embed", 0, x) if start == 0 else x
+    for layer in range(start, stop):
+        if tick is not None:
+            tick(layer - start, stop - start, f"layer {layer}")
+        x = block(x, model.params.layer(layer), layer, run)
+    rows = _logit_rows(logits_at, pos) if stop == cfg.n_layers else pos[:0]
+    logits = _finish(model, x, rows, run) if len(rows) or listeners.wanted("final_norm", cfg.n_layers - 1) else None
+    return ForwardResult(x, logits if len(rows) else None, pos[rows])
+
+
+def embed(model: "Model", ids: IntArray) -> Array:
+    """W_E rows of (b, s) ids, times the embedding scale."""
+    x: Array = model.params.embed[ids]  # (b, s, d)
+    return x * np.float32(model.config.embed_scale) if model.config.embed_scale != 1 else x
+
+
+def block(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
+    """One layer: (b, s, d_model) -> (b, s, d_model)."""
+    cfg, hooks = run.cfg, run.hooks
+    x = hooks.fire("resid_pre", layer, x)
+    a = norm(attention(norm(x, p.attn_norm, cfg), p, layer, run), p.attn_post_norm, cfg)
+    a = hooks.fire("attn_out", layer, _scaled(a, cfg.residual_scale))
+    mid = x if cfg.parallel else hooks.fire("resid_mid", layer, x + a)
+    m = norm(mlp(norm(mid, p.mlp_norm, cfg), p, layer, run), p.mlp_post_norm, cfg)
+    m = hooks.fire("mlp_out", layer, _scaled(m, cfg.residual_scale))
+    return hooks.fire("resid_post", layer, (x + a if cfg.parallel else mid) + m)
+
+
+def attention(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
+    """Grouped-query causal attention: (b, s, d_model) -> (b, s, d_model)."""
+    cfg, hooks = run.cfg, run.hooks
+
+    def heads(w: Linear, weight: Norm | None, name: str) -> Array:
+        flat = norm(linear(x, w.weight, w.bias), weight, cfg)  # (b, s, heads * d_head)
+        split = flat.reshape(*flat.shape[:2], -1, cfg.d_head).swapaxes(1, 2)  # (b, heads, s, d_head)
+        return hooks.fire(name, layer, split)
+
+    q, k, v = heads(p.q, p.q_norm, "q"), heads(p.k, p.k_norm, "k"), heads(p.v, None, "v")
+    rope = cfg.ropes[layer]
+    if rope is not None:
+        q, k = rotate(q, *run.tables[rope]), rotate(k, *run.tables[rope])
+    key_pos = run.pos
+    if run.cache is not None:
+        k, v, key_pos = run.cache.append(layer, k, v, run.pos)
+    z = attend(
+        q, k, v, run.pos, key_pos, scale=cfg.attn_scale, window=cfg.windows[layer], cap=cfg.attn_softcap,
+        on_weights=(lambda w: hooks.fire("attn_pattern", layer, w, key_pos))
+        if hooks.wanted("attn_pattern", layer) else None,
+    )  # fmt: skip
+    z = hooks.fire("z", layer, z)  # (b, s, heads, d_head)
+    out = linear(z.reshape(*z.shape[:2], -1), p.o.weight, p.o.bias)
+    return hooks.fire("attn_proj", layer, out)
+
+
+def mlp(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
+    """act(gate) * up, or act(up), then down: (b, s, d_model) -> (b, s, d_model)."""
+    activation = ACTIVATIONS[run.cfg.activation]
+    up = linear(x, p.up.weight, p.up.bias)  # (b, s, d_mlp)
+    if p.gate is None:
+        act = activation(up)
+    else:
+        act = activation(linear(x, p.gate.weight, p.gate.bias))
+        act *= up
+    act = run.hooks.fire("mlp_act", layer, act)
+    return run.hooks.fire("mlp_proj", layer, linear(act, p.down.weight, p.down.bias))
+
+
+def norm(x: Array, p: Norm | None, cfg: Config) -> Array:
+    """The config's norm over groups as wide as the weight; absent parameters are the identity."""
+    if p is None:
+        return x
+    grouped = x.reshape(*x.shape[:-1], -1, p.weight.shape[0])
+    if cfg.norm == "rms":
+        return rms_norm(grouped, p.weight, cfg.norm_eps).reshape(x.shape)
+    return layer_norm(grouped, p.weight, p.bias, cfg.norm_eps).reshape(x.shape)
+
+
+def unembed(model: "Model", x: Array) -> Array:
+    """Normalised rows (..., d_model) -> logits (..., d_vocab): W_U, logit scale, softcap."""
+    flat = x.reshape(-1, x.shape[-1])
+    w_u = model.params.unembed  # (d_vocab, d_model)
+    logits = (w_u @ flat[0])[None] if len(flat) == 1 else flat @ w_u.T  # one row: matrix times vector is 4x faster
+    if model.config.logit_scale != 1:
+        logits *= np.float32(model.config.logit_scale)
+    return softcap(logits, model.config.final_softcap).reshape(*x.shape[:-1], -1)
+
+
+def _scaled(x: Array, factor: float) -> Array:
+    return x if factor == 1 else x * np.float32(factor)
+
+
+def _input(model: "Model", tokens: Tokens | None, residual: Array | None, start: int) -> Array:
+    """The (b, s, d_model) that the first layer reads."""
+    if residual is None:
+        if tokens is None or start > 0:
+            raise InputError("a pass without tokens, or from above layer 0, needs `residual`: its first layer's input")
+        return embed(model, model.token_batch(tokens))
+    if tokens is not None:
+        raise InputError("give tokens or residual, not both")
+    x = np.array(residual, np.float32)
+    x = x[None] if x.ndim == 2 else x
+    if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != model.config.d_model:
+        raise InputError(
+            f"residual has shape {x.shape}; it must be (seq, {model.config.d_model}), with or without a batch"
+        )
+    return x
+
+
+def _logit_rows(logits_at: LogitsAt, pos: IntArray) -> IntArray:
+    if logits_at == "none":
+        return np.zeros(0, np.int64)
+    if logits_at == "all":
+        return np.arange(len(pos))
+    if logits_at == "last":
+        return np.array([len(pos) - 1])
+    if isinstance(logits_at, str):
+        raise PositionError(f"logits_at={logits_at!r}; use last, all, none or a list of positions")
+    wanted = np.array(resolve_positions(logits_at, int(pos[-1]) + 1), np.int64)
+    if not np.isin(wanted, pos).all():
+        raise PositionError(f"positions {list(logits_at)}: this pass computes positions {pos[0]} to {pos[-1]}")
+    rows: IntArray = wanted - pos[0]
+    return rows
+
+
+def _finish(model: "Model", x: Array, rows: IntArray, run: _Pass) -> Array:
+    """Final norm and unembedding of the wanted rows; a listener at `final_norm` sees every row."""
+    last = run.cfg.n_layers - 1
+    if not run.hooks.wanted("final_norm", last):
+        return unembed(model, norm(x[:, rows], model.params.final_norm, run.cfg))
+    normed = run.hooks.fire("final_norm", last, norm(x, model.params.final_norm, run.cfg))
+    return unembed(model, normed[:, rows])
+
+
+def check_point(model: "Model", name: str) -> None:
+    """Raise `PointError` for a point that this model's blocks do not have."""
+    if name == "resid_mid" and model.config.parallel:
+        raise PointError("resid_mid does not exist in parallel blocks: attention and MLP read the same residual")

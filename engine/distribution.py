@@ -1,0 +1,39 @@
+"""Next-token distributions: `softmax_of`, `log_softmax`, `kl_divergence`, `top_k`, `rank_of`."""
+
+import numpy as np
+
+from engine.ops import Array, softmax
+
+
+def softmax_of(logits: Array) -> Array:
+    """Probabilities over the last axis; the logits are left as they are."""
+    return softmax(logits.copy())
+
+
+def log_softmax(logits: Array) -> Array:
+    """Natural-log probabilities over the last axis."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    out: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return out
+
+
+def kl_divergence(p_logits: Array, q_logits: Array) -> float:
+    """KL(p || q) in nats for two (d_vocab,) rows of logits; rounding below zero reads as zero."""
+    log_p, log_q = (log_softmax(x.astype(np.float64)) for x in (p_logits, q_logits))
+    return max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum()))
+
+
+def top_k(scores: Array, k: int) -> list[tuple[int, float]]:
+    """The k largest entries of a (n,) array as (index, value), largest first; ties by index."""
+    k = min(k, len(scores))
+    if k < 1:
+        return []
+    floor = np.partition(scores, -k)[-k]
+    candidates = np.flatnonzero(scores >= floor)
+    order = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
+    return [(int(i), float(scores[i])) for i in order]
+
+
+def rank_of(scores: Array, index: int) -> int:
+    """How many entries are larger: 0 is the top."""
+    return int((scores > scores[index]).sum())

@@ -1,0 +1,95 @@
+"""Prefill and decode with hooks on at every step: `generate`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from engine.cache import KVCache
+from engine.decoder import Tick, Tokens, forward
+from engine.distribution import softmax_of
+from engine.errors import InputError
+from engine.hooks import LayerHook
+from engine.ops import Array
+
+if TYPE_CHECKING:
+    from engine.model import Model
+
+
+@dataclass(frozen=True)
+class Generation:
+    """ids and text of the new tokens (an end-of-text token ends the run and is not among them)."""
+
+    ids: list[int]
+    text: str
+    stopped: Literal["length", "end_of_text", "context"]
+
+
+def generate(
+    model: "Model",
+    tokens: Tokens,
+    max_new_tokens: int,
+    *,
+    hook: LayerHook | None = None,
+    cache: KVCache | None = None,
+    window: int | None = None,
+    on_token: Callable[[int, str], None] | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    tick: Tick | None = None,
+) -> Generation:
+    """Continue one prompt.
+
+    `cache` may hold earlier positions; `tokens` follow them. `window` keeps only the last positions of the cache,
+    which stay at their absolute positions. temperature 0 is greedy; otherwise nucleus sampling (Holtzman et al.
+    2020) from a generator seeded with `seed`. `on_token(id, text)` is called for each new token.
+    """
+    _check(max_new_tokens, temperature, top_p)
+    ids = model.token_batch(tokens)
+    if len(ids) != 1:
+        raise InputError(f"generation continues one prompt at a time, not {len(ids)}")
+    cache = KVCache.with_layers(model.config.n_layers) if cache is None else cache
+    prompt_length = cache.next_position + ids.shape[1]
+    rng = np.random.default_rng(seed)
+    new: list[int] = []
+    feed = ids.tolist()
+    stopped: Literal["length", "end_of_text", "context"] = "length"
+    while len(new) < max_new_tokens:
+        if new and cache.next_position >= model.config.n_ctx:
+            stopped = "context"
+            break
+        result = forward(model, feed, hook=hook, cache=cache, prompt_length=prompt_length, tick=tick)
+        assert result.logits is not None
+        if window is not None:
+            cache.keep_last(window)
+        token = pick(result.logits[0, -1], temperature, top_p, rng)
+        if token in model.tokenizer.eos:
+            stopped = "end_of_text"
+            break
+        new.append(token)
+        feed = [[token]]
+        if on_token is not None:
+            on_token(token, model.tokenizer.piece(token))
+    return Generation(new, model.tokenizer.decode(new), stopped)
+
+
+def pick(logits: Array, temperature: float, top_p: float, rng: np.random.Generator) -> int:
+    """The next token from (d_vocab,) logits."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = softmax_of(logits / np.float32(temperature)).astype(np.float64)
+    order = np.argsort(-probabilities, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    kept = order[before < top_p]  # the smallest set that reaches top_p: never empty
+    return int(rng.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not temperature >= 0 or not np.isfinite(temperature):
+        raise InputError(f"temperature is {temperature}; it must be 0 (greedy) or a number above it")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1")

@@ -1,0 +1,386 @@
+"""The hook protocol and the built-in hooks.
+
+LayerHook       the callbacks, all no-ops: override what you need
+RecordHook      snapshots of any points
+EditHook        a list of `Edit`s: one point, one layer, some rows and heads, one function
+ZeroAblateHook, SteerHook, PatchHook, ScaleHook    EditHooks for `resid_post`
+CompositeHook   several hooks, in order
+NoopHook        listens to nothing
+Listeners       what the decoder holds: who wants which point at which layer
+
+A callback receives the layer, the array and the absolute positions of its rows. It returns a replacement of
+the same shape, or None for "unchanged". Arrays are read-only except at `resid_mid` and `resid_post`.
+Arrays have the batch axis (see `points.POINTS` for all axes).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from engine.errors import HookError, PointError, PositionError
+from engine.ops import Array, IntArray
+from engine.points import ONCE, POINTS, RESIDUAL_STREAM, point
+
+Scope = Literal["last", "all", "prompt", "generated"] | Sequence[int]
+"""Which rows: `last` is every row that emits a token (the prompt's last, then each generated one), `prompt` and
+`generated` split at the prompt's end, a list holds absolute positions, negative ones from the prompt's end."""
+
+
+class LayerHook:
+    """Base of all hooks. Override callbacks; `wants` then says which points the hook listens to."""
+
+    def begin_run(self, prompt_length: int, past: int) -> None:
+        """Called before a pass: the prompt's length in tokens, and how many positions the cache already holds."""
+
+    def wants(self, point: str, layer: int) -> bool:
+        """Whether to be called at this point of this layer. Default: every point whose callback is overridden."""
+        name = POINTS[point].callback
+        return getattr(type(self), name) is not getattr(LayerHook, name)
+
+    def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array | None:
+        """Every point arrives here; the default hands it to its callback."""
+        if point in ("q", "k", "v"):
+            return self.on_qkv(layer, point, x, pos)
+        if point == "attn_pattern":
+            assert key_pos is not None
+            return self.on_attention_weights(layer, x, pos, key_pos)
+        callback: Callable[[int, Array, IntArray], Array | None] = getattr(self, POINTS[point].callback)
+        return callback(layer, x, pos)
+
+    def on_embed(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_pre_layer(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_qkv(self, layer: int, name: str, x: Array, pos: IntArray) -> Array | None: ...
+    def on_attention_weights(self, layer: int, weights: Array, pos: IntArray, key_pos: IntArray) -> Array | None: ...
+    def on_head_outputs(self, layer: int, z: Array, pos: IntArray) -> Array | None: ...
+    def on_attn_proj(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_attn_out(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_post_attention(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_ffn_activation(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_mlp_proj(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_mlp_out(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_post_layer(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+    def on_final_norm(self, layer: int, x: Array, pos: IntArray) -> Array | None: ...
+
+
+class NoopHook(LayerHook):
+    """Listens to nothing."""
+
+
+class Listeners:
+    """A hook as the decoder sees it: `fire` costs one set look-up where nobody listens."""
+
+    def __init__(self, hook: LayerHook | None, layers: range, last_layer: int, pos: IntArray) -> None:
+        self._hook = hook or NoopHook()
+        self._pos = pos
+        self._wanted = {
+            (name, layer)
+            for layer in layers
+            for name in POINTS
+            if not (name in ONCE and layer != (0 if name == "embed" else last_layer)) and self._hook.wants(name, layer)
+        }
+
+    def wanted(self, name: str, layer: int) -> bool:
+        """Whether anyone listens to this point of this layer."""
+        return (name, layer) in self._wanted
+
+    def fire(
+        self, name: str, layer: int, x: Array, key_pos: IntArray | None = None, pos: IntArray | None = None
+    ) -> Array:
+        """Show `x` to the hook; returns it, or its replacement."""
+        if (name, layer) not in self._wanted:
+            return x
+        shown = x
+        if not POINTS[name].in_place:
+            shown = x.view()
+            shown.flags.writeable = False
+        replaced = self._hook.at(name, layer, shown, self._pos if pos is None else pos, key_pos)
+        if replaced is None or replaced is shown:
+            return x
+        if replaced.shape != x.shape or replaced.dtype != np.float32:
+            raise HookError(
+                f"the hook at {name}, layer {layer}, returned {replaced.dtype} {replaced.shape}; "
+                f"a replacement must be float32 {x.shape}"
+            )
+        return replaced
+
+
+def resolve_positions(positions: Iterable[int], length: int) -> list[int]:
+    """Absolute positions; negative ones count from `length`, the prompt's end. Raises `PositionError`."""
+    resolved = []
+    for position in positions:
+        absolute = position + length if position < 0 else position
+        if absolute < 0:
+            raise PositionError(f"position {position} is before the start of a prompt of {length} tokens")
+        resolved.append(absolute)
+    return resolved
+
+
+def rows_in_scope(scope: Scope, pos: IntArray, prompt_length: int) -> IntArray:
+    """The indices of the rows of `pos` that lie in `scope`."""
+    if scope == "all":
+        chosen = np.ones(len(pos), bool)
+    elif scope == "last":
+        chosen = pos >= prompt_length - 1
+    elif scope == "prompt":
+        chosen = pos < prompt_length
+    elif scope == "generated":
+        chosen = pos >= prompt_length
+    elif isinstance(scope, str):
+        raise PositionError(f"scope {scope!r} does not exist; use last, all, prompt, generated or a list of positions")
+    else:
+        chosen = np.isin(pos, resolve_positions(scope, prompt_length))
+    return np.flatnonzero(chosen)
+
+
+class RecordHook(LayerHook):
+    """Snapshots of points. A run that starts at position 0 clears the record; decode steps append rows.
+
+    Results are `{layer: array}` without the batch axis for a single prompt: `get(point)`, and the attributes
+    `pre_layer`, `post_attention`, `post_layer`, `attention_weights`, `ffn_activation`. The rows' absolute
+    positions are in `positions`.
+    """
+
+    def __init__(self, layers: Iterable[int], points: Iterable[str], scope: Scope = "all") -> None:
+        self._layers = frozenset(layers)
+        self._points = tuple(point(name).name for name in points)
+        self._scope = scope
+        self._prompt_length = 0
+        self._rows: dict[tuple[str, int], list[Array]] = {}
+        self._positions: dict[tuple[str, int], list[IntArray]] = {}
+
+    @classmethod
+    def for_layers(
+        cls,
+        layers: Iterable[int],
+        capture_attention: bool = False,
+        capture_activations: bool = False,
+        points: Iterable[str] | None = None,
+        positions: Scope = "all",
+    ) -> "RecordHook":
+        """Record `points` (default: the three of the residual stream) of `layers`."""
+        names = list(RESIDUAL_STREAM if points is None else points)
+        names += ["attn_pattern"] * capture_attention + ["mlp_act"] * capture_activations
+        return cls(layers, dict.fromkeys(names), positions)
+
+    def begin_run(self, prompt_length: int, past: int) -> None:
+        self._prompt_length = prompt_length
+        if past == 0:
+            self._rows.clear()
+            self._positions.clear()
+
+    def wants(self, point: str, layer: int) -> bool:
+        return point in self._points and layer in self._layers
+
+    def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> None:
+        rows = rows_in_scope(self._scope, pos, self._prompt_length)
+        if len(rows):
+            taken = np.array(x) if len(rows) == len(pos) else np.take(x, rows, POINTS[point].seq_axis)
+            self._rows.setdefault((point, layer), []).append(taken)
+            self._positions.setdefault((point, layer), []).append(pos[rows])
+
+    def get(self, point: str) -> dict[int, Array]:
+        """What was recorded at a point: {layer: array}, rows in the order of `positions`."""
+        axis = POINTS[point].seq_axis
+        return {
+            layer: _without_batch(np.concatenate(_same_width(rows, point), axis))
+            for (name, layer), rows in self._rows.items()
+            if name == point
+        }
+
+    @property
+    def positions(self) -> IntArray:
+        """Absolute positions of the recorded rows."""
+        kept = next(iter(self._positions.values()), [np.zeros(0, np.int64)])
+        return np.concatenate(kept)
+
+    @property
+    def pre_layer(self) -> dict[int, Array]:
+        return self.get("resid_pre")
+
+    @property
+    def post_attention(self) -> dict[int, Array]:
+        return self.get("resid_mid")
+
+    @property
+    def post_layer(self) -> dict[int, Array]:
+        return self.get("resid_post")
+
+    @property
+    def attention_weights(self) -> dict[int, Array]:
+        return self.get("attn_pattern")
+
+    @property
+    def ffn_activation(self) -> dict[int, Array]:
+        return self.get("mlp_act")
+
+
+def _without_batch(x: Array) -> Array:
+    return x[0] if x.shape[0] == 1 else x
+
+
+def _same_width(rows: list[Array], point: str) -> list[Array]:
+    """Patterns of later decode steps see more keys: earlier rows get zeros for them."""
+    if point != "attn_pattern":
+        return rows
+    width = max(row.shape[-1] for row in rows)
+    return [np.pad(row, [(0, 0)] * 3 + [(0, width - row.shape[-1])]) for row in rows]
+
+
+EditFunction = Callable[[Array, IntArray, IntArray | None], Array]
+"""(rows (batch, rows, [heads,] ...), their positions, the keys' positions at `attn_pattern`) -> the same shape."""
+
+
+@dataclass
+class Edit:
+    """Replace some rows (and heads) at one point of one layer by a function of them. `fired` counts rows."""
+
+    point: str
+    layer: int
+    function: EditFunction
+    scope: Scope = "all"
+    heads: tuple[int, ...] | None = None
+    fired: int = 0
+
+    def __post_init__(self) -> None:
+        if self.heads is not None and point(self.point).head_axis is None:
+            raise PointError(f"{self.point} has no heads; points with heads are q, k, v, attn_pattern and z")
+
+    def __call__(self, x: Array, pos: IntArray, key_pos: IntArray | None, prompt_length: int) -> Array | None:
+        rows = rows_in_scope(self.scope, pos, prompt_length)
+        if not len(rows):
+            return None
+        where = POINTS[self.point]
+        edited = x if where.in_place else x.copy()
+        head_axis = where.head_axis
+        if head_axis is None:
+            edited[:, rows] = self.function(edited[:, rows], pos[rows], key_pos)
+        else:
+            by_row = np.moveaxis(edited, (where.seq_axis, head_axis), (1, 2))  # a view: (b, s, heads, ...)
+            heads = range(by_row.shape[2]) if self.heads is None else self.heads
+            chosen = np.ix_(np.arange(x.shape[0]), rows, np.array(heads))
+            by_row[chosen] = self.function(by_row[chosen], pos[rows], key_pos)
+        self.fired += len(rows)
+        return edited
+
+
+class EditHook(LayerHook):
+    """Applies `edits` in order."""
+
+    def __init__(self, edits: Iterable[Edit] = ()) -> None:
+        self.edits: list[Edit] = list(edits)
+        self._prompt_length = 0
+
+    def begin_run(self, prompt_length: int, past: int) -> None:
+        self._prompt_length = prompt_length
+
+    def wants(self, point: str, layer: int) -> bool:
+        return any(edit.point == point and edit.layer == layer for edit in self.edits)
+
+    def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array | None:
+        current = x
+        for edit in self.edits:
+            if edit.point == point and edit.layer == layer:
+                edited = edit(current, pos, key_pos, self._prompt_length)
+                current = current if edited is None else edited
+        return None if current is x else current
+
+
+class ZeroAblateHook(EditHook):
+    """Sets rows of `resid_post` to zero."""
+
+    @classmethod
+    def for_layers(cls, layers: Iterable[int], positions: Scope | None = None) -> "ZeroAblateHook":
+        """`positions` None means all rows."""
+        scope: Scope = "all" if positions is None else positions
+        return cls(Edit("resid_post", layer, zeroed, scope) for layer in dict.fromkeys(layers))
+
+
+class SteerHook(EditHook):
+    """Adds alpha * vec to rows of `resid_post`; several vectors at one layer add up."""
+
+    def add(self, layer: int, vec: Array, alpha: float, positions: Scope = "last") -> "SteerHook":
+        """vec: (d_model,). Returns the hook, so that calls can be chained."""
+        self.edits.append(Edit("resid_post", layer, plus(vec, alpha), positions))
+        return self
+
+
+class ScaleHook(EditHook):
+    """Multiplies rows of a point by a factor."""
+
+    @classmethod
+    def for_layers(
+        cls, layers: Iterable[int], factor: float, point: str = "resid_post", positions: Scope = "all"
+    ) -> "ScaleHook":
+        return cls(Edit(point, layer, times(factor), positions) for layer in dict.fromkeys(layers))
+
+
+class PatchHook(EditHook):
+    """Writes given rows into `resid_post`."""
+
+    def __init__(self, rows: Mapping[tuple[int, int], Array]) -> None:
+        """rows: {(layer, position): (d_model,)}."""
+        super().__init__(
+            Edit("resid_post", layer, replaced_by(row), [position]) for (layer, position), row in rows.items()
+        )
+
+
+class CompositeHook(LayerHook):
+    """Several hooks in order; each sees what the ones before it left."""
+
+    def __init__(self, hooks: Iterable[LayerHook]) -> None:
+        self.hooks = list(hooks)
+
+    def begin_run(self, prompt_length: int, past: int) -> None:
+        for hook in self.hooks:
+            hook.begin_run(prompt_length, past)
+
+    def wants(self, point: str, layer: int) -> bool:
+        return any(hook.wants(point, layer) for hook in self.hooks)
+
+    def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array | None:
+        current = x
+        for hook in self.hooks:
+            if hook.wants(point, layer):
+                replaced = hook.at(point, layer, current, pos, key_pos)
+                current = current if replaced is None else replaced
+        return None if current is x else current
+
+
+def zeroed(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+    """An edit function: zeros."""
+    return np.zeros_like(rows)
+
+
+def plus(vec: Array, alpha: float) -> EditFunction:
+    """An edit function: rows + alpha * vec."""
+    step = np.float32(alpha) * vec
+    return lambda rows, pos, key_pos: rows + step
+
+
+def times(factor: float) -> EditFunction:
+    """An edit function: rows * factor."""
+    return lambda rows, pos, key_pos: rows * np.float32(factor)
+
+
+def replaced_by(row: Array) -> EditFunction:
+    """An edit function: every row becomes `row`."""
+    return lambda rows, pos, key_pos: np.broadcast_to(row, rows.shape)
+
+
+def knocked_out(keys: Sequence[int]) -> EditFunction:
+    """An edit function for `attn_pattern`: no attention to these absolute positions; the rest is renormalised.
+
+    Equal to minus infinity before the softmax. A row with nothing left attends to nothing.
+    """
+
+    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        if key_pos is None:
+            raise HookError("attention can only be knocked out at attn_pattern")
+        left = rows * ~np.isin(key_pos, keys)
+        total = left.sum(-1, keepdims=True)
+        out: Array = np.divide(left, total, out=np.zeros_like(left), where=total > 0)
+        return out
+
+    return function

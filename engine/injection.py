@@ -1,0 +1,173 @@
+"""KV-cache surgery as experiments: `prefill_inject` and `kv_inject_test`.
+
+Surgery after a full prefill cannot change the first new token: its key, value and query are computed already.
+So both prompts are prefilled up to their last token, the caches are edited, and only then the recipient's last
+token is decoded.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from engine.cache import KVCache
+from engine.decoder import Tick, forward
+from engine.distribution import kl_divergence, softmax_of
+from engine.errors import PromptError
+from engine.generate import Generation, generate
+from engine.ops import Array
+
+if TYPE_CHECKING:
+    from engine.model import Model
+
+LEAST_GAP = 0.05
+"""`recovered` is not reported when donor and baseline probabilities differ by less."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """Baseline and injected run: next-token logits (d_vocab,), KL(injected || baseline) in nats, continuations;
+    `source` [start, end) of the donor went to `dest` of the recipient; `cache` is the edited cache (n-1 tokens).
+    """
+
+    baseline: Array
+    injected: Array
+    kl: float
+    baseline_text: Generation
+    injected_text: Generation
+    layers: list[int]
+    source: tuple[int, int]
+    dest: int
+    rows_replaced: int
+    cache: KVCache
+
+
+def prefilled(model: "Model", tokens: Sequence[int], tick: Tick | None = None) -> KVCache:
+    """The cache of all tokens but the last; raises `PromptError` for a prompt of one token."""
+    if len(tokens) < 2:
+        raise PromptError("a one-token prompt has no cache to edit: give a prompt of at least two tokens")
+    cache = KVCache.with_layers(model.config.n_layers)
+    forward(model, tokens[:-1], cache=cache, logits_at="none", prompt_length=len(tokens), tick=tick)
+    return cache
+
+
+def prefill_inject(
+    model: "Model",
+    recipient: Sequence[int],
+    donor: Sequence[int] | KVCache,
+    layers: Iterable[int] | None = None,
+    source: tuple[int, int] | None = None,
+    dest: int = 0,
+    what: Literal["kv", "k", "v"] = "kv",
+    rope: Literal["realign", "keep"] = "realign",
+    heads: Sequence[int] | None = None,
+    max_new_tokens: int = 20,
+    tick: Tick | None = None,
+) -> Injection:
+    """Decode the recipient with part of the donor's cache in place of its own.
+
+    By default all layers, and all donor positions that fit. `source` is [start, end) in the donor's n-1 cached
+    positions, `dest` where it goes in the recipient's. `heads` are key-value heads.
+    """
+    mine = prefilled(model, recipient, tick)
+    theirs = donor if isinstance(donor, KVCache) else prefilled(model, donor, tick)
+    theirs.bind(model.config)
+    chosen = model.resolve_layers(range(model.config.n_layers) if layers is None else layers)
+    rows = (0, min(theirs.length, mine.length - dest)) if source is None else source
+    edited = mine.fork()
+    replaced = edited.transplant(theirs, chosen, rows, dest, what, heads, rope)
+    runs = [_decoded(model, cache, recipient[-1], max_new_tokens, tick) for cache in (mine, edited)]
+    (baseline, baseline_text), (injected, injected_text) = runs
+    kl = kl_divergence(injected, baseline)
+    return Injection(baseline, injected, kl, baseline_text, injected_text, chosen, rows, dest, replaced, edited)
+
+
+def _decoded(
+    model: "Model", cache: KVCache, token: int, max_new_tokens: int, tick: Tick | None
+) -> tuple[Array, Generation]:
+    logits = next_logits(model, cache, token, tick)
+    return logits, generate(model, [token], max_new_tokens, cache=cache.fork(), tick=tick)
+
+
+def next_logits(model: "Model", cache: KVCache, token: int, tick: Tick | None = None) -> Array:
+    """(d_vocab,) logits after `token` follows the cache, which stays as it is."""
+    logits = forward(model, [token], cache=cache.fork(), tick=tick).logits
+    assert logits is not None
+    row: Array = logits[0, -1]
+    return row
+
+
+@dataclass(frozen=True)
+class InjectionCell:
+    """One transplant: the target's probability, the part of the donor's effect recovered (None when donor and
+    baseline are closer than `LEAST_GAP`), and KL(injected || baseline) in nats.
+    """
+
+    layers: list[int]
+    probability: float
+    recovered: float | None
+    kl: float
+
+
+@dataclass(frozen=True)
+class InjectionScan:
+    """Where the donor's cache carries the target: by layer, from the last layer downwards, from the first upwards;
+    with two controls, the recipient's own cache and an unrelated donor's, at all layers.
+    """
+
+    baseline: float
+    donor: float
+    source: tuple[int, int]
+    dest: int
+    per_layer: list[InjectionCell]
+    from_last: list[InjectionCell]
+    from_first: list[InjectionCell]
+    self_control: InjectionCell
+    unrelated_control: InjectionCell
+
+
+def kv_inject_test(
+    model: "Model",
+    recipient: Sequence[int],
+    donor: Sequence[int],
+    target: int,
+    layers: Iterable[int] | None = None,
+    seed: int = 0,
+    tick: Tick | None = None,
+) -> InjectionScan:
+    """Does the donor's cache carry the answer `target`, and in which layers?
+
+    All donor positions that fit, from position 0. The unrelated donor is as long as the donor, of random tokens
+    from `seed`. recovered = (injected - baseline) / (donor - baseline), of probabilities.
+    """
+    token = model.check_token(target)
+    mine, theirs = prefilled(model, recipient, tick), prefilled(model, donor, tick)
+    random = [int(i) for i in np.random.default_rng(seed).integers(0, model.config.d_vocab, len(donor))]
+    unrelated = prefilled(model, random, tick)
+    rows = (0, min(mine.length, theirs.length))
+    base = next_logits(model, mine, recipient[-1], tick)
+    baseline = float(softmax_of(base)[token])
+    carried = float(softmax_of(next_logits(model, theirs, donor[-1], tick))[token])
+
+    def cell(chosen: list[int], source: KVCache) -> InjectionCell:
+        edited = mine.fork()
+        edited.transplant(source, chosen, rows, 0)
+        logits = next_logits(model, edited, recipient[-1], tick)
+        probability = float(softmax_of(logits)[token])
+        gap = carried - baseline
+        recovered = (probability - baseline) / gap if abs(gap) >= LEAST_GAP else None
+        return InjectionCell(chosen, probability, recovered, kl_divergence(logits, base))
+
+    chosen = sorted(model.resolve_layers(range(model.config.n_layers) if layers is None else layers))
+    return InjectionScan(
+        baseline=baseline,
+        donor=carried,
+        source=rows,
+        dest=0,
+        per_layer=[cell([layer], theirs) for layer in chosen],
+        from_last=[cell(chosen[i:], theirs) for i in reversed(range(len(chosen)))],
+        from_first=[cell(chosen[: i + 1], theirs) for i in range(len(chosen))],
+        self_control=cell(chosen, mine),
+        unrelated_control=cell(chosen, unrelated),
+    )

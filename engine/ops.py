@@ -1,0 +1,169 @@
+"""The numerics of the decoder, float32 in and float32 out.
+
+`linear`, `normalise`, `rotate`, `attend`, `softmax`, `softcap` and the activations. Matrices are stored
+(in, out), so every product reads `x @ W`: with few rows this is also the layout OpenBLAS is fastest at.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+QUERY_BLOCK = 128
+"""Query rows per block of attention: keys later than the block's last row are never multiplied."""
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """`x @ weight + bias`: (..., in) with (in, out) -> (..., out)."""
+    flat = x.reshape(-1, x.shape[-1])  # one 2-d product: numpy would loop over a batch axis
+    out: Array = (flat @ weight).reshape(*x.shape[:-1], weight.shape[1])
+    if bias is not None:
+        out += bias
+    return out
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
+    scale = np.einsum("...d,...d->...", x, x)[..., None]
+    scale *= np.float32(1 / x.shape[-1])
+    scale += np.float32(eps)
+    np.sqrt(scale, out=scale)
+    out: Array = x / scale
+    out *= weight
+    return out
+
+
+def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+    """Layer norm over the last axis (Ba et al. 2016)."""
+    centred = x - x.mean(-1, keepdims=True)
+    out = rms_norm(centred, weight, eps)
+    if bias is not None:
+        out += bias
+    return out
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding (Su et al. 2021) in the half-split layout: pair i is (x[i], x[i + width/2]).
+
+    x: (..., seq, d_head); cos, sin: (seq, width / 2). Features beyond `width` pass through.
+    """
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    out = np.empty(x.shape, np.float32)
+    np.subtract(a * cos, b * sin, out=out[..., :half])
+    np.add(b * cos, a * sin, out=out[..., half : 2 * half])
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+def softmax(x: Array) -> Array:
+    """Softmax over the last axis, in place; a row that is all minus infinity becomes zeros."""
+    peak = x.max(-1, keepdims=True)
+    np.maximum(peak, np.finfo(np.float32).min, out=peak)
+    np.subtract(x, peak, out=x)
+    np.exp(x, out=x)
+    total = x.sum(-1, keepdims=True)
+    x /= np.maximum(total, np.finfo(np.float32).tiny)
+    return x
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    """`cap * tanh(x / cap)` in place (Gemma 2); None leaves x as it is."""
+    if cap is not None:
+        x /= np.float32(cap)
+        np.tanh(x, out=x)
+        x *= np.float32(cap)
+    return x
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    pos: IntArray,
+    key_pos: IntArray,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    on_weights: Callable[[Array], Array] | None = None,
+) -> Array:
+    """Causal attention of (b, heads, s, d_head) queries on (b, kv_heads, s_kv, d_head) keys and values.
+
+    A query at position p sees keys at positions in (p - window, p]. `on_weights` is given the whole
+    (b, heads, s, s_kv) pattern and returns it, or a replacement. Returns (b, s, heads, d_head).
+    """
+    z = np.empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), np.float32)
+    pattern = None if on_weights is None else np.zeros((*q.shape[:3], k.shape[2]), np.float32)
+    for start in range(0, len(pos), QUERY_BLOCK):
+        rows = slice(start, start + QUERY_BLOCK)
+        keys = _visible_keys(pos[rows], key_pos, window)
+        scores = _scores(q[:, :, rows], k[:, :, keys])
+        scores *= np.float32(scale)
+        softcap(scores, cap)
+        scores[..., _hidden(pos[rows], key_pos[keys], window)] = -np.inf
+        weights = softmax(scores)
+        z[:, rows] = _mix(weights, v[:, :, keys])
+        if pattern is not None:
+            pattern[:, :, rows, keys] = weights
+    if pattern is not None and on_weights is not None:
+        replaced = on_weights(pattern)
+        if replaced is not pattern:
+            z[:] = _mix(replaced, v)
+    return z
+
+
+def _visible_keys(pos: IntArray, key_pos: IntArray, window: int | None) -> slice:
+    """The contiguous stretch of (ascending) keys that at least one of these queries may see."""
+    start = 0 if window is None else int(np.searchsorted(key_pos, pos[0] - window, side="right"))
+    return slice(start, int(np.searchsorted(key_pos, pos[-1], side="right")))
+
+
+def _hidden(pos: IntArray, key_pos: IntArray, window: int | None) -> npt.NDArray[np.bool_]:
+    """(s, s_kv): True where the key is in the query's future or has left its window."""
+    distance = pos[:, None] - key_pos[None, :]
+    hidden: npt.NDArray[np.bool_] = distance < 0
+    if window is not None:
+        hidden |= distance >= window
+    return hidden
+
+
+def _scores(q: Array, k: Array) -> Array:
+    """(b, heads, s, d_head) x (b, kv_heads, s_kv, d_head) -> (b, heads, s, s_kv); head h reads kv head h // group."""
+    b, heads, s, d_head = q.shape
+    grouped = q.reshape(b, k.shape[1], -1, d_head)  # (b, kv_heads, group * s, d_head)
+    return (grouped @ k.swapaxes(-1, -2)).reshape(b, heads, s, k.shape[2])
+
+
+def _mix(weights: Array, v: Array) -> Array:
+    """(b, heads, s, s_kv) x (b, kv_heads, s_kv, d_head) -> (b, s, heads, d_head)."""
+    b, heads, s, s_kv = weights.shape
+    mixed = weights.reshape(b, v.shape[1], -1, s_kv) @ v
+    return mixed.reshape(b, heads, s, v.shape[3]).swapaxes(1, 2)
+
+
+def _silu(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(88) overflows to inf, and x / inf is the right answer, 0
+        gate = np.exp(-x)
+    gate += 1
+    return np.divide(x, gate, out=gate)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    """The tanh approximation of GELU (Hendrycks & Gimpel 2016), `gelu_pytorch_tanh` of transformers."""
+    inner = x * x * x
+    inner *= np.float32(0.044715)
+    inner += x
+    inner *= np.float32(np.sqrt(2 / np.pi))
+    np.tanh(inner, out=inner)
+    inner += 1
+    inner *= x
+    inner *= np.float32(0.5)
+    return inner
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": _silu, "gelu_pytorch_tanh": _gelu_tanh}
+"""By the name in config.json."""

@@ -1,0 +1,124 @@
+"""The weights as the decoder reads them: `Linear`, `Norm`, one `LayerParams` per layer, and `Params`.
+
+An absent part is None and means the identity (a norm) or nothing to add (a bias). `Params.layer(i)` gives a
+layer's dense weights: kept in memory (`dense`), or made from the file each time a layer runs (`scoped`).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from engine.ops import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """weight (in, out), bias (out,) or None."""
+
+    weight: Array
+    bias: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """weight: what the normalised features are multiplied by; bias or None. The weight's length is the
+    width of the groups that are normalised (a head's width for per-head query and key norms).
+    """
+
+    weight: Array
+    bias: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParams:
+    """One layer. `gate` is None in an MLP without gating."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    up: Linear
+    down: Linear
+    gate: Linear | None = None
+    attn_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    attn_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
+
+    def arrays(self) -> Iterator[tuple[str, Array]]:
+        """(name, array) of every weight, in field order."""
+        for field in fields(self):
+            part = getattr(self, field.name)
+            if part is not None:
+                yield field.name, part.weight
+                if part.bias is not None:
+                    yield f"{field.name}.bias", part.bias
+
+
+class Params:
+    """All the weights of a model.
+
+    embed: W_E (d_vocab, d_model). unembed: W_U stored (d_vocab, d_model), the same array as `embed` when tied.
+    """
+
+    def __init__(
+        self,
+        embed: Array,
+        unembed: Array,
+        final_norm: Norm | None,
+        load_layer: Callable[[int], LayerParams],
+        keep: int,
+    ) -> None:
+        """`keep` layers stay dense in memory once they have run (least recently used go first)."""
+        self.embed = embed
+        self.unembed = unembed
+        self.final_norm = final_norm
+        self._load_layer = load_layer
+        self._keep = keep
+        self._dense: OrderedDict[int, LayerParams] = OrderedDict()
+        self._pinned: dict[int, LayerParams] = {}
+
+    def layer(self, index: int) -> LayerParams:
+        """The dense weights of one layer."""
+        if index in self._pinned:
+            return self._pinned[index]
+        if index in self._dense:
+            self._dense.move_to_end(index)
+            return self._dense[index]
+        params = self._load_layer(index)
+        self._dense[index] = params
+        while len(self._dense) > self._keep:
+            self._dense.popitem(last=False)
+        return params
+
+    @contextmanager
+    def pinned(self, index: int) -> Iterator[LayerParams]:
+        """Keep one layer dense for the length of a `with` block."""
+        self._pinned[index] = self.layer(index)
+        try:
+            yield self._pinned[index]
+        finally:
+            self._pinned.pop(index, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of dense weights in memory now."""
+        layers = {**self._dense, **self._pinned}.values()
+        total = sum(array.nbytes for layer in layers for _, array in layer.arrays())
+        total += self.embed.nbytes + (0 if self.unembed is self.embed else self.unembed.nbytes)
+        return int(total)
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The layers whose weights are dense in memory now."""
+        return tuple(sorted({*self._dense, *self._pinned}))
+
+
+def transposed(weight: Array) -> Array:
+    """(out, in) as files store it -> (in, out), contiguous float32."""
+    return np.ascontiguousarray(weight.T, dtype=np.float32)

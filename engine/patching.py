@@ -1,0 +1,173 @@
+"""Runs with captures and patches: `trace_forward`, `capture_donor_state`, `patch_and_trace`, `map_pre_o_head`.
+
+Causal tracing and activation patching after Meng et al. 2022 (ROME) and Heimersheim & Nanda 2024.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.decoder import Tick, Tokens, check_point, forward
+from engine.errors import InputError
+from engine.hooks import (
+    CompositeHook,
+    Edit,
+    EditHook,
+    LayerHook,
+    RecordHook,
+    Scope,
+    replaced_by,
+)
+from engine.ops import Array, IntArray
+from engine.params import LayerParams
+from engine.points import point as point_named
+
+if TYPE_CHECKING:
+    from engine.model import Model
+
+HeadFunction = Callable[[Array], Array]
+"""(rows, d_head) -> the same shape."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """residuals: {layer: (seq, d_model)} `resid_post` (with a batch axis for a batch of prompts).
+    logits: (d_vocab,) after the last position, None when the run stopped early.
+    """
+
+    residuals: dict[int, Array]
+    logits: Array | None
+
+
+@dataclass(frozen=True)
+class DonorState:
+    """Rows of one point of a donor's run: {(layer, position): array}, positions resolved."""
+
+    point: str
+    rows: dict[tuple[int, int], Array]
+
+
+def trace_forward(
+    model: "Model",
+    tokens: Tokens,
+    *,
+    hook: LayerHook | None = None,
+    capture_layers: Iterable[int] = (),
+    stop: int | None = None,
+    positions: Scope = "all",
+    tick: Tick | None = None,
+) -> Trace:
+    """One pass; `resid_post` of `capture_layers` as it is after `hook`.
+
+    All layers below `stop` run and all hooks fire, whatever is captured.
+    """
+    layers = model.resolve_layers(capture_layers)
+    if stop is not None and layers and max(layers) >= stop:
+        raise InputError(f"layer {max(layers)} cannot be captured in a run that stops before layer {stop}")
+    record = RecordHook.for_layers(layers, points=["resid_post"], positions=positions)
+    both = CompositeHook([record] if hook is None else [hook, record])
+    result = forward(model, tokens, hook=both, stop=stop, tick=tick)
+    logits = None if result.logits is None else result.logits[:, -1]
+    if logits is not None and len(logits) == 1:
+        logits = logits[0]
+    return Trace(record.post_layer, logits)
+
+
+def capture_donor_state(
+    model: "Model",
+    tokens: Tokens,
+    targets: Iterable[tuple[int, int]],
+    point: str = "resid_post",
+    tick: Tick | None = None,
+) -> DonorState:
+    """The donor's rows at [(layer, position), ...]; negative layers and positions count from the end."""
+    name = point_named(point).name
+    check_point(model, name)
+    length = model.token_batch(tokens).shape[1]
+    resolved = [(model.resolve_layer(layer), model.resolve_position(pos, length)) for layer, pos in targets]
+    if not resolved:
+        raise InputError("name at least one (layer, position) to capture")
+    layers = {layer for layer, _ in resolved}
+    record = RecordHook.for_layers(layers, points=[name])
+    forward(model, tokens, hook=record, stop=max(layers) + 1, logits_at="none", tick=tick)
+    kept = record.get(name)
+    axis = point_named(name).seq_axis - 1  # without the batch axis
+    return DonorState(name, {(layer, pos): np.take(kept[layer], pos, axis) for layer, pos in resolved})
+
+
+def patch_and_trace(
+    model: "Model",
+    tokens: Tokens,
+    donor: DonorState,
+    capture_layers: Iterable[int] = (),
+    to: Mapping[int, int] | None = None,
+    tick: Tick | None = None,
+) -> Trace:
+    """Write the donor's rows into a run of `tokens`, at the same positions or at `to[position]`."""
+    return trace_forward(
+        model, tokens, hook=patch_hook(model, tokens, donor, to), capture_layers=capture_layers, tick=tick
+    )
+
+
+def patch_hook(model: "Model", tokens: Tokens, donor: DonorState, to: Mapping[int, int] | None = None) -> EditHook:
+    """The hook that writes the donor's rows; raises `PositionError` for rows the recipient does not have."""
+    length = model.token_batch(tokens).shape[1]
+    place = to or {}
+    return EditHook(
+        Edit(donor.point, layer, replaced_by(row), [model.resolve_position(place.get(pos, pos), length)])
+        for (layer, pos), row in donor.rows.items()
+    )
+
+
+def map_pre_o_head(
+    model: "Model", prompt: str | Tokens, layer: int, head: int, fn: HeadFunction, capture_layers: Iterable[int] = ()
+) -> Trace:
+    """A full pass in which `fn` maps the (seq, d_head) output of one head, before W_O."""
+    hook = _head_hook(model, model.resolve_layer(layer), head, fn)
+    return trace_forward(model, model.encode(prompt), hook=hook, capture_layers=capture_layers)
+
+
+def run_layer_with_mapped_pre_o_head(
+    model: "Model",
+    layer: int,
+    residual: Array,
+    head: int,
+    fn: HeadFunction,
+    positions: IntArray | None = None,
+    shared_kv: object | None = None,
+    ple: object | None = None,
+) -> Array:
+    """One layer on its input `residual` (seq, d_model), one head mapped by `fn`; returns (seq, d_model).
+
+    `positions` are the rows' absolute positions, 0 to seq-1 by default. `shared_kv` and `ple` belong to
+    architectures that share keys between layers or add per-layer embeddings; others refuse them.
+    """
+    if shared_kv is not None or ple is not None:
+        raise InputError(f"{model.config.family} shares no keys between layers and has no per-layer embeddings")
+    index = model.resolve_layer(layer)
+    hook = _head_hook(model, index, head, fn)
+    rows = model.check_vector(residual)
+    result = forward(
+        model, None, hook=hook, residual=rows, start=index, stop=index + 1, positions=positions, logits_at="none"
+    )
+    out: Array = result.residual[0]
+    return out
+
+
+def _head_hook(model: "Model", layer: int, head: int, fn: HeadFunction) -> EditHook:
+    index = model.resolve_head(head)
+
+    def mapped(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        return np.stack([fn(sequence[:, 0])[:, None] for sequence in rows])  # rows: (b, seq, 1, d_head)
+
+    return EditHook([Edit("z", layer, mapped, "all", (index,))])
+
+
+@contextmanager
+def scoped_layer(model: "Model", layer: int) -> Iterator[LayerParams]:
+    """Keep one layer's weights dense for the length of a `with` block (they stay quantised on disk otherwise)."""
+    with model.params.pinned(model.resolve_layer(layer)) as params:
+        yield params

@@ -1,0 +1,115 @@
+"""Lazy sources of tensors: `Tensors`, and `SafetensorsDir` for (sharded) safetensors in f32, f16 or bf16.
+
+A source gives float32 arrays in the shape files store them, (out, in) for matrices. Families ask for a name and the
+shape that the config implies; a missing tensor or another shape is a `DamagedFile`, never a guess.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.errors import DamagedFile, UnknownModel
+from engine.ops import Array
+
+
+class Tensors(Protocol):
+    """A source of tensors by Hugging Face name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Array:
+        """The tensor as float32; raises `DamagedFile` when it is missing or has another shape."""
+        ...
+
+
+class SafetensorsDir:
+    """The safetensors files of a directory, memory-mapped; tensors are converted when asked for.
+
+    The `safetensors` library checks each header; it is not used for the data because its numpy loader
+    refuses bf16.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._entries: dict[str, tuple[Path, str, tuple[int, ...], int, int]] = {}
+        self.files = _weight_files(directory)
+        for path in self.files:
+            for name, entry in _read_header(path):
+                if name in self._entries:
+                    raise DamagedFile(f"{name} is in both {self._entries[name][0].name} and {path.name}")
+                self._entries[name] = entry
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Array:
+        if name not in self._entries:
+            raise DamagedFile(f"the weights have no tensor {name!r}")
+        path, dtype, found, start, stop = self._entries[name]
+        if found != shape:
+            raise DamagedFile(f"{path.name}: {name} has shape {found}, but the config implies {shape}")
+        raw = np.memmap(path, np.uint8, "r", offset=start, shape=(stop - start,))
+        return _to_float32(raw, dtype, name).reshape(shape)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
+        found = f" (there are pickles, {', '.join(pickles)}: loading one can run any code)" if pickles else ""
+        raise UnknownModel(f"{directory} has no .safetensors file{found}; convert the weights to safetensors")
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        named = {directory / Path(str(name)).name for name in _weight_map(index).values()}
+        missing = sorted(path.name for path in named - set(files))
+        if missing:
+            raise DamagedFile(f"{index.name} names files that are not there: {', '.join(missing)}")
+        files = [path for path in files if path in named]
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise DamagedFile(f"{index.name} has no weight_map")
+    return weight_map
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, tuple[Path, str, tuple[int, ...], int, int]]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):  # checks sizes, offsets and overlaps
+            pass
+    except (SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path.name} is not a whole safetensors file: {error}") from None
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    for name, row in header.items():
+        if name != "__metadata__":
+            start, stop = row["data_offsets"]
+            yield name, (path, row["dtype"], tuple(row["shape"]), 8 + size + start, 8 + size + stop)
+
+
+def _to_float32(raw: np.ndarray[Any, np.dtype[np.uint8]], dtype: str, name: str) -> Array:
+    if dtype == "F32":
+        return np.array(raw.view(np.float32))
+    if dtype == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    raise DamagedFile(f"{name} is stored as {dtype}; F32, F16 and BF16 are supported")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises `DamagedFile` when it is anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path.name} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{path.name} is not a JSON object")
+    return value

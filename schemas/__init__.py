@@ -1,0 +1,1 @@
+"""What an agent sends and gets back: pydantic models, no numpy."""

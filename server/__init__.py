@@ -1,0 +1,1 @@
+"""The MCP server: tools, session store, transports. The only place where engine and schemas meet."""
