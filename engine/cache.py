@@ -1,13 +1,14 @@
 """KVCache: keys (after rotary) and values of every layer, with their absolute positions.
 
 append, fork, crop, keep_last        the decoder's and the generator's needs
+to_tensors, from_tensors             for keeping
 clone_layer_from, clone_layer_position_range, transplant    surgery
 
 Arrays are (batch, kv_heads, positions, d_head). Layers may be unfilled or of different lengths while a cache
 is being assembled; decoding checks and names the odd ones out.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,6 +139,22 @@ class KVCache:
             if layer is not None and layer.length > n:
                 k, v, pos = layer.filled()
                 self.layers[index] = LayerKV.of(k[:, :, -n:], v[:, :, -n:], pos[-n:])
+
+    def to_tensors(self) -> dict[str, Array]:
+        """{"k.0": (batch, kv_heads, positions, d_head), "v.0": ..., "pos": (positions,)}; whole caches only."""
+        pos = self.layer(0).filled()[2] if self.length else np.zeros(0, np.int64)
+        tensors = {"pos": pos.astype(np.float32)}  # exact below 2**24 positions
+        for index in range(len(self.layers)):
+            k, v, _ = self.layer(index).filled()
+            tensors |= {f"k.{index}": k.copy(), f"v.{index}": v.copy()}
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Array], config: Config) -> "KVCache":
+        """What `to_tensors` gave, as a cache again."""
+        pos = tensors["pos"].astype(np.int64)
+        layers = [LayerKV.of(tensors[f"k.{i}"], tensors[f"v.{i}"], pos) for i in range(config.n_layers)]
+        return cls(list(layers), config)
 
     def clone_layer_from(self, other: "KVCache", layer: int) -> None:
         """This layer becomes a copy of the other cache's."""

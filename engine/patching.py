@@ -49,6 +49,10 @@ class DonorState:
     point: str
     rows: dict[tuple[int, int], Array]
 
+    def only(self, layer: int, position: int) -> "DonorState":
+        """One of the rows."""
+        return DonorState(self.point, {(layer, position): self.rows[layer, position]})
+
 
 def trace_forward(
     model: "Model",

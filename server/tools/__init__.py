@@ -1,1 +1,28 @@
-"""One file per tool, or per tight group."""
+"""The tools agents see, in the order they see them. One file per tight group."""
+
+from server.tools.effects import forward_ablate, forward_steer, patch_activations
+from server.tools.injection import kv_inject_test, prefill_inject
+from server.tools.reading import capture_residuals, logit_lens, track_race, track_token
+from server.tools.session import list_session, load_model, read_tensor, release, tokenize
+from server.tools.vocabulary import embedding_neighbors, project_through_unembed
+from server.tools.writing import generate_with_hooks
+
+TOOLS = (
+    load_model,
+    list_session,
+    release,
+    tokenize,
+    capture_residuals,
+    logit_lens,
+    track_token,
+    track_race,
+    forward_ablate,
+    forward_steer,
+    patch_activations,
+    generate_with_hooks,
+    prefill_inject,
+    kv_inject_test,
+    embedding_neighbors,
+    project_through_unembed,
+    read_tensor,
+)

@@ -1,0 +1,100 @@
+"""Results of reading a run without changing it: captures, lenses, token tracks, vocabulary views."""
+
+from pydantic import Field
+
+from schemas.base import Number, Result, ScoredToken, Strict, Token, TokenProbability
+
+
+class PointNorm(Strict):
+    """Norms of one point at one layer, over the captured positions (and heads)."""
+
+    point: str
+    layer: int
+    mean_norm: Number
+    max_norm: Number
+
+
+class LensRow(Strict):
+    """The lens at one layer and position."""
+
+    layer: int
+    position: int
+    top: list[TokenProbability]
+
+
+class Capture(Result):
+    """A capture, held under `handle`."""
+
+    handle: str
+    prompt_tokens: int
+    points: list[str]
+    layers: list[int]
+    positions: list[int]
+    shape: list[int] = Field(description="of each layer's tensor at the first point")
+    bytes: int
+    norms: list[PointNorm]
+    lens: list[LensRow] | None = None
+
+
+class Lens(Result):
+    """The logit lens by layer and position."""
+
+    rows: list[LensRow]
+    identity_error: Number | None = Field(
+        None, description="largest difference between the last layer's lens and the model's own distribution"
+    )
+
+
+class TrackRow(Strict):
+    """One token at one layer."""
+
+    layer: int
+    probability: Number
+    rank: int = Field(description="0 is the most probable")
+    logit: Number
+
+
+class Track(Result):
+    """One token through the layers."""
+
+    token: Token
+    position: int
+    rows: list[TrackRow]
+    emergence_layer: int | None = Field(
+        description="the first layer read from which the token stays on top to the last; null if it does not end on top"
+    )
+    peak_layer: int
+
+
+class RaceRow(Strict):
+    """All runners at one layer, in the order of `tokens`."""
+
+    layer: int
+    probabilities: list[Number]
+    leader: str
+
+
+class Crossing(Strict):
+    """The lead changes hands at `layer`."""
+
+    layer: int
+    loses: str
+    takes: str
+
+
+class Race(Result):
+    """Several tokens through the layers."""
+
+    tokens: list[Token]
+    position: int
+    rows: list[RaceRow]
+    crossings: list[Crossing]
+
+
+class VocabularyView(Result):
+    """A vector seen in the vocabulary."""
+
+    vector: str = Field(description="what was projected")
+    norm: Number
+    score: str = Field(description="what the scores are")
+    top: list[ScoredToken]

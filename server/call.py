@@ -1,0 +1,184 @@
+"""One tool call: `Call` finds models and handles, resolves arguments against the model, and follows progress.
+
+Tools run on worker threads. `tick` is given to every engine function that can take long: it stops the work within a
+layer of a cancellation and reports progress to the client.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio.from_thread
+import numpy as np
+from mcp.server.mcpserver import Context
+
+from engine import Model
+from engine.distribution import softmax_of, top_k
+from engine.errors import InputError, LayerError, PositionError, VectorError
+from engine.lens import embedding_row, unembedding_row
+from engine.ops import Array
+from schemas.arguments import DifferenceVector, HandleVector, RandomVector, TokenVector, ValuesVector
+from schemas.base import Token, TokenProbability
+from server.lab import Lab, LoadedModel
+from server.store import Record
+
+LOCAL = "local"
+"""The principal of stdio and of an unauthenticated localhost server."""
+
+REPORT_EVERY = 0.1
+"""Seconds between progress notifications."""
+
+
+@dataclass
+class Call:
+    """What a tool is given besides its arguments."""
+
+    lab: Lab
+    context: Context[Any, Any]
+    owner: str = LOCAL
+    expected: int | None = None
+    _ticks: int = 0
+    _reported: float = field(default=0.0)
+
+    def expect(self, passes: int, model: Model) -> None:
+        """Say how many forward passes will run, so that progress has a total."""
+        self.expected = passes * model.config.n_layers
+
+    def tick(self, done: int, total: int, what: str) -> None:
+        """Engine progress, at least once per layer."""
+        self._ticks += 1
+        self._report(self._ticks, self.expected, what)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Progress of something counted in its own units, such as the bytes of a download."""
+        self._report(done, total, what)
+
+    def _report(self, done: int, total: int | None, what: str) -> None:
+        anyio.from_thread.check_cancelled()
+        now = time.monotonic()
+        if now - self._reported >= REPORT_EVERY:
+            self._reported = now
+            anyio.from_thread.run(self.context.report_progress, done, total, what)
+
+    # --- arguments ----------------------------------------------------------------------------------------
+
+    def loaded(self, reference: str | None) -> LoadedModel:
+        return self.lab.model(reference)
+
+    def record(self, handle: str, kind: str | None = None) -> Record:
+        """A stored record; `kind` says which kind the argument takes."""
+        record = self.lab.store.get(handle, self.owner)
+        if kind is not None and not handle.startswith(f"{kind}:"):
+            raise InputError(f"{handle!r} is not a {kind}: handle")
+        return record
+
+    def vector(self, model: Model, spec: Any) -> Array:
+        """The (d_model,) vector a vector argument stands for."""
+        match spec:
+            case DifferenceVector(minus=[first, second]):
+                return self.vector(model, first) - self.vector(model, second)
+            case TokenVector(token=token, space=space):
+                row = embedding_row if space == "embed" else unembedding_row
+                return row(model, token_id(model, token))
+            case ValuesVector(values=values):
+                return model.check_vector(np.array(values))
+            case RandomVector(random_seed=seed):
+                drawn = np.random.default_rng(seed).standard_normal(model.config.d_model).astype(np.float32)
+                return drawn / np.linalg.norm(drawn)
+            case HandleVector():
+                return self._stored_vector(model, spec)
+        raise VectorError(f"{spec!r} is not a vector")
+
+    def _stored_vector(self, model: Model, spec: HandleVector) -> Array:
+        record = self.record(spec.handle)
+        if spec.handle.startswith("vec:"):
+            return model.check_vector(record.tensors["vector"])
+        if not spec.handle.startswith("act:"):
+            raise VectorError(f"{spec.handle!r} holds no vectors; give a vec: or act: handle")
+        rows = record.provenance["rows"]
+        point = "resid_post" if "resid_post" in rows["points"] else rows["points"][0]
+        layer = _one_of(spec.layer, rows["layers"], model.config.n_layers, "layer", LayerError)
+        position = _one_of(spec.position, rows["positions"], rows["prompt_length"], "position", PositionError)
+        stored = record.tensors[f"{point}.{layer}"]
+        return model.check_vector(stored[rows["positions"].index(position)])
+
+
+def _one_of(asked: int | None, held: Sequence[int], length: int, what: str, error: type[InputError]) -> int:
+    """The layer or position of a capture that is meant; the only one when left out."""
+    if asked is None:
+        if len(held) == 1:
+            return held[0]
+        raise error(f"say which {what}; the capture holds {list(held)}")
+    resolved = asked + length if asked < 0 else asked
+    if resolved not in held:
+        raise error(f"{what} {asked} is not in the capture, which holds {list(held)}")
+    return resolved
+
+
+def token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """The ids of a prompt argument, checked."""
+    return [int(i) for i in model.token_batch(model.encode(prompt))[0]]
+
+
+def token_id(model: Model, token: str | int) -> int:
+    """The id of a token argument: an id, or text that is exactly one token."""
+    return model.tokenizer.single(token) if isinstance(token, str) else model.check_token(token)
+
+
+def layer_list(model: Model, layers: Sequence[int] | str) -> list[int]:
+    """The layers of a layers argument: numbers, "all" or "start:stop:step"."""
+    n = model.config.n_layers
+    if isinstance(layers, str):
+        if layers == "all":
+            return list(range(n))
+        parts = layers.split(":")
+        try:
+            numbers = [int(part) if part.strip() else None for part in parts]
+            chosen = list(range(n))[slice(*numbers)] if 2 <= len(parts) <= 3 else []
+        except ValueError:
+            chosen = []
+        if not chosen:
+            raise LayerError(f'layers {layers!r} name no layer; use a list of 0 to {n - 1}, "all" or "start:stop:step"')
+        return chosen
+    if not layers:
+        raise LayerError(f"layers is empty; valid: 0 to {n - 1}")
+    return model.resolve_layers(layers)
+
+
+def position_list(model: Model, positions: str | Sequence[int], length: int) -> list[int]:
+    """The positions of a positions argument, absolute and without duplicates."""
+    if positions == "all":
+        return list(range(length))
+    if positions == "last":
+        return [length - 1]
+    if not positions:
+        raise PositionError(f"positions is empty; valid: 0 to {length - 1}")
+    return list(dict.fromkeys(model.resolve_position(int(position), length) for position in positions))
+
+
+def token_shown(model: Model, index: int) -> Token:
+    """A token as results show it."""
+    return Token(id=index, text=model.tokenizer.piece(index))
+
+
+def probabilities(model: Model, logits: Array, k: int) -> list[TokenProbability]:
+    """The k most probable tokens of (d_vocab,) logits."""
+    return ranked(model, top_k(softmax_of(logits), k))
+
+
+def ranked(model: Model, pairs: Sequence[tuple[int, float]]) -> list[TokenProbability]:
+    """(id, probability) pairs as results show them."""
+    return [TokenProbability(id=i, text=model.tokenizer.piece(i), probability=p) for i, p in pairs]
+
+
+def require_one(**arguments: Any) -> None:
+    """Raise unless exactly one of the arguments is given."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if len(given) != 1:
+        raise InputError(f"give exactly one of {', '.join(arguments)}, not {' and '.join(given) or 'none'}")
+
+
+def of_layers(arrays: Mapping[int, Array], layers: Sequence[int]) -> Array:
+    """(layers, ...) from {layer: array}."""
+    return np.stack([arrays[layer] for layer in layers])

@@ -1,0 +1,115 @@
+"""`mechscope doctor`: is this installation sound? Prints one line per check; exit code 1 if any fails."""
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from engine import forward, load_model
+from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path
+
+PACKAGES = ("engine", "schemas", "server")
+LEAST_PYTHON = (3, 11)
+
+Verdict = tuple[bool, str]
+
+
+def run() -> int:
+    """Run every check; returns the exit code."""
+    console = Console(highlight=False, soft_wrap=True)
+    checks: dict[str, Callable[[], Verdict]] = {
+        "python": python,
+        "threads": threads,
+        "models": models,
+        "cache": cache,
+        "packages": packages,
+        "self-test": self_test,
+    }
+    sound = True
+    for name, check in checks.items():
+        passed, said = check()
+        sound = sound and passed
+        console.print(f"{'[green]ok  ' if passed else '[red]FAIL'}[/] {name:<10} {said}")
+    return 0 if sound else 1
+
+
+def python() -> Verdict:
+    """Python and numpy versions."""
+    found = f"Python {sys.version.split()[0]}, numpy {np.__version__}"
+    return sys.version_info >= LEAST_PYTHON, found
+
+
+def threads() -> Verdict:
+    """How many threads BLAS may use."""
+    asked = {name: os.environ[name] for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ}
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    limits = ", ".join(f"{name}={value}" for name, value in asked.items()) or "no limit set"
+    return True, f"{blas['name']} {blas.get('version', '')} on {os.cpu_count()} processors, {limits}"
+
+
+def models() -> Verdict:
+    """Which catalogue models are in the cache."""
+    damaged, lines = False, []
+    for entry in CATALOGUE.values():
+        path = cached_path(entry)
+        if not path.exists():
+            lines.append(f"{entry.name}: not fetched (mechscope fetch {entry.name})")
+        elif path.stat().st_size != entry.nbytes:
+            damaged = True
+            lines.append(f"{entry.name}: {path} is damaged; delete it and fetch again")
+        else:
+            lines.append(f"{entry.name}: {path}")
+    return not damaged, "; ".join(lines)
+
+
+def cache() -> Verdict:
+    """Whether the cache directory can be written."""
+    place = cache_dir()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place):
+            return True, f"{place} is writable"
+    except OSError as error:
+        return False, f"{place} cannot be written: {error.strerror}"
+
+
+def packages() -> Verdict:
+    """Whether engine, schemas and server are mechscope's own: the names are common."""
+    home = Path(__file__).resolve().parent.parent
+    strangers = []
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        place = None if spec is None or spec.origin is None else Path(spec.origin).resolve().parent.parent
+        owners = {d for d in importlib.metadata.packages_distributions().get(name, []) if d != "mechscope"}
+        if place != home or owners:
+            strangers.append(f"{name} ({', '.join(sorted(owners)) or place})")
+    if strangers:
+        return (
+            False,
+            f"other packages of the same name: {', '.join(strangers)}; install mechscope on its own (uvx, pipx)",
+        )
+    return True, f"{', '.join(PACKAGES)} are mechscope's own, in {home}"
+
+
+def self_test() -> Verdict:
+    """A second's worth of arithmetic: the same tokens with and without a cache, on synthetic weights."""
+    from engine import KVCache
+
+    started = time.perf_counter()
+    model = load_model(SYNTHETIC)
+    ids = model.tokenizer.encode("mechscope")
+    whole = forward(model, ids).logits
+    cache = KVCache.with_layers(model.config.n_layers)
+    forward(model, ids[:-1], cache=cache, logits_at="none")
+    step = forward(model, ids[-1:], cache=cache).logits
+    if whole is None or step is None:
+        return False, "a forward pass gave no logits"
+    error = float(np.abs(whole - step).max() / np.abs(whole).max())
+    return error < 1e-5, f"cached and uncached runs differ by {error:.1e}, {time.perf_counter() - started:.2f} s"

@@ -1,0 +1,80 @@
+"""The lab: models and records that outlive connections. One `Lab` per server process."""
+
+import threading
+from dataclasses import dataclass, field
+
+import anyio
+
+from engine import Model, load_model
+from engine.catalog import SYNTHETIC, Progress
+from engine.decoder import Tick
+from engine.errors import UnknownModel
+from server.store import MemoryStore, SessionStore, mint
+
+SYNTHETIC_NOTICE = "synthetic weights: the arithmetic is real, the numbers mean nothing about language"
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model in memory, and the limiter that lets one heavy job at a time use it."""
+
+    handle: str
+    source: str
+    model: Model
+    limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
+    @property
+    def notice(self) -> str | None:
+        return SYNTHETIC_NOTICE if self.model.synthetic else None
+
+
+class Lab:
+    """Models are shared by all sessions and loaded once."""
+
+    def __init__(self, store: SessionStore | None = None) -> None:
+        self.store: SessionStore = MemoryStore() if store is None else store
+        self._models: dict[tuple[str, str], LoadedModel] = {}
+        self._loading = threading.Lock()
+
+    @property
+    def models(self) -> list[LoadedModel]:
+        return list(self._models.values())
+
+    def load(
+        self, source: str, weights: str, tick: Tick | None = None, progress: Progress | None = None
+    ) -> LoadedModel:
+        """Load a model, or return it when it is loaded already."""
+        with self._loading:
+            key = (source, weights)
+            if key not in self._models:
+                model = load_model(source, weights, tick, progress)
+                self._models[key] = LoadedModel(mint("model", model.name), source, model)
+            return self._models[key]
+
+    def model(self, reference: str | None) -> LoadedModel:
+        """The model a handle or name stands for; the only one loaded when None. Raises `UnknownModel`."""
+        loaded = self.models
+        if reference is None:
+            if len(loaded) == 1:
+                return loaded[0]
+            how = "load one with load_model" if not loaded else f"name one of them: {self._names()}"
+            raise UnknownModel(f"{len(loaded)} models are loaded; {how}")
+        found = [item for item in loaded if reference in (item.handle, item.model.name, item.source)]
+        if len(found) == 1:
+            return found[0]
+        if len(found) > 1:
+            handles = ", ".join(item.handle for item in found)
+            raise UnknownModel(f"{reference!r} is loaded in {len(found)} forms; give a handle: {handles}")
+        raise UnknownModel(
+            f"no model {reference!r} is loaded; loaded: {self._names() or 'none'}. "
+            f"Call load_model first (for example smollm2-135m-instruct or {SYNTHETIC})"
+        )
+
+    def _names(self) -> str:
+        return ", ".join(f"{item.model.name} ({item.handle})" for item in self.models)
+
+    def release_model(self, handle: str) -> int:
+        """Forget a model; returns the bytes of its weights. Raises `UnknownModel`."""
+        item = self.model(handle)
+        self._models = {key: kept for key, kept in self._models.items() if kept is not item}
+        return item.model.params.nbytes

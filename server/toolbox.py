@@ -1,0 +1,118 @@
+"""A function -> an MCP tool: strict arguments, a worker thread, one error boundary, compact results.
+
+A tool is a plain function `(call: Call, ...) -> Result`; its docstring is the description, its annotations the
+schemas. `instrument(lab, function)` makes the `Tool` that the server registers.
+"""
+
+import functools
+import inspect
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import anyio.to_thread
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.tools import Tool
+from mcp.types import CallToolResult, TextContent, ToolAnnotations
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engine.errors import EngineError
+from server.call import Call
+from server.complaints import explain
+from server.lab import Lab
+from server.store import UnknownHandle
+
+log = logging.getLogger("mechscope")
+
+ToolFunction = Callable[..., BaseModel]
+
+
+def instrument(lab: Lab, function: ToolFunction) -> Tool:
+    """The tool that runs `function`."""
+    signature = inspect.signature(function, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "call"]
+
+    async def run(ctx: Context[Any, Any], **arguments: Any) -> BaseModel:
+        call = Call(lab, ctx)
+        work = functools.partial(function, call, **arguments)
+        try:
+            limiter = lab.model(arguments["model"]).limiter if uses_model else None
+            return await anyio.to_thread.run_sync(work, limiter=limiter)
+        except (EngineError, UnknownHandle) as error:
+            raise ToolError(str(error)) from error
+        except Exception as error:
+            fault = secrets.token_hex(4)
+            log.exception("fault %s in %s", fault, function.__name__)
+            raise ToolError(
+                f"{function.__name__} failed inside mechscope ({type(error).__name__}, fault {fault} in the server's "
+                "log); this is a defect: nothing was computed and nothing was lost"
+            ) from error
+
+    uses_model = "model" in signature.parameters and function.__name__ != "load_model"
+    run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in own} | {"return": signature.return_annotation}
+    run.__name__, run.__doc__ = function.__name__, inspect.getdoc(function)
+    made = Tool.from_function(run, context_kwarg="ctx", annotations=_annotations(function), title=_title(function))
+    return StrictTool.of(made)
+
+
+def _title(function: ToolFunction) -> str:
+    return function.__name__.replace("_", " ").capitalize()
+
+
+def _annotations(function: ToolFunction) -> ToolAnnotations:
+    changes = function.__name__ == "release"
+    return ToolAnnotations(
+        read_only_hint=not changes,
+        destructive_hint=changes,
+        idempotent_hint=True,
+        open_world_hint=function.__name__ == "load_model",
+    )
+
+
+class StrictTool(Tool):
+    """Refuses unknown and mistyped arguments, with an error that says what is valid."""
+
+    @classmethod
+    def of(cls, tool: Tool) -> "StrictTool":
+        arguments = tool.fn_metadata.arg_model
+        arguments.model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", strict=True)
+        arguments.model_rebuild(force=True)
+        tool.fn_metadata.output_schema = _without_titles(tool.fn_metadata.output_schema)
+        fields = {name: getattr(tool, name) for name in type(tool).model_fields}
+        return cls(**(fields | {"parameters": _without_titles(arguments.model_json_schema(by_alias=True))}))
+
+    async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        try:
+            result = await super().run(arguments, context, convert_result=False)
+        except ToolError as error:
+            cause = error.__cause__
+            if isinstance(cause, ToolError):
+                raise cause from None
+            if isinstance(cause, ValidationError):
+                raise ToolError(explain(self.name, cause, arguments, list(self.parameters["properties"]))) from cause
+            raise
+        return self._compact(result) if convert_result else result
+
+    def _compact(self, result: BaseModel) -> CallToolResult:
+        """Structured content, and the same as one line of JSON for clients that only read text."""
+        structured = result.model_dump(mode="json", exclude_none=False)
+        text = result.model_dump_json(exclude_none=True)
+        return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
+
+
+def _without_titles(schema: Any) -> Any:
+    """A JSON schema without the titles pydantic derives from names: they only cost an agent's context."""
+    if isinstance(schema, list):
+        return [_without_titles(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: {name: _without_titles(value) for name, value in inner.items()}
+        if key in ("properties", "$defs")
+        else _without_titles(inner)
+        for key, inner in schema.items()
+        if key != "title" or not isinstance(inner, str)
+    }

@@ -1,0 +1,164 @@
+"""Key-value cache surgery: prefill_inject, kv_inject_test."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from engine import KVCache, Model
+from engine import kv_inject_test as scanned
+from engine import prefill_inject as injected
+from engine.errors import InputError
+from engine.injection import Injection, InjectionCell
+from schemas import effects
+from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
+from schemas.effects import InjectionResult, InjectionTest
+from server.call import Call, layer_list, probabilities, token_id, token_ids
+from server.lab import LoadedModel
+from server.tools.writing import continuation, held_cache
+
+Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+def prefill_inject(
+    call: Call,
+    recipient: Prompt,
+    donor: Annotated[Prompt, Field(description="a prompt, or the kv: handle of a kept cache")],
+    layers: Layers = "all",
+    source: Annotated[
+        Span | None, Field(description="[start, end) of the donor's positions; left out: all that fit")
+    ] = None,
+    dest: Annotated[int, Field(ge=0, description="where they go in the recipient")] = 0,
+    what: Literal["kv", "k", "v"] = "kv",
+    rope: Annotated[
+        Literal["realign", "keep"], Field(description="realign turns keys to their new positions")
+    ] = "realign",
+    heads: Annotated[list[int] | None, Field(description="key-value heads; left out: all")] = None,
+    max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
+    keep: Annotated[bool, Field(description="keep the edited cache as a kv: handle")] = False,
+    model: ModelRef = None,
+) -> InjectionResult:
+    """Transplant part of the donor's key-value cache into the recipient and continue from it.
+
+    Both prompts are prefilled up to their last token, the cache is edited, then the last token is decoded. Compare
+    baseline and injected; use kv_inject_test to find which layers carry an answer.
+    """
+    loaded = call.loaded(model)
+    engine = loaded.model
+    ids = token_ids(engine, recipient)
+    donor_ids, donor_cache = _donor(call, engine, donor)
+    call.expect(4 + 2 * max_new_tokens, engine)
+    result = injected(
+        engine, ids, donor_cache or donor_ids, layer_list(engine, layers),
+        None if source is None else (source[0], source[1]), dest, what, rope, heads, max_new_tokens, call.tick,
+    )  # fmt: skip
+    handle = _kept(call, loaded, ids, donor_ids, result) if keep else None
+    return _shown(loaded, ids, donor_ids, result, what, rope, handle)
+
+
+def _donor(call: Call, model: Model, donor: str | Sequence[int]) -> tuple[list[int], KVCache | None]:
+    if not isinstance(donor, str) or not donor.startswith("kv:"):
+        return token_ids(model, donor), None
+    cache = held_cache(call, model, donor)
+    return call.record(donor, "kv").provenance["prompt_ids"][: cache.length], cache
+
+
+def _kept(call: Call, loaded: LoadedModel, ids: list[int], donor_ids: list[int], result: Injection) -> str:
+    engine = loaded.model
+    return call.lab.store.put(
+        "kv",
+        f"{engine.tokenizer.decode(ids[-4:])}-edited",
+        call.owner,
+        result.cache.to_tensors(),
+        {
+            "about": f"cache of {len(ids) - 1} positions with {result.rows_replaced} rows of a donor",
+            "model": loaded.handle,
+            "fingerprint": engine.fingerprint,
+            "prompt_ids": ids,
+            "donor_ids": donor_ids,
+            "layers": result.layers,
+            "source": list(result.source),
+            "dest": result.dest,
+        },
+    )
+
+
+def _shown(
+    loaded: LoadedModel,
+    ids: list[int],
+    donor_ids: list[int],
+    result: Injection,
+    what: str,
+    rope: str,
+    handle: str | None,
+) -> InjectionResult:
+    engine = loaded.model
+    start, end = result.source
+    dest = [result.dest, result.dest + end - start]
+    return InjectionResult(
+        model=loaded.handle,
+        notice=loaded.notice,
+        baseline=probabilities(engine, result.baseline, 5),
+        injected=probabilities(engine, result.injected, 5),
+        kl=result.kl,
+        baseline_continuation=continuation(result.baseline_text),
+        injected_continuation=continuation(result.injected_text),
+        layers=result.layers,
+        source=[start, end],
+        dest=dest,
+        what=what,
+        rope=rope,
+        rows_replaced=result.rows_replaced,
+        replaced_text=engine.tokenizer.decode(ids[dest[0] : dest[1]]),
+        donor_text=engine.tokenizer.decode(donor_ids[start:end]),
+        handle=handle,
+    )
+
+
+def kv_inject_test(
+    call: Call,
+    recipient: Prompt,
+    donor: Prompt,
+    target: Annotated[TokenRef, Field(description="the donor's answer, one token")],
+    layers: Layers = "all",
+    model: ModelRef = None,
+) -> InjectionTest:
+    """Test whether the donor's key-value cache carries its answer, and in which layers, with two controls.
+
+    Layer by layer, from the last layer downwards and from the first upwards: the target's probability and how much of
+    the donor's is recovered (null when donor and recipient differ by less than 0.05).
+    """
+    loaded = call.loaded(model)
+    engine = loaded.model
+    ids, donor_ids = token_ids(engine, recipient), token_ids(engine, donor)
+    if isinstance(donor, str) and donor.startswith("kv:"):
+        raise InputError("kv_inject_test runs the donor itself: give its prompt, not a kv: handle")
+    chosen, wanted = layer_list(engine, layers), token_id(engine, target)
+    call.expect(3 * len(chosen) + 7, engine)
+    scan = scanned(engine, ids, donor_ids, wanted, chosen, tick=call.tick)
+    return InjectionTest(
+        model=loaded.handle,
+        notice=loaded.notice,
+        target=engine.tokenizer.piece(wanted),
+        baseline=scan.baseline,
+        donor=scan.donor,
+        positions=list(scan.source),
+        per_layer=[_cell(cell) for cell in scan.per_layer],
+        from_last=[_cell(cell) for cell in scan.from_last],
+        from_first=[_cell(cell) for cell in scan.from_first],
+        self_control=_cell(scan.self_control),
+        unrelated_control=_cell(scan.unrelated_control),
+    )
+
+
+def _cell(cell: InjectionCell) -> effects.InjectionCell:
+    return effects.InjectionCell(
+        layers=_span(cell.layers), probability=cell.probability, recovered=cell.recovered, kl=cell.kl
+    )
+
+
+def _span(layers: list[int]) -> str:
+    """[3, 4, 5] -> "3-5"; [1, 4] -> "1,4"."""
+    if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers))

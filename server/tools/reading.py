@@ -1,0 +1,264 @@
+"""Looking without touching: capture_residuals, logit_lens, track_token, track_race."""
+
+from itertools import pairwise
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from engine import Model, RecordHook, forward, trace_forward
+from engine.decoder import check_point
+from engine.distribution import rank_of, softmax_of, top_k
+from engine.errors import InputError
+from engine.lens import lens_logits
+from engine.ops import Array
+from engine.points import POINTS
+from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, TokenRef, TopK
+from schemas.reading import Capture, Crossing, Lens, LensRow, PointNorm, Race, RaceRow, Track, TrackRow
+from server.call import Call, layer_list, position_list, ranked, require_one, token_id, token_ids, token_shown
+from server.lab import LoadedModel
+
+MOST_ENTRIES = 500
+"""Tokens listed in one answer; more would not fit an agent's context."""
+
+
+def capture_residuals(
+    call: Call,
+    prompt: Prompt,
+    layers: Layers = "all",
+    points: Annotated[list[PointName], Field(min_length=1)] = ["resid_post"],  # noqa: B006
+    positions: Positions = "last",
+    lens_k: Annotated[int, Field(ge=0, le=10, description="also read each row with the lens, top k")] = 0,
+    model: ModelRef = None,
+) -> Capture:
+    """Run a prompt and keep named activations under an act: handle, with their norms.
+
+    Use the handle in logit_lens(tensor=...), as a steering vector, in embedding_neighbors, or page with read_tensor.
+    """
+    loaded = call.loaded(model)
+    engine = loaded.model
+    ids = token_ids(engine, prompt)
+    chosen, rows = layer_list(engine, layers), position_list(engine, positions, len(ids))
+    names: list[str] = list(dict.fromkeys(points))
+    for name in names:
+        check_point(engine, name)
+    record = RecordHook.for_layers(chosen, points=names, positions=sorted(rows))
+    call.expect(1, engine)
+    forward(engine, ids, hook=record, logits_at="none", tick=call.tick)
+    kept = {name: _ordered(record.get(name), name, rows) for name in names}
+    tensors = {f"{name}.{layer}": array for name, by_layer in kept.items() for layer, array in by_layer.items()}
+    lens = _lens_of_capture(engine, kept, rows, lens_k) if lens_k else None
+    about = f"{', '.join(names)} of {len(chosen)} layers at {len(rows)} positions"
+    handle = call.lab.store.put(
+        "act",
+        f"{engine.tokenizer.decode(ids[-4:])}-L{chosen[0]}-{chosen[-1]}",
+        call.owner,
+        tensors,
+        {
+            "about": about,
+            "model": loaded.handle,
+            "fingerprint": engine.fingerprint,
+            "prompt_ids": ids,
+            "rows": {"points": names, "layers": chosen, "positions": rows, "prompt_length": len(ids)},
+        },
+    )
+    return Capture(
+        model=loaded.handle,
+        notice=loaded.notice,
+        handle=handle,
+        prompt_tokens=len(ids),
+        points=names,
+        layers=chosen,
+        positions=rows,
+        shape=list(next(iter(tensors.values())).shape),
+        bytes=sum(array.nbytes for array in tensors.values()),
+        norms=[norm for name, by_layer in kept.items() for norm in _norms(name, by_layer)],
+        lens=lens,
+    )
+
+
+def _ordered(by_layer: dict[int, Array], point: str, rows: list[int]) -> dict[int, Array]:
+    """Position first (then heads, if any), rows in the order asked for."""
+    axis = POINTS[point].seq_axis - 1
+    order = [sorted(rows).index(row) for row in rows]
+    return {layer: np.take(np.moveaxis(array, axis, 0), order, 0) for layer, array in by_layer.items()}
+
+
+def _norms(point: str, by_layer: dict[int, Array]) -> list[PointNorm]:
+    norms = {layer: np.linalg.norm(array.astype(np.float64), axis=-1) for layer, array in by_layer.items()}
+    return [
+        PointNorm(point=point, layer=layer, mean_norm=float(n.mean()), max_norm=float(n.max()))
+        for layer, n in norms.items()
+    ]
+
+
+def _lens_of_capture(model: Model, kept: dict[str, dict[int, Array]], rows: list[int], k: int) -> list[LensRow]:
+    readable = next((name for name in ("resid_post", "resid_mid", "resid_pre", "embed") if name in kept), None)
+    if readable is None:
+        raise InputError(f"the lens reads the residual stream; {', '.join(kept)} is not part of it")
+    return _lens_rows(model, kept[readable], rows, k)
+
+
+def _lens_rows(model: Model, by_layer: dict[int, Array], rows: list[int], k: int) -> list[LensRow]:
+    if len(by_layer) * len(rows) * k > MOST_ENTRIES:
+        raise InputError(
+            f"{len(by_layer)} layers x {len(rows)} positions x {k} tokens are more than {MOST_ENTRIES} entries; "
+            "ask for fewer layers or positions, or a smaller k"
+        )
+    made = []
+    for layer, array in by_layer.items():
+        distribution = softmax_of(lens_logits(model, array))
+        made += [
+            LensRow(layer=layer, position=position, top=ranked(model, top_k(row, k)))
+            for position, row in zip(rows, distribution, strict=True)
+        ]
+    return made
+
+
+def logit_lens(
+    call: Call,
+    prompt: Prompt | None = None,
+    tensor: Annotated[str | None, Field(description="an act: handle that holds residuals")] = None,
+    layers: Layers = "all",
+    positions: Positions = "last",
+    k: TopK = 3,
+    model: ModelRef = None,
+) -> Lens:
+    """Read the residual stream after each layer as next-token probabilities: what would the model say here?
+
+    The last layer equals the model's own distribution; identity_error shows it.
+    """
+    require_one(prompt=prompt, tensor=tensor)
+    loaded = call.loaded(model)
+    engine = loaded.model
+    if tensor is not None:
+        return _lens_of_handle(call, loaded, tensor, layers, positions, k)
+    assert prompt is not None
+    ids = token_ids(engine, prompt)
+    chosen, rows = layer_list(engine, layers), position_list(engine, positions, len(ids))
+    last = engine.config.n_layers - 1
+    record = RecordHook.for_layers({*chosen, last}, points=["resid_post"])
+    call.expect(1, engine)
+    own = forward(engine, ids, hook=record, logits_at=rows, tick=call.tick).logits
+    assert own is not None
+    kept = {layer: record.post_layer[layer][rows] for layer in {*chosen, last}}
+    error = np.abs(softmax_of(lens_logits(engine, kept[last])) - softmax_of(own[0])).max()
+    read = _lens_rows(engine, {layer: kept[layer] for layer in chosen}, rows, k)
+    return Lens(model=loaded.handle, notice=loaded.notice, rows=read, identity_error=float(error))
+
+
+def _lens_of_handle(
+    call: Call, loaded: LoadedModel, handle: str, layers: list[int] | str, positions: str | list[int], k: int
+) -> Lens:
+    record = call.record(handle, "act")
+    held = record.provenance["rows"]
+    point = next((name for name in ("resid_post", "resid_mid", "resid_pre", "embed") if name in held["points"]), None)
+    if point is None:
+        raise InputError(f"{handle} holds {', '.join(held['points'])}; the lens reads the residual stream")
+    chosen = held["layers"] if layers == "all" else layer_list(loaded.model, layers)
+    asked = position_list(loaded.model, positions, held["prompt_length"])
+    rows = held["positions"] if positions == "all" else asked
+    missing = [f"layer {x}" for x in chosen if x not in held["layers"]]
+    missing += [f"position {x}" for x in rows if x not in held["positions"]]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing[:5])} not in {handle}, which holds layers {held['layers']}, "
+            f"positions {held['positions']}"
+        )
+    where = [held["positions"].index(row) for row in rows]
+    kept = {layer: record.tensors[f"{point}.{layer}"][where] for layer in chosen}
+    return Lens(
+        model=loaded.handle,
+        notice=loaded.notice,
+        rows=_lens_rows(loaded.model, kept, rows, k),
+        identity_error=None,
+    )
+
+
+def _layer_logits(call: Call, model: Model, ids: list[int], layers: list[int], position: int) -> dict[int, Array]:
+    """{layer: (d_vocab,)} lens logits at one position."""
+    call.expect(1, model)
+    trace = trace_forward(model, ids, capture_layers=layers, positions=[position], tick=call.tick)
+    return {layer: lens_logits(model, rows)[0] for layer, rows in trace.residuals.items()}
+
+
+def track_token(
+    call: Call,
+    prompt: Prompt,
+    token: TokenRef,
+    layers: Layers = "all",
+    position: int = -1,
+    model: ModelRef = None,
+) -> Track:
+    """Follow one token's probability, rank and logit through the layers. For several tokens use track_race."""
+    loaded = call.loaded(model)
+    engine = loaded.model
+    ids, chosen, wanted = token_ids(engine, prompt), layer_list(engine, layers), token_id(engine, token)
+    place = engine.resolve_position(position, len(ids))
+    logits = _layer_logits(call, engine, ids, sorted(chosen), place)
+    rows = [
+        TrackRow(
+            layer=layer,
+            probability=float(softmax_of(row)[wanted]),
+            rank=rank_of(row, wanted),
+            logit=float(row[wanted]),
+        )
+        for layer, row in logits.items()
+    ]
+    return Track(
+        model=loaded.handle,
+        notice=loaded.notice,
+        token=token_shown(engine, wanted),
+        position=place,
+        rows=rows,
+        emergence_layer=_emergence(rows),
+        peak_layer=max(rows, key=lambda row: row.probability).layer,
+    )
+
+
+def _emergence(rows: list[TrackRow]) -> int | None:
+    """The first layer from which the rank is 0 to the end."""
+    since = None
+    for row in rows:
+        since = (row.layer if since is None else since) if row.rank == 0 else None
+    return since
+
+
+def track_race(
+    call: Call,
+    prompt: Prompt,
+    tokens: Annotated[
+        list[TokenRef] | None,
+        Field(min_length=2, max_length=10, description="left out: the last layer's five most probable"),
+    ] = None,
+    layers: Layers = "all",
+    position: int = -1,
+    model: ModelRef = None,
+) -> Race:
+    """Race several tokens against each other through the layers: who leads where, and where the lead changes hands."""
+    loaded = call.loaded(model)
+    engine = loaded.model
+    ids, chosen = token_ids(engine, prompt), sorted(layer_list(engine, layers))
+    wanted = None if tokens is None else list(dict.fromkeys(token_id(engine, t) for t in tokens))
+    if wanted is not None and len(wanted) < 2:
+        raise InputError("the tokens are all the same; a race needs two different ones")
+    place = engine.resolve_position(position, len(ids))
+    last = engine.config.n_layers - 1
+    logits = _layer_logits(call, engine, ids, sorted({*chosen, last}), place)
+    runners = [i for i, _ in top_k(logits[last], 5)] if wanted is None else wanted
+    names = [engine.tokenizer.piece(i) for i in runners]
+    rows = [_race_row(layer, softmax_of(logits[layer])[runners], names) for layer in chosen]
+    return Race(
+        model=loaded.handle,
+        notice=loaded.notice,
+        tokens=[token_shown(engine, i) for i in runners],
+        position=place,
+        rows=rows,
+        crossings=[
+            Crossing(layer=b.layer, loses=a.leader, takes=b.leader) for a, b in pairwise(rows) if a.leader != b.leader
+        ],
+    )
+
+
+def _race_row(layer: int, scores: Array, names: list[str]) -> RaceRow:
+    return RaceRow(layer=layer, probabilities=[float(p) for p in scores], leader=names[int(scores.argmax())])

@@ -1,0 +1,117 @@
+"""Models, handles and tokens: load_model, list_session, release, tokenize, read_tensor."""
+
+import time
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from engine.errors import InputError
+from schemas.arguments import ModelRef
+from schemas.session import Held, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
+from server.call import Call, token_ids
+
+
+def load_model(
+    call: Call,
+    model: Annotated[
+        str, Field(description="smollm2-135m-instruct, synthetic, a directory, a .gguf file, or a hub id (owner/name)")
+    ] = "smollm2-135m-instruct",
+    weights: Literal["dense", "scoped"] = "dense",
+) -> ModelInfo:
+    """Load a model once and return its handle, shape and memory. Call this first; later calls return at once.
+
+    Then: tokenize a prompt, or go straight to logit_lens.
+    """
+    started = time.perf_counter()
+    loaded = call.lab.load(model, weights, call.tick, call.progress)
+    cfg, params = loaded.model.config, loaded.model.params
+    return ModelInfo(
+        model=loaded.handle,
+        notice=loaded.notice,
+        name=loaded.model.name,
+        family=cfg.family,
+        fingerprint=loaded.model.fingerprint,
+        weights=loaded.model.weights,
+        n_layers=cfg.n_layers,
+        d_model=cfg.d_model,
+        n_heads=cfg.n_heads,
+        n_kv_heads=cfg.n_kv_heads,
+        d_head=cfg.d_head,
+        d_mlp=cfg.d_mlp,
+        d_vocab=cfg.d_vocab,
+        n_ctx=cfg.n_ctx,
+        bytes_in_memory=params.nbytes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def list_session(call: Call) -> SessionInfo:
+    """List the loaded models and every handle, with what each costs in memory."""
+    models = [
+        Held(handle=m.handle, about=f"{m.model.name}, {m.model.weights}", bytes=m.model.params.nbytes)
+        for m in call.lab.models
+    ]
+    handles = [
+        Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes)
+        for r in call.lab.store.records(call.owner)
+    ]
+    return SessionInfo(models=models, handles=handles, bytes_in_memory=sum(held.bytes for held in [*models, *handles]))
+
+
+def release(call: Call, handle: Annotated[str, Field(description="any handle; list_session shows them")]) -> Released:
+    """Free a capture, vector, cache or model. Its handle is gone afterwards."""
+    freed = (
+        call.lab.release_model(handle) if handle.startswith("model:") else call.lab.store.release(handle, call.owner)
+    )
+    return Released(handle=handle, bytes_freed=freed)
+
+
+def tokenize(
+    call: Call, text: Annotated[str, Field(min_length=1, max_length=100_000)], model: ModelRef = None
+) -> Tokens:
+    """Show how the model splits a text: ids, pieces and positions. Positions are what other tools count by."""
+    loaded = call.loaded(model)
+    ids = token_ids(loaded.model, text)
+    if len(ids) > 1000:
+        raise InputError(f"the text is {len(ids)} tokens; tokenize shows at most 1000: give a shorter text")
+    tokens = [PlacedToken(id=i, text=loaded.model.tokenizer.piece(i), position=p) for p, i in enumerate(ids)]
+    return Tokens(model=loaded.handle, notice=loaded.notice, count=len(ids), tokens=tokens)
+
+
+def read_tensor(
+    call: Call,
+    handle: Annotated[str, Field(description="an act:, vec: or kv: handle")],
+    tensor: Annotated[
+        str | None, Field(description="which tensor, as in resid_post.3; the first when left out")
+    ] = None,
+    start: Annotated[int, Field(ge=0)] = 0,
+    count: Annotated[int, Field(ge=1, le=500)] = 64,
+) -> TensorPage:
+    """Page through the numbers of a stored tensor in row-major order, with its statistics."""
+    record = call.record(handle)
+    names = list(record.tensors)
+    name = names[0] if tensor is None else tensor
+    if name not in record.tensors:
+        raise InputError(f"{handle} has no tensor {name!r}; it has {', '.join(names[:40])}")
+    array = record.tensors[name]
+    flat = array.reshape(-1)
+    if start >= flat.size:
+        raise InputError(f"start is {start}, but {name} has {flat.size} numbers")
+    stop = min(start + count, flat.size)
+    exact = flat.astype(np.float64)
+    return TensorPage(
+        handle=handle,
+        tensor=name,
+        tensors=names[:40],
+        tensor_count=len(names),
+        shape=list(array.shape),
+        start=start,
+        values=[float(v) for v in flat[start:stop]],
+        next_start=stop if stop < flat.size else None,
+        mean=float(exact.mean()),
+        std=float(exact.std()),
+        min=float(exact.min()),
+        max=float(exact.max()),
+        norm=float(np.linalg.norm(exact)),
+    )

@@ -1,0 +1,73 @@
+"""Text under interventions: generate_with_hooks."""
+
+from functools import partial
+from typing import Annotated
+
+from pydantic import Field
+
+from engine import Generation, Intervention, KVCache, Model, compile_interventions, generate
+from engine.errors import InputError
+from schemas.arguments import Layers, ModelRef, Prompt, Steer
+from schemas.effects import Continuation, HookedGeneration
+from server.call import Call, layer_list, token_ids
+from server.tools.effects import applied, steering
+
+
+def generate_with_hooks(
+    call: Call,
+    prompt: Prompt,
+    max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
+    ablate_layers: Annotated[Layers | None, Field(description="layers whose resid_post is zeroed, all rows")] = None,
+    steers: Annotated[list[Steer] | None, Field(max_length=64)] = None,
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0,
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    seed: Annotated[int, Field(ge=0)] = 0,
+    cache: Annotated[str | None, Field(description="a kv: handle; the prompt's tokens follow what it holds")] = None,
+    model: ModelRef = None,
+) -> HookedGeneration:
+    """Generate text without and with ablation and steering, the hooks active at every step.
+
+    Ablation comes first, then steering, at each layer. Greedy unless temperature is above 0; both runs use the seed.
+    """
+    loaded = call.loaded(model)
+    engine = loaded.model
+    ids = token_ids(engine, prompt)
+    start = None if cache is None else held_cache(call, engine, cache)
+    length = len(ids) + (0 if start is None else start.next_position)
+    ablated = () if ablate_layers is None else tuple(layer_list(engine, ablate_layers))
+    interventions = [Intervention("zero", ablated)] if ablated else []
+    interventions += steering(call, engine, steers or (), "last")
+    hook = compile_interventions(engine, interventions, length, max_new_tokens)
+    call.expect(2 * max_new_tokens, engine)
+    run = partial(generate, engine, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    baseline, hooked = (
+        run(hook=h, cache=None if start is None else start.fork(), tick=call.tick) for h in (None, hook)
+    )
+    kinds = ["zero"] * len(ablated) + ["steer"] * len(steers or ())
+    return HookedGeneration(
+        model=loaded.handle,
+        notice=loaded.notice,
+        baseline=continuation(baseline),
+        hooked=continuation(hooked),
+        first_difference=_first_difference(baseline.ids, hooked.ids),
+        applied=applied(hook.edits, kinds, length),
+    )
+
+
+def continuation(made: Generation) -> Continuation:
+    """A generation as results show it."""
+    return Continuation(text=made.text, ids=made.ids, stopped=made.stopped)
+
+
+def held_cache(call: Call, model: Model, handle: str) -> KVCache:
+    """The cache behind a kv: handle; raises `InputError` for another model's."""
+    record = call.record(handle, "kv")
+    if record.provenance["fingerprint"] != model.fingerprint:
+        raise InputError(f"{handle} was made with another model, {record.provenance['model']}")
+    return KVCache.from_tensors(record.tensors, model.config)
+
+
+def _first_difference(a: list[int], b: list[int]) -> int | None:
+    if a == b:
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
