@@ -6,7 +6,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A microscope for language models, for LLM agents.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A microscope for language models, for LLM agents.",
+)
 
 MODEL = "smollm2-135m-instruct"
 
