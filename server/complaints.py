@@ -15,17 +15,32 @@ MOST = 6
 
 def explain(tool: str, error: ValidationError, arguments: dict[str, Any], valid: list[str]) -> str:
     """What was wrong with the arguments, and which ones exist."""
-    branches: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    unions: dict[str, dict[str, list[ErrorDetails]]] = defaultdict(lambda: defaultdict(list))
+    places: dict[int, str] = {}
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         place, union, branch = _located(item, arguments)
-        branches[union or place][branch].append(f"{place}: {_reason(item, valid)}")
-    lines: list[str] = []
-    for by_branch in branches.values():
-        fewest = min(len(complaints) for complaints in by_branch.values())
-        nearest = [line for complaints in by_branch.values() if len(complaints) == fewest for line in complaints]
-        lines += dict.fromkeys(nearest)
+        places[id(item)] = place
+        unions[union or place][branch].append(item)
+    lines = [
+        f"{places[id(item)]}: {_reason(item, valid)}"
+        for branches in unions.values()
+        for complaints in _nearest(branches)
+        for item in complaints
+    ]
+    lines = list(dict.fromkeys(lines))
     more = f" (and {len(lines) - MOST} more)" if len(lines) > MOST else ""
     return f"{tool} was not run. " + "; ".join(lines[:MOST]) + more
+
+
+def _nearest(branches: dict[str, list[ErrorDetails]]) -> list[list[ErrorDetails]]:
+    """The branches of a union that fit best: the right fields first, then the fewest complaints."""
+
+    def distance(complaints: list[ErrorDetails]) -> tuple[int, int]:
+        wrong_fields = sum(item["type"] in ("missing", "extra_forbidden") for item in complaints)
+        return wrong_fields, len(complaints)
+
+    least = min(map(distance, branches.values()))
+    return [complaints for complaints in branches.values() if distance(complaints) == least]
 
 
 def _located(item: ErrorDetails, arguments: dict[str, Any]) -> tuple[str, str, str]:

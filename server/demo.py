@@ -57,10 +57,18 @@ def run(model: str) -> int:
             fetched(console, model)
         anyio.run(_drive, console, model)
     except* (EngineError, Failed, MCPError, OSError) as group:
-        stopped += group.exceptions
+        stopped += _leaves(group)
+    except* SystemExit:  # the reader of a pipe went away
+        stopped.append(Failed("nobody reads the output any more"))
     for error in stopped:
-        console.print(f"[red]The demo stopped: {error}[/red]")
+        Console(stderr=True).print(f"[red]The demo stopped: {error}[/red]", highlight=False)
     return 1 if stopped else 0
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[Exception]:
+    """The exceptions of nested groups: task groups wrap what their tasks raise."""
+    inner = (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e] for e in group.exceptions)
+    return [error for errors in inner for error in errors]
 
 
 def _server() -> StdioServerParameters:

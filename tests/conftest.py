@@ -1,0 +1,46 @@
+"""Models and prompts that many tests share.
+
+model       each of the models in turn: `synthetic` (4 layers, one token per byte) and SmolLM2-135M-Instruct,
+            whose tests carry the marker `real`
+ids, donor  two prompts of one length that end in the same token, as ids of `model`
+"""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy is imported: the workers share the cores already
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+
+import engine
+
+REAL = "smollm2-135m-instruct"
+PROMPT, DONOR = "The capital of France is", "Our capital of Greece is"
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> engine.Model:
+    return engine.load_model("synthetic")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> engine.Model:
+    return engine.load_model(REAL)
+
+
+@pytest.fixture(scope="session", params=["synthetic", pytest.param("smollm2", marks=pytest.mark.real)])
+def model(request: pytest.FixtureRequest) -> engine.Model:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def ids(model: engine.Model) -> list[int]:
+    return list(model.encode(PROMPT))
+
+
+@pytest.fixture(scope="session")
+def donor(model: engine.Model, ids: list[int]) -> list[int]:
+    tokens = list(model.encode(DONOR))
+    assert len(tokens) == len(ids)
+    assert tokens[-1] == ids[-1]
+    return tokens

@@ -1,0 +1,157 @@
+"""Every wrong call gets an error that says what is valid, and the server goes on serving."""
+
+import pytest
+from clients import ask, connected, refused
+
+from server.app import build_server
+from server.lab import Lab
+
+pytestmark = pytest.mark.anyio
+
+P = {"prompt": "hello"}
+STEER = {"layer": 1, "vector": {"random_seed": 1}, "alpha": 1.0}
+
+
+def steers(**changes: object) -> dict:
+    return P | {"steers": [STEER | changes]}
+
+
+CASES = {
+    "unknown model": ("load_model", {"model": "gpt-7"}, ["gpt-7", "smollm2-135m-instruct", "directory"]),
+    "model not loaded": ("logit_lens", P | {"model": "other"}, ["other", "load_model"]),
+    "layer out of range": ("logit_lens", P | {"layers": [4]}, ["layer 4", "0 to 3"]),
+    "negative layer out of range": ("track_token", P | {"token": "a", "layers": [-5]}, ["-5", "0 to 3"]),
+    "layers that say nothing": ("logit_lens", P | {"layers": "5:"}, ["5:", "start:stop:step"]),
+    "no layers": ("forward_ablate", P | {"layers": []}, ["empty", "0 to 3"]),
+    "position out of range": ("logit_lens", P | {"positions": [5]}, ["position 5", "0 to 4"]),
+    "position of a track": ("track_race", P | {"position": -6}, ["-6", "5 tokens"]),
+    "ablated position": ("forward_ablate", P | {"layers": [1], "positions": [7]}, ["[7]", "0 to 4"]),
+    "patch position": (
+        "patch_activations",
+        {"donor": "hi", "recipient": "hello", "targets": [{"layer": 0, "position": 3}]},
+        ["position 3", "2 tokens"],
+    ),
+    "patch without position": (
+        "patch_activations",
+        {"donor": "hi", "recipient": "hello", "targets": [{"layer": 0}]},
+        ["donor_position"],
+    ),
+    "no such head": ("forward_ablate", P | {"layers": [1], "point": "z", "heads": [4]}, ["4", "0 to 3"]),
+    "no such key-value head": ("forward_ablate", P | {"layers": [1], "point": "k", "heads": [2]}, ["2", "0 to 1"]),
+    "heads where there are none": ("forward_ablate", P | {"layers": [1], "heads": [0]}, ["resid_post", "no heads"]),
+    "intervention that never fires": (
+        "forward_ablate",
+        P | {"layers": [1], "positions": "generated"},
+        ["never fired", "0 to 4"],
+    ),
+    "unknown point": ("capture_residuals", P | {"points": ["resid"]}, ["points.0", "resid_post"]),
+    "mean without prompts": ("forward_ablate", P | {"layers": [1], "mode": "mean"}, ["mean_over"]),
+    "NaN in a vector": ("forward_steer", steers(vector={"values": [float("nan")] * 64}), ["values.0", "number"]),
+    "vector of the wrong length": ("forward_steer", steers(vector={"values": [1.0] * 63}), ["63", "64"]),
+    "infinite alpha": ("forward_steer", steers(alpha=float("inf")), ["alpha", "number"]),
+    "vector of a stale handle": ("forward_steer", steers(vector={"handle": "act:gone-00"}), ["no such handle"]),
+    "vector of no kind": ("forward_steer", steers(vector={"color": 1}), ["vector"]),
+    "unknown field in a vector": ("forward_steer", steers(vector={"random_seed": 1, "x": 2}), ["vector.x"]),
+    "unknown field in a steer": ("forward_steer", steers(norm=True), ["steers.0.norm", "unknown"]),
+    "text for a number": ("forward_steer", steers(layer="1"), ["steers.0.layer", "integer"]),
+    "true for a number": ("forward_steer", steers(layer=True), ["steers.0.layer", "integer"]),
+    "true for a layer": ("logit_lens", P | {"layers": [True]}, ["layers.0", "integer"]),
+    "fraction for a number": ("logit_lens", P | {"k": 2.5}, ["k", "integer"]),
+    "no steers": ("forward_steer", P | {"steers": []}, ["steers"]),
+    "empty prompt": ("logit_lens", {"prompt": ""}, ["prompt", "1"]),
+    "empty list of ids": ("logit_lens", {"prompt": []}, ["prompt", "1"]),
+    "id outside the vocabulary": ("logit_lens", {"prompt": [257]}, ["257", "0 to 256"]),
+    "prompt beyond the context": ("logit_lens", {"prompt": "x" * 513}, ["513", "512"]),
+    "text that is not Unicode": ("tokenize", {"text": "\ud800"}, ["unicode"]),
+    "token of several pieces": ("track_token", P | {"token": "ab"}, ["2 tokens", "'a' (97)", "'b' (98)"]),
+    "token outside the vocabulary": ("track_token", P | {"token": 999}, ["999", "0 to 256"]),
+    "one runner": ("track_race", P | {"tokens": ["a"]}, ["tokens"]),
+    "the same runner twice": ("track_race", P | {"tokens": ["a", 97]}, ["two different"]),
+    "against without token": ("forward_ablate", P | {"layers": [1], "against": "a"}, ["token"]),
+    "neither prompt nor tensor": ("logit_lens", {}, ["prompt", "tensor"]),
+    "both token and vector": (
+        "embedding_neighbors",
+        {"token": "a", "vector": {"random_seed": 1}},
+        ["token", "vector", "exactly one"],
+    ),
+    "direction of zero": ("embedding_neighbors", {"vector": {"values": [0.0] * 64}}, ["zero"]),
+    "stale handle": ("read_tensor", {"handle": "act:gone-00"}, ["act:gone-00", "list_session"]),
+    "stale handle to release": ("release", {"handle": "kv:gone-00"}, ["no such handle"]),
+    "stale cache": ("generate_with_hooks", P | {"cache": "kv:gone-00"}, ["no such handle"]),
+    "unknown argument": ("tokenize", {"text": "a", "extra": 1}, ["extra", "unknown argument", "text"]),
+    "missing argument": ("tokenize", {}, ["text", "required"]),
+    "too much at once": ("logit_lens", {"prompt": "x" * 300, "positions": "all"}, ["fewer"]),
+    "one-token prompt for surgery": (
+        "prefill_inject",
+        {"recipient": "a", "donor": "hello"},
+        ["one-token", "two tokens"],
+    ),
+    "span outside the donor": (
+        "prefill_inject",
+        {"recipient": "hello", "donor": "world", "source": [2, 9]},
+        ["[2, 9)", "4"],
+    ),
+    "destination outside the recipient": (
+        "prefill_inject",
+        {"recipient": "hello", "donor": "world", "source": [0, 3], "dest": 2},
+        ["[2, 5)", "4"],
+    ),
+    "destination beyond the end": ("prefill_inject", {"recipient": "hello", "donor": "world", "dest": 9}, ["4"]),
+    "backwards span": ("prefill_inject", {"recipient": "hello", "donor": "world", "source": [3, 1]}, ["[3, 1)"]),
+    "no such key-value head to move": (
+        "prefill_inject",
+        {"recipient": "hello", "donor": "world", "heads": [2]},
+        ["2", "0 to 1"],
+    ),
+    "too many new tokens": ("generate_with_hooks", P | {"max_new_tokens": 501}, ["max_new_tokens", "500"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_a_wrong_call_says_what_is_valid_and_loses_nothing(lab: Lab, name: str) -> None:
+    tool, arguments, expected = CASES[name]
+    async with connected(build_server(lab)) as client:
+        held = await ask(client, "capture_residuals", prompt="hello")
+        before = await ask(client, "list_session")
+        text = await refused(client, tool, **arguments)
+        after = await ask(client, "list_session")
+        assert (await ask(client, "read_tensor", handle=held["handle"]))["shape"] == [1, 64]
+    assert [word for word in expected if word not in text] == [], text
+    assert len(text) < 1000
+    assert after == before
+
+
+async def test_an_unknown_tool_is_an_error_and_the_server_goes_on(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        result = await client.call_tool("no_such_tool", {})
+        assert result.is_error
+        assert "no_such_tool" in result.content[0].text
+        await ask(client, "list_session")
+
+
+async def test_with_no_model_loaded_every_tool_says_to_load_one() -> None:
+    async with connected(build_server(Lab())) as client:
+        assert "load_model" in await refused(client, "logit_lens", prompt="hello")
+
+
+async def test_with_two_models_loaded_a_call_must_name_one(lab: Lab) -> None:
+    lab.load("synthetic", "scoped")
+    async with connected(build_server(lab)) as client:
+        text = await refused(client, "logit_lens", prompt="hello")
+        handles = [held["handle"] for held in (await ask(client, "list_session"))["models"]]
+        assert all(handle in text for handle in handles)
+        assert (await ask(client, "logit_lens", prompt="hello", model=handles[1]))["model"] == handles[1]
+
+
+async def test_a_defect_reaches_the_agent_as_a_defect_and_not_as_a_result(lab: Lab, monkeypatch) -> None:
+    def broken(reference: str | None) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    async with connected(build_server(lab)) as client:
+        monkeypatch.setattr(lab, "model", broken)
+        result = await client.call_tool("logit_lens", {"prompt": "hello"})
+        monkeypatch.undo()
+        assert result.is_error
+        assert "ZeroDivisionError" in result.content[0].text
+        assert "secret detail" not in result.content[0].text
+        await ask(client, "logit_lens", prompt="hello")

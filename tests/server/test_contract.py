@@ -1,0 +1,81 @@
+"""What clients rely on: the list of tools, their schemas, and the names the design fixes."""
+
+import inspect
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from clients import ERAS, connected
+
+from server.app import INSTRUCTIONS, build_server
+from server.tools import TOOLS
+
+SNAPSHOT = Path(__file__).parent / "tools_list.json"
+
+ARGUMENTS = {
+    "load_model": {"model", "weights"},
+    "list_session": set(),
+    "release": {"handle"},
+    "tokenize": {"text"},
+    "capture_residuals": {"prompt", "layers", "points", "positions"},
+    "logit_lens": {"prompt", "tensor", "layers", "positions", "k"},
+    "track_token": {"prompt", "token", "layers", "position"},
+    "track_race": {"prompt", "tokens", "layers", "position"},
+    "forward_ablate": {"prompt", "layers", "point", "positions", "heads", "mode"},
+    "forward_steer": {"prompt", "steers"},
+    "patch_activations": {"donor", "recipient", "targets", "point"},
+    "generate_with_hooks": {"prompt", "max_new_tokens", "ablate_layers", "steers"},
+    "prefill_inject": {"recipient", "donor", "layers", "source", "dest", "what", "rope", "max_new_tokens"},
+    "kv_inject_test": {"recipient", "donor", "target", "layers"},
+    "embedding_neighbors": {"token", "vector", "k"},
+    "project_through_unembed": {"token", "vector", "k"},
+    "read_tensor": {"handle", "start", "count"},
+}
+
+
+async def listed(mode: str) -> list[dict]:
+    async with connected(build_server(), mode) as client:
+        tools = (await client.list_tools()).tools
+    return [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("mode", ERAS)
+async def test_the_tools_are_those_of_the_snapshot_in_both_eras(mode: str) -> None:
+    assert await listed(mode) == json.loads(SNAPSHOT.read_text()), "a deliberate change? run `make snapshot`"
+
+
+@pytest.mark.anyio
+async def test_every_tool_has_the_argument_names_the_design_fixes() -> None:
+    tools = {tool["name"]: set(tool["inputSchema"]["properties"]) for tool in await listed("auto")}
+    assert tools.keys() == ARGUMENTS.keys()
+    assert {name: ARGUMENTS[name] - found for name, found in tools.items() if not ARGUMENTS[name] <= found} == {}
+
+
+@pytest.mark.anyio
+async def test_every_schema_is_valid_closed_and_published() -> None:
+    for tool in await listed("auto"):
+        for schema in (tool["inputSchema"], tool["outputSchema"]):
+            jsonschema.Draft202012Validator.check_schema(schema)
+            open_objects = [
+                name
+                for name, part in {"root": schema, **schema.get("$defs", {})}.items()
+                if part.get("type") == "object" and part.get("additionalProperties") is not False
+            ]
+            assert open_objects == [], f"{tool['name']} takes or gives unknown fields in {open_objects}"
+
+
+@pytest.mark.anyio
+async def test_descriptions_and_instructions_are_short_enough_for_every_host() -> None:
+    assert len(INSTRUCTIONS) < 2000
+    for tool in await listed("auto"):
+        assert 40 < len(tool["description"]) < 1000, tool["name"]
+        assert len(tool["name"]) <= 40
+
+
+def test_every_tool_takes_the_call_first_and_declares_its_result() -> None:
+    for function in TOOLS:
+        signature = inspect.signature(function, eval_str=True)
+        assert next(iter(signature.parameters)) == "call", function.__name__
+        assert hasattr(signature.return_annotation, "model_fields"), function.__name__

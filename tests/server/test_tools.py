@@ -1,0 +1,343 @@
+"""Each tool's answer is what the engine computes, called through a real client in memory."""
+
+import numpy as np
+import pytest
+from clients import ERAS, ask, connected
+
+from engine import (
+    KVCache,
+    Model,
+    RecordHook,
+    SteerHook,
+    ZeroAblateHook,
+    forward,
+    generate,
+    kv_inject_test,
+    prefill_inject,
+    trace_forward,
+)
+from engine.distribution import kl_divergence, softmax_of
+from server.app import build_server
+from server.lab import Lab
+
+PROMPT, DONOR = "abcabcabcab", "abdabdabdab"
+pytestmark = pytest.mark.anyio
+
+
+def close(a: float, b: float) -> bool:
+    return a == pytest.approx(b, rel=1e-4, abs=1e-7)
+
+
+def probabilities(model: Model, prompt: str, hook=None) -> np.ndarray:
+    return softmax_of(forward(model, model.encode(prompt), hook=hook).logits[0, -1])
+
+
+@pytest.mark.parametrize("mode", ERAS)
+async def test_load_model_describes_the_model_and_loads_it_once(mode: str) -> None:
+    async with connected(build_server(), mode) as client:
+        first, second = [await ask(client, "load_model", model="synthetic") for _ in range(2)]
+    assert first["model"] == second["model"]
+    assert (first["n_layers"], first["d_model"], first["d_vocab"]) == (4, 64, 257)
+
+
+async def test_every_result_on_the_synthetic_model_says_that_it_is_synthetic(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        for tool, arguments in EVERY_TOOL_WITH_A_MODEL.items():
+            assert "synthetic" in (await ask(client, tool, **arguments))["notice"], tool
+
+
+async def test_tokenize_gives_ids_pieces_and_positions(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "tokenize", text="aé")
+    assert [(t["position"], t["id"]) for t in answer["tokens"]] == [(0, 97), (1, 195), (2, 169)]
+    assert answer["tokens"][0]["text"] == "a"
+
+
+async def test_a_capture_holds_the_rows_it_was_asked_for(lab: Lab, synthetic: Model) -> None:
+    async with connected(build_server(lab)) as client:
+        held = await ask(
+            client, "capture_residuals", prompt=PROMPT, layers=[2, 0], points=["resid_post", "z"], positions=[5, -1]
+        )
+        page = await ask(client, "read_tensor", handle=held["handle"], tensor="resid_post.2", start=64, count=500)
+        heads = await ask(client, "read_tensor", handle=held["handle"], tensor="z.0", count=1)
+    expected = synthetic.forward_with_capture(PROMPT, [2])[2]
+    assert held["positions"] == [5, 10]
+    assert page["shape"] == [2, 64]
+    assert heads["shape"] == [2, 4, 16]
+    assert page["next_start"] is None
+    np.testing.assert_array_equal(np.float32(page["values"]), expected[10])
+    norm = next(n for n in held["norms"] if n["point"] == "resid_post" and n["layer"] == 2)
+    assert close(norm["mean_norm"], np.linalg.norm(expected[[5, 10]], axis=1).mean())
+
+
+async def test_the_lens_of_the_last_layer_is_the_models_distribution(lab: Lab, synthetic: Model) -> None:
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "logit_lens", prompt=PROMPT, layers=[1, -1], positions=[3, -1], k=5)
+    assert answer["identity_error"] < 1e-6
+    assert [(r["layer"], r["position"]) for r in answer["rows"]] == [(1, 3), (1, 10), (3, 3), (3, 10)]
+    own = probabilities(synthetic, PROMPT)
+    assert all(close(t["probability"], own[t["id"]]) for t in answer["rows"][-1]["top"])
+
+
+async def test_the_lens_reads_a_capture_as_it_reads_a_prompt(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        held = await ask(client, "capture_residuals", prompt=PROMPT, positions="all")
+        by_handle = await ask(client, "logit_lens", tensor=held["handle"], layers=[2], positions=[4])
+        by_prompt = await ask(client, "logit_lens", prompt=PROMPT, layers=[2], positions=[4])
+    assert [t["id"] for t in by_handle["rows"][0]["top"]] == [t["id"] for t in by_prompt["rows"][0]["top"]]
+
+
+async def test_track_token_gives_probability_rank_and_logit_per_layer(lab: Lab, synthetic: Model) -> None:
+    residuals = synthetic.forward_with_capture(PROMPT, range(4))
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "track_token", prompt=PROMPT, token="c", position=6)
+    for row in answer["rows"]:
+        ranked = synthetic.logit_lens(residuals[row["layer"]][6], 257)
+        assert ranked[row["rank"]][0] == ord("c")
+        assert close(row["probability"], ranked[row["rank"]][1])
+
+
+async def test_a_token_that_ends_on_top_emerges_where_its_lead_begins(lab: Lab, synthetic: Model) -> None:
+    winner = int(probabilities(synthetic, PROMPT).argmax())
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "track_token", prompt=PROMPT, token=winner)
+    ranks = [row["rank"] for row in answer["rows"]]
+    since = answer["emergence_layer"]
+    assert all(rank == 0 for rank in ranks[since:])
+    assert since == 0 or ranks[since - 1] != 0
+
+
+async def test_a_race_names_the_leader_and_the_crossings(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "track_race", prompt=PROMPT, tokens=["c", "x", "e"])
+    names = [t["text"] for t in answer["tokens"]]
+    leaders = [row["leader"] for row in answer["rows"]]
+    assert leaders == [names[int(np.argmax(row["probabilities"]))] for row in answer["rows"]]
+    changes = [layer for layer in range(1, 4) if leaders[layer] != leaders[layer - 1]]
+    assert [c["layer"] for c in answer["crossings"]] == changes
+
+
+async def test_forward_ablate_reports_the_effect_and_how_often_it_fired(lab: Lab, synthetic: Model) -> None:
+    ids = synthetic.encode(PROMPT)
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "forward_ablate", prompt=PROMPT, layers=[1], positions=[2, 3], token="c")
+    base, changed = (
+        forward(synthetic, ids, hook=h).logits[0, -1] for h in (None, ZeroAblateHook.for_layers([1], [2, 3]))
+    )
+    assert close(answer["kl"], kl_divergence(changed, base))
+    assert close(answer["token"]["probability"], softmax_of(changed)[ord("c")])
+    assert close(answer["token"]["baseline_probability"], softmax_of(base)[ord("c")])
+    assert answer["applied"] == [
+        {"kind": "zero", "point": "resid_post", "layer": 1, "positions": [2, 3], "heads": None, "fired": 2}
+    ]
+
+
+async def test_zeroing_a_whole_residual_names_the_points_that_answer_better(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "forward_ablate", prompt=PROMPT, layers=[3])
+    assert all(name in answer["notice"] for name in ("attn_out", "mlp_out", "z"))
+    assert [t["probability"] for t in answer["effect"]] == pytest.approx([1 / 257] * 5, rel=1e-5)
+
+
+async def test_mean_ablation_puts_the_mean_of_other_prompts_in_place(lab: Lab, synthetic: Model) -> None:
+    others = ["hello", "worlds"]
+    rows = []
+    for other in others:
+        record = RecordHook.for_layers([2], points=["mlp_out"])
+        forward(synthetic, synthetic.encode(other), hook=record)
+        rows.append(record.get("mlp_out")[2])
+    mean = np.concatenate(rows).mean(0)
+
+    class Replace(ZeroAblateHook):
+        def wants(self, point: str, layer: int) -> bool:
+            return point == "mlp_out" and layer == 2
+
+        def at(self, point, layer, x, pos, key_pos=None):
+            return np.broadcast_to(mean, x.shape).astype(np.float32)
+
+    expected = probabilities(synthetic, PROMPT, Replace())
+    async with connected(build_server(lab)) as client:
+        answer = await ask(
+            client, "forward_ablate", prompt=PROMPT, layers=[2], point="mlp_out", mode="mean", mean_over=others
+        )
+    assert all(close(t["probability"], expected[t["id"]]) for t in answer["effect"])
+
+
+async def test_forward_steer_adds_alpha_times_the_vector_at_the_last_token(lab: Lab, synthetic: Model) -> None:
+    direction = synthetic.unembedding_for(ord("x")) - synthetic.unembedding_for(ord("c"))
+    vector = {"minus": [{"token": "x", "space": "unembed"}, {"token": "c", "space": "unembed"}]}
+    async with connected(build_server(lab)) as client:
+        answer = await ask(
+            client,
+            "forward_steer",
+            prompt=PROMPT,
+            steers=[{"layer": 2, "vector": vector, "alpha": 3}],
+            token="x",
+            against="c",
+        )
+    logits = forward(synthetic, synthetic.encode(PROMPT), hook=SteerHook().add(2, direction, 3.0)).logits[0, -1]
+    assert close(answer["logit_difference"]["effect"], logits[ord("x")] - logits[ord("c")])
+    assert answer["logit_difference"]["effect"] > answer["logit_difference"]["baseline"] + 1
+
+
+@pytest.mark.parametrize("place", [{"position": -1}, {"donor_position": 10, "recipient_position": 10}])
+async def test_patching_the_last_row_of_the_last_layer_gives_the_donors_answer(lab: Lab, place: dict) -> None:
+    async with connected(build_server(lab)) as client:
+        answer = await ask(
+            client, "patch_activations", donor=DONOR, recipient=PROMPT, targets=[{"layer": -1, **place}], token="d"
+        )
+    assert answer["effect"] == answer["donor"]
+    assert answer["baseline"] != answer["donor"]
+
+
+async def test_patch_positions_may_differ_between_the_prompts(lab: Lab, synthetic: Model) -> None:
+    row = synthetic.forward_with_capture("hello", [1])[1][2]
+    targets = [{"layer": 1, "donor_position": 2, "recipient_position": 4}]
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "patch_activations", donor="hello", recipient=PROMPT, targets=targets)
+
+    class Write(ZeroAblateHook):
+        def wants(self, point: str, layer: int) -> bool:
+            return point == "resid_post" and layer == 1
+
+        def at(self, point, layer, x, pos, key_pos=None):
+            x[:, 4] = row
+
+    expected = probabilities(synthetic, PROMPT, Write())
+    assert all(close(t["probability"], expected[t["id"]]) for t in answer["effect"])
+
+
+async def test_generation_shows_the_text_with_and_without_the_hooks(lab: Lab, synthetic: Model) -> None:
+    vector = synthetic.unembedding_for(ord("x"))
+    steer = {"layer": 3, "vector": {"token": "x", "space": "unembed"}, "alpha": 50}
+    async with connected(build_server(lab)) as client:
+        answer = await ask(
+            client, "generate_with_hooks", prompt=PROMPT, max_new_tokens=6, steers=[steer], ablate_layers=[1]
+        )
+    assert answer["baseline"]["ids"] == generate(synthetic, synthetic.encode(PROMPT), 6).ids
+    text, ids = synthetic.generate_with_hooks(PROMPT, 6, [1], [(3, vector, 50.0)])
+    assert (answer["hooked"]["text"], answer["hooked"]["ids"]) == (text, ids)
+    assert {(a["kind"], a["fired"]) for a in answer["applied"]} == {("zero", 11 + 5), ("steer", 6)}
+
+
+async def test_sampling_with_one_seed_repeats_itself_and_alpha_zero_changes_nothing(lab: Lab) -> None:
+    arguments = {"prompt": PROMPT, "max_new_tokens": 12, "temperature": 1.5, "seed": 7}
+    none = {"layer": 1, "vector": {"random_seed": 3}, "alpha": 0.0}
+    async with connected(build_server(lab)) as client:
+        first, second = [await ask(client, "generate_with_hooks", **arguments, steers=[none]) for _ in range(2)]
+        greedy = await ask(client, "generate_with_hooks", prompt=PROMPT, max_new_tokens=12)
+    assert first == second
+    assert first["baseline"] == first["hooked"]
+    assert first["first_difference"] is None
+    assert first["baseline"]["ids"] != greedy["baseline"]["ids"]
+
+
+async def test_prefill_inject_of_everything_gives_the_donors_answer(lab: Lab, synthetic: Model) -> None:
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "prefill_inject", recipient=PROMPT, donor=DONOR, max_new_tokens=4)
+    donor = probabilities(synthetic, DONOR)
+    assert all(close(t["probability"], donor[t["id"]]) for t in answer["injected"])
+    assert answer["injected_continuation"]["ids"] == generate(synthetic, synthetic.encode(DONOR), 4).ids
+    assert answer["rows_replaced"] == 4 * 10
+
+
+async def test_a_kept_cache_can_be_continued_and_given_as_a_donor(lab: Lab, synthetic: Model) -> None:
+    async with connected(build_server(lab)) as client:
+        kept = await ask(
+            client, "prefill_inject", recipient=PROMPT, donor=DONOR, layers=[1, 2], source=[2, 5], dest=4, keep=True
+        )
+        goes_on = await ask(client, "generate_with_hooks", prompt="b", cache=kept["handle"], max_new_tokens=20)
+        again = await ask(client, "prefill_inject", recipient=PROMPT, donor=kept["handle"], max_new_tokens=20)
+    direct = prefill_inject(synthetic, synthetic.encode(PROMPT), synthetic.encode(DONOR), [1, 2], (2, 5), 4)
+    assert kept["kl"] == pytest.approx(direct.kl, rel=1e-4)
+    assert goes_on["baseline"]["ids"] == kept["injected_continuation"]["ids"] == again["injected_continuation"]["ids"]
+
+
+async def test_kv_inject_test_scans_layers_both_ways_with_its_controls(lab: Lab, synthetic: Model) -> None:
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "kv_inject_test", recipient=PROMPT, donor=DONOR, target="d", layers=[3, 1])
+    direct = kv_inject_test(synthetic, synthetic.encode(PROMPT), synthetic.encode(DONOR), ord("d"), [1, 3])
+    assert [c["layers"] for c in answer["per_layer"]] == ["1", "3"]
+    assert [c["layers"] for c in answer["from_last"]] == ["3", "1,3"]
+    assert [c["layers"] for c in answer["from_first"]] == ["1", "1,3"]
+    assert all(
+        close(a["probability"], b.probability) for a, b in zip(answer["per_layer"], direct.per_layer, strict=True)
+    )
+    assert answer["self_control"]["kl"] < 1e-9
+    assert answer["unrelated_control"]["kl"] > 1e-3
+
+
+async def test_vocabulary_views_agree_with_the_engine(lab: Lab, synthetic: Model) -> None:
+    async with connected(build_server(lab)) as client:
+        near = await ask(client, "embedding_neighbors", token="c", k=4)
+        raised = await ask(client, "project_through_unembed", vector={"token": "c", "space": "embed"}, k=4)
+    row = synthetic.embedding_for(ord("c"))
+    assert [t["id"] for t in near["top"]] == [i for i, _ in synthetic.embedding_neighbors(row, 4)]
+    assert near["top"][0]["id"] == ord("c")
+    assert near["top"][0]["score"] == pytest.approx(1)
+    assert [t["id"] for t in raised["top"]] == [i for i, _ in synthetic.project_through_unembed(row, 4)]
+
+
+async def test_a_row_of_a_capture_serves_as_a_vector(lab: Lab, synthetic: Model) -> None:
+    async with connected(build_server(lab)) as client:
+        held = await ask(client, "capture_residuals", prompt=PROMPT, layers=[1, 2], positions=[0, -1])
+        spec = {"handle": held["handle"], "layer": 2, "position": -1}
+        answer = await ask(client, "project_through_unembed", vector=spec, k=3)
+    row = synthetic.capture_residuals(PROMPT, [2])[2]
+    assert answer["norm"] == pytest.approx(float(np.linalg.norm(row)), rel=1e-5)
+    assert [t["id"] for t in answer["top"]] == [i for i, _ in synthetic.project_through_unembed(row, 3)]
+
+
+async def test_the_session_lists_what_is_held_and_release_frees_it(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        held = await ask(client, "capture_residuals", prompt=PROMPT)
+        before = await ask(client, "list_session")
+        freed = await ask(client, "release", handle=held["handle"])
+        after = await ask(client, "list_session")
+    assert [h["handle"] for h in before["handles"]] == [held["handle"]]
+    assert freed["bytes_freed"] == held["bytes"] == before["bytes_in_memory"] - after["bytes_in_memory"]
+    assert after["handles"] == []
+
+
+async def test_released_models_are_gone_and_load_again(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        model = (await ask(client, "list_session"))["models"][0]["handle"]
+        await ask(client, "release", handle=model)
+        assert (await ask(client, "list_session"))["models"] == []
+        again = await ask(client, "load_model", model="synthetic")
+    assert again["model"] != model
+
+
+async def test_no_answer_is_too_long_for_an_agent(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        for tool, arguments in EVERY_TOOL_WITH_A_MODEL.items():
+            result = await client.call_tool(tool, arguments)
+            assert len(result.content[0].text) < 8_000, tool
+
+
+def test_the_cache_survives_its_tensors(synthetic: Model) -> None:
+    cache = KVCache.with_layers(4)
+    ids = synthetic.encode(PROMPT)
+    forward(synthetic, ids[:-1], cache=cache)
+    copy = KVCache.from_tensors(cache.to_tensors(), synthetic.config)
+    expected = forward(synthetic, ids[-1:], cache=cache).logits
+    np.testing.assert_array_equal(forward(synthetic, ids[-1:], cache=copy).logits, expected)
+    assert trace_forward(synthetic, ids).logits == pytest.approx(expected[0, 0], abs=1e-4)
+
+
+EVERY_TOOL_WITH_A_MODEL = {
+    "load_model": {"model": "synthetic"},
+    "tokenize": {"text": PROMPT},
+    "capture_residuals": {"prompt": PROMPT},
+    "logit_lens": {"prompt": PROMPT},
+    "track_token": {"prompt": PROMPT, "token": "c"},
+    "track_race": {"prompt": PROMPT},
+    "forward_ablate": {"prompt": PROMPT, "layers": [1]},
+    "forward_steer": {"prompt": PROMPT, "steers": [{"layer": 1, "vector": {"random_seed": 1}, "alpha": 1}]},
+    "patch_activations": {"donor": DONOR, "recipient": PROMPT, "targets": [{"layer": 1, "position": 2}]},
+    "generate_with_hooks": {"prompt": PROMPT, "max_new_tokens": 2},
+    "prefill_inject": {"recipient": PROMPT, "donor": DONOR, "max_new_tokens": 2},
+    "kv_inject_test": {"recipient": PROMPT, "donor": DONOR, "target": "d"},
+    "embedding_neighbors": {"token": "c"},
+    "project_through_unembed": {"token": "c"},
+}
