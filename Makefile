@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8765
 
-.PHONY: help demo test lint format serve mutants oracle dockerfile snapshot clean
+.PHONY: help demo test lint format serve mutants oracle dockerfile docs snapshot clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 14
@@ -50,6 +50,12 @@ mutants: $(VENV)/.ready  ## break the code in named ways; every mutant must be c
 oracle: $(ORACLE)/.ready  ## compare with transformers and torch on the same weights
 	$(ORACLE)/bin/mechscope fetch smollm2-135m-instruct
 	$(ORACLE)/bin/python tests/oracle/run.py
+
+docs: $(VENV)/.ready  ## write the generated documentation
+	$(BIN)/python docs/generate.py
+
+snapshot: $(VENV)/.ready  ## accept the present list of tools as the contract
+	$(BIN)/python tests/server/snapshot.py
 
 serve: $(VENV)/.ready  ## serve MCP over HTTP on localhost
 	$(BIN)/mechscope serve --http --port $(PORT)

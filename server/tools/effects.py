@@ -55,14 +55,14 @@ def forward_ablate(
         interventions = [at("zero", tuple(chosen))]
     else:
         means = _means(call, engine, chosen, point, mean_over, heads)
-        interventions = [at("mean", (layer,), vector=means[layer]) for layer in chosen]
+        interventions = [at("mean", (layer,), vector=mean) for layer, mean in means.items()]
     hook = compile_interventions(engine, interventions, len(ids))
     effect = _compared(call, loaded, ids, hook, mode, token, against)
     if mode == "zero" and point == "resid_post" and positions == "all":
         effect.notice = _joined(
             effect.notice,
-            "the whole residual was zeroed: nothing computed before that layer is left, and a model without biases "
-            "can only answer with its layers above. To ask what a part contributes, use point attn_out, mlp_out or z",
+            "the whole residual was zeroed: nothing is left for the layers after it, and a model without biases "
+            "answers with the uniform distribution. To ask what a part contributes, use point attn_out, mlp_out or z",
         )
     return effect
 

@@ -1,0 +1,94 @@
+"""Write the parts of the documentation that come from the code: `make docs`, or `--check` to fail when they are stale.
+
+docs/tools.md       every tool with its arguments and result fields
+README.md           the table of tools, between its two markers
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+from mcp import Client
+
+from server.app import build_server
+
+HERE = Path(__file__).resolve().parent
+README, TOOLS = HERE.parent / "README.md", HERE / "tools.md"
+BEGIN, END = "<!-- tools: written by `make docs` -->", "<!-- end of tools -->"
+
+
+async def _listed() -> list[Any]:
+    async with Client(build_server()) as client:
+        return list((await client.list_tools()).tools)
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.?])\s", text.strip().replace("\n", " "), maxsplit=1)[0]
+
+
+def table(tools: list[Any]) -> str:
+    """The README's table: name, arguments, first sentence."""
+    rows = [
+        f"| `{tool.name}` | {', '.join(f'`{name}`' for name in tool.input_schema['properties'])} "
+        f"| {_first_sentence(tool.description)} |"
+        for tool in tools
+    ]
+    return "\n".join(["| tool | arguments | does |", "|---|---|---|", *rows])
+
+
+def page(tools: list[Any]) -> str:
+    """docs/tools.md."""
+    parts = ["# Tools", "Written by `make docs` from the code; the order is the one agents see."]
+    for tool in tools:
+        parts += [f"## {tool.name}", tool.description.strip(), _fields("argument", tool.input_schema)]
+        parts += [_fields("result", tool.output_schema)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fields(heading: str, schema: dict[str, Any]) -> str:
+    properties = schema.get("properties", {})
+    if not properties:
+        return f"No {heading}s."
+    required = set(schema.get("required", ()))
+    rows = [f"| {heading} | type | |", "|---|---|---|"]
+    for name, field in properties.items():
+        notes = [field.get("description", "")]
+        if heading == "argument":
+            notes.append("required" if name in required else f"default `{field.get('default')}`")
+        rows.append(f"| `{name}` | {_type(field)} | {'; '.join(filter(None, notes))} |".replace("  ", " "))
+    return "\n".join(rows)
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "$ref" in field:
+        return str(field["$ref"].rsplit("/", 1)[-1])
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_type(part) for part in field["anyOf"]))
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if field.get("type") == "array":
+        return f"list of {_type(field.get('items', {}))}"
+    return str(field.get("const", field.get("type", "any")))
+
+
+def main() -> int:
+    """Write the files, or with --check compare; returns the exit code."""
+    tools = anyio.run(_listed)
+    readme = README.read_text("utf-8")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    wanted = {README: f"{before}{BEGIN}\n{table(tools)}\n{END}{after}", TOOLS: page(tools)}
+    stale = [path.name for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
+    if "--check" in sys.argv:
+        if stale:
+            sys.stderr.write(f"stale: {', '.join(stale)}; run `make docs`\n")
+        return 1 if stale else 0
+    for path, text in wanted.items():
+        path.write_text(text, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
