@@ -51,6 +51,9 @@ oracle: $(ORACLE)/.ready  ## compare with transformers and torch on the same wei
 	$(ORACLE)/bin/mechscope fetch smollm2-135m-instruct
 	$(ORACLE)/bin/python tests/oracle/run.py
 
+dockerfile: $(VENV)/.ready  ## follow the Dockerfile in an empty directory, without Docker
+	$(BIN)/python tests/dockerfile.py MODEL=$(MODEL)
+
 docs: $(VENV)/.ready  ## write the generated documentation
 	$(BIN)/python docs/generate.py
 

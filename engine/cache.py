@@ -160,7 +160,7 @@ class KVCache:
         """This layer becomes a copy of the other cache's."""
         source = other.layer(layer)
         self._check_layer(other, layer)
-        self.layers[layer] = LayerKV.of(*source.filled())
+        self._become(layer, other, *source.filled())
 
     def clone_layer_position_range(self, other: "KVCache", layer: int, start: int, end: int) -> None:
         """This layer becomes the other's rows [start, end), at their absolute positions."""
@@ -168,7 +168,11 @@ class KVCache:
         self._check_layer(other, layer)
         _check_range(start, end, source.length)
         k, v, pos = source.filled()
-        self.layers[layer] = LayerKV.of(k[:, :, start:end], v[:, :, start:end], pos[start:end])
+        self._become(layer, other, k[:, :, start:end], v[:, :, start:end], pos[start:end])
+
+    def _become(self, layer: int, other: "KVCache", k: Array, v: Array, pos: IntArray) -> None:
+        self.layers[layer] = LayerKV.of(k, v, pos)
+        self.config = self.config or other.config
 
     def transplant(
         self,

@@ -220,7 +220,10 @@ def _followed(pip: "subprocess.Popen[str]", entry: Entry, progress: Progress | N
 
 def _reason(said: list[str]) -> str:
     """What pip gives as the reason, on one short line."""
-    errors = [line for line in said if re.match(r"(?i)error\b|\u00d7", line)] or [line for line in said if line][-3:]
+    lines = [line for line in said if line]
+    errors = [line for line in lines if re.match(r"(?i)error\b|\u00d7", line)]
+    if not errors or any(line.startswith("Traceback") for line in lines):  # a full disk ends pip with a traceback
+        errors = lines[-1:]
     reason = " ".join(errors) or "it said nothing"
     return reason if len(reason) <= 500 else f"{reason[:497]}..."
 
@@ -252,7 +255,7 @@ def _from_hub(name: str) -> Path:
     try:
         path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub library raises many unrelated types
-        said = clipped(str(error).strip().split("\n")[0] or type(error).__name__, 300)
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise FetchFailed(
             f"the hub did not give {name!r}: {said}; check the name and the network, or download the repository "
             "and give its directory"

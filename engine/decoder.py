@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.cache import KVCache
 from engine.config import Config, Rope
-from engine.errors import InputError, PointError, PositionError
+from engine.errors import InputError, LayerError, PointError, PositionError
 from engine.hooks import LayerHook, Listeners, resolve_positions
 from engine.ops import ACTIVATIONS, Array, IntArray, attend, layer_norm, linear, rms_norm, rotate, softcap
 from engine.params import LayerParams, Linear, Norm
@@ -81,9 +81,10 @@ def forward(
         cache.bind(cfg)
         past = cache.next_position
     x = _input(model, tokens, residual, start)
-    pos = np.arange(past, past + x.shape[1], dtype=np.int64) if positions is None else positions
+    pos = _positions(positions, past, x.shape[1])
     model.check_context(int(pos[-1]) + 1)
     if hook is not None:
+        _check_layers(hook, cfg)
         hook.begin_run(int(pos[-1]) + 1 if prompt_length is None else prompt_length, past)
     listeners = Listeners(hook, range(start, stop), cfg.n_layers - 1, pos)
     run = _Pass(cfg, listeners, cache, pos, {rope: rope.table(pos) for rope in set(cfg.ropes) if rope is not None})
@@ -171,7 +172,7 @@ def unembed(model: "Model", x: Array) -> Array:
     logits = (w_u @ flat[0])[None] if len(flat) == 1 else flat @ w_u.T  # one row: matrix times vector is 4x faster
     if model.config.logit_scale != 1:
         logits *= np.float32(model.config.logit_scale)
-    return softcap(logits, model.config.final_softcap).reshape(*x.shape[:-1], -1)
+    return softcap(logits, model.config.final_softcap).reshape(*x.shape[:-1], len(w_u))
 
 
 def _scaled(x: Array, factor: float) -> Array:
@@ -195,6 +196,22 @@ def _input(model: "Model", tokens: Tokens | None, residual: Array | None, start:
     return x
 
 
+def _positions(positions: IntArray | None, past: int, rows: int) -> IntArray:
+    """The absolute positions of this pass's rows; raises `PositionError`."""
+    if positions is None:
+        return np.arange(past, past + rows, dtype=np.int64)
+    pos = np.asarray(positions)
+    if pos.shape != (rows,) or pos.dtype.kind not in "iu" or pos[0] < past or (np.diff(pos) < 1).any():
+        raise PositionError(f"positions must be {rows} ascending whole numbers, one per row, from {past} on; not {pos}")
+    return pos.astype(np.int64)
+
+
+def _check_layers(hook: LayerHook, cfg: Config) -> None:
+    bad = sorted(layer for layer in hook.named_layers() if not 0 <= layer < cfg.n_layers)
+    if bad:
+        raise LayerError(f"the hook names layer {bad[0]}, which does not exist; valid: 0 to {cfg.n_layers - 1}")
+
+
 def _logit_rows(logits_at: LogitsAt, pos: IntArray) -> IntArray:
     if logits_at == "none":
         return np.zeros(0, np.int64)
@@ -207,7 +224,7 @@ def _logit_rows(logits_at: LogitsAt, pos: IntArray) -> IntArray:
     wanted = np.array(resolve_positions(logits_at, int(pos[-1]) + 1), np.int64)
     if not np.isin(wanted, pos).all():
         raise PositionError(f"positions {list(logits_at)}: this pass computes positions {pos[0]} to {pos[-1]}")
-    rows: IntArray = wanted - pos[0]
+    rows: IntArray = np.searchsorted(pos, wanted)
     return rows
 
 

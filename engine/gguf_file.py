@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import DamagedFile
+from engine.errors import DamagedFile, clipped
 from engine.ops import Array
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
+_MOST_ELEMENTS = 1 << 24
+_LEAST_KEY, _LEAST_ROW = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
+"""Bytes that a metadata entry and a row of the tensor table take at least."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class _Cursor:
         self.at += size
         return start
 
+    def expect(self, count: int, size: int, what: str) -> None:
+        """Refuse a count of things of at least `size` bytes each that cannot all be in the file."""
+        if count * size > len(self.data) - self.at:
+            raise self.damaged(f"the header claims {count} {what}")
+
     def scalar(self, code: str) -> Any:
         return struct.unpack_from("<" + code, self.data, self.take(struct.calcsize("<" + code)))[0]
 
@@ -71,6 +79,8 @@ class _Cursor:
 
     def array(self) -> list[Any]:
         kind, count = self.scalar("I"), self.scalar("Q")
+        if count > _MOST_ELEMENTS:
+            raise self.damaged(f"a metadata array claims {count} elements; at most {_MOST_ELEMENTS} are read")
         if kind in _SCALARS:
             code = _SCALARS[kind]
             size = struct.calcsize("<" + code)
@@ -79,8 +89,7 @@ class _Cursor:
             return values
         if kind != _STRING:
             raise self.damaged(f"a metadata array holds elements of type {kind}")
-        if count * 8 > len(self.data) - self.at:  # a string takes at least its length field
-            raise self.damaged(f"a metadata array claims {count} strings")
+        self.expect(count, 8, "strings in a metadata array")
         return [self.string() for _ in range(count)]
 
 
@@ -108,6 +117,8 @@ class GgufFile:
         if version not in (2, 3):
             raise cursor.damaged(f"GGUF version {version}; versions 2 and 3 are supported")
         n_tensors, n_keys = cursor.scalar("Q"), cursor.scalar("Q")
+        cursor.expect(n_keys, _LEAST_KEY, "metadata keys")
+        cursor.expect(n_tensors, _LEAST_ROW, "tensors")
         metadata = _read_metadata(cursor, n_keys)
         return cls(path, data, metadata, _read_tensor_table(cursor, n_tensors, metadata))
 
@@ -125,7 +136,9 @@ class GgufFile:
         try:
             dense: Array = dequantize(rows, kind)
         except NotImplementedError:
-            raise DamagedFile(f"{self.path.name}: {name} is stored as {kind.name}, which cannot be read") from None
+            raise DamagedFile(
+                f"{self.path.name}: {clipped(name)} is stored as {kind.name}, which cannot be read"
+            ) from None
         return dense.reshape(tensor.shape)
 
 
@@ -134,7 +147,7 @@ def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
     for _ in range(n_keys):  # bounded: each round reads at least a length field, or raises
         key = cursor.string()
         if key in metadata:
-            raise cursor.damaged(f"the metadata key {key!r} appears twice")
+            raise cursor.damaged(f"the metadata key {clipped(key)} appears twice")
         metadata[key] = cursor.value(cursor.scalar("I"))
     return metadata
 
@@ -144,16 +157,26 @@ def _read_tensor_table(cursor: _Cursor, n_tensors: int, metadata: dict[str, Any]
     for _ in range(n_tensors):
         name, n_dimensions = cursor.string(), cursor.scalar("I")
         if name in rows:
-            raise cursor.damaged(f"the tensor {name!r} appears twice")
+            raise cursor.damaged(f"the tensor {clipped(name)} appears twice")
         if not 1 <= n_dimensions <= _MOST_DIMENSIONS:
-            raise cursor.damaged(f"the tensor {name!r} has {n_dimensions} dimensions")
+            raise cursor.damaged(f"the tensor {clipped(name)} has {n_dimensions} dimensions")
         shape = tuple(cursor.scalar("Q") for _ in range(n_dimensions))[::-1]
         rows[name] = (shape, cursor.scalar("I"), cursor.scalar("Q"))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment > 1 << 20 or alignment & (alignment - 1):
-        raise cursor.damaged(f"general.alignment is {alignment!r}, not a power of two")
-    start = -(-cursor.at // alignment) * alignment
-    return {name: _placed(cursor, name, start, *row) for name, row in rows.items()}
+        raise cursor.damaged(f"general.alignment is {clipped(alignment)}, not a power of two")
+    start = expected = _aligned(cursor.at, alignment)
+    tensors: dict[str, GgufTensor] = {}
+    for name, (shape, quantisation, offset) in rows.items():
+        tensors[name] = _placed(cursor, name, start, shape, quantisation, offset)
+        if tensors[name].offset != expected:  # ggml refuses such files too
+            raise cursor.damaged(f"the tensor {clipped(name)} does not follow the one before it")
+        expected = _aligned(expected + tensors[name].nbytes, alignment)
+    return tensors
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
 
 
 def _placed(
@@ -165,11 +188,11 @@ def _placed(
     try:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(quantisation)]
     except (ValueError, KeyError):
-        raise cursor.damaged(f"the tensor {name!r} has the unknown type {quantisation}") from None
+        raise cursor.damaged(f"the tensor {clipped(name)} has the unknown type {quantisation}") from None
     elements = math.prod(shape)
     if elements == 0 or shape[-1] % block:
-        raise cursor.damaged(f"the tensor {name!r} of shape {shape} does not fill blocks of {block}")
+        raise cursor.damaged(f"the tensor {clipped(name)} of shape {clipped(shape)} does not fill blocks of {block}")
     nbytes = elements // block * block_bytes
     if start + offset + nbytes > len(cursor.data):
-        raise cursor.damaged(f"the tensor {name!r} lies beyond the end of the file")
+        raise cursor.damaged(f"the tensor {clipped(name)} lies beyond the end of the file")
     return GgufTensor(shape, quantisation, start + offset, nbytes)

@@ -34,6 +34,10 @@ class LayerHook:
     def begin_run(self, prompt_length: int, past: int) -> None:
         """Called before a pass: the prompt's length in tokens, and how many positions the cache already holds."""
 
+    def named_layers(self) -> Iterable[int]:
+        """The layers this hook was made for; a run raises `LayerError` for one the model does not have."""
+        return ()
+
     def wants(self, point: str, layer: int) -> bool:
         """Whether to be called at this point of this layer. Default: every point whose callback is overridden."""
         name = POINTS[point].callback
@@ -98,11 +102,9 @@ class Listeners:
         replaced = self._hook.at(name, layer, shown, self._pos if pos is None else pos, key_pos)
         if replaced is None or replaced is shown:
             return x
-        if replaced.shape != x.shape or replaced.dtype != np.float32:
-            raise HookError(
-                f"the hook at {name}, layer {layer}, returned {replaced.dtype} {replaced.shape}; "
-                f"a replacement must be float32 {x.shape}"
-            )
+        if not isinstance(replaced, np.ndarray) or replaced.shape != x.shape or replaced.dtype != np.float32:
+            found = f"{replaced.dtype} {replaced.shape}" if isinstance(replaced, np.ndarray) else repr(replaced)
+            raise HookError(f"the hook at {name}, layer {layer}, returned {found}; it must be float32 {x.shape}")
         return replaced
 
 
@@ -112,7 +114,7 @@ def resolve_positions(positions: Iterable[int], length: int) -> list[int]:
     for position in positions:
         absolute = position + length if position < 0 else position
         if absolute < 0:
-            raise PositionError(f"position {position} is before the start of a prompt of {length} tokens")
+            raise PositionError(f"position {position} is before a prompt of {length} tokens; valid: -{length} and up")
         resolved.append(absolute)
     return resolved
 
@@ -169,6 +171,9 @@ class RecordHook(LayerHook):
         if past == 0:
             self._rows.clear()
             self._positions.clear()
+
+    def named_layers(self) -> Iterable[int]:
+        return self._layers
 
     def wants(self, point: str, layer: int) -> bool:
         return point in self._points and layer in self._layers
@@ -252,7 +257,7 @@ class Edit:
         if not len(rows):
             return None
         where = POINTS[self.point]
-        edited = x if where.in_place else x.copy()
+        edited = x.copy()  # x may be an array that another hook returned and still holds
         head_axis = where.head_axis
         if head_axis is None:
             edited[:, rows] = self.function(edited[:, rows], pos[rows], key_pos)
@@ -274,6 +279,9 @@ class EditHook(LayerHook):
 
     def begin_run(self, prompt_length: int, past: int) -> None:
         self._prompt_length = prompt_length
+
+    def named_layers(self) -> Iterable[int]:
+        return [edit.layer for edit in self.edits]
 
     def wants(self, point: str, layer: int) -> bool:
         return any(edit.point == point and edit.layer == layer for edit in self.edits)
@@ -335,6 +343,9 @@ class CompositeHook(LayerHook):
     def begin_run(self, prompt_length: int, past: int) -> None:
         for hook in self.hooks:
             hook.begin_run(prompt_length, past)
+
+    def named_layers(self) -> Iterable[int]:
+        return [layer for hook in self.hooks for layer in hook.named_layers()]
 
     def wants(self, point: str, layer: int) -> bool:
         return any(hook.wants(point, layer) for hook in self.hooks)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from engine.decoder import check_point
-from engine.errors import InputError, VectorError
+from engine.errors import InputError, PointError, VectorError
 from engine.hooks import (
     Edit,
     EditFunction,
@@ -107,7 +107,7 @@ def _function(model: "Model", item: Intervention, prompt_length: int, new_tokens
     if item.kind == "scale":
         return times(item.value)
     if item.kind in ("mean", "patch"):
-        return replaced_by(_replacement(item))
+        return replaced_by(_vector(model, item))
     if item.kind == "knockout":
         return knocked_out(_hidden_keys(item, prompt_length, new_tokens))
     if item.kind not in KINDS:
@@ -118,12 +118,6 @@ def _function(model: "Model", item: Intervention, prompt_length: int, new_tokens
     return component_set(vector, item.value if item.kind == "set_component" else 0.0)
 
 
-def _replacement(item: Intervention) -> Array:
-    if item.vector is None or not np.isfinite(item.vector).all():
-        raise VectorError(f"{item.kind} needs a finite vector to put in place of the rows")
-    return item.vector
-
-
 def _hidden_keys(item: Intervention, prompt_length: int, new_tokens: int) -> list[int]:
     if item.point != "attn_pattern" or not item.keys:
         raise InputError("knockout acts at attn_pattern and needs `keys`, the positions that are hidden")
@@ -131,9 +125,15 @@ def _hidden_keys(item: Intervention, prompt_length: int, new_tokens: int) -> lis
 
 
 def _vector(model: "Model", item: Intervention) -> Array:
-    if item.vector is None:
-        raise VectorError(f"{item.kind} needs a vector")
-    return model.check_vector(item.vector)
+    """The vector, as wide as a row of the point."""
+    feature = point(item.point).axes[-1]
+    if feature == "key":
+        raise PointError(f"{item.kind} does not act at {item.point}; zero, scale and knockout do")
+    width: int = getattr(model.config, feature)
+    vector: Array = np.asarray(() if item.vector is None else item.vector, np.float32)
+    if vector.shape != (width,) or not np.isfinite(vector).all():
+        raise VectorError(f"{item.kind} at {item.point} needs a vector of {width} finite numbers, not {vector.shape}")
+    return vector
 
 
 def component_set(vec: Array, component: float) -> EditFunction:

@@ -1,6 +1,6 @@
 """`load_model`: a name, directory, .gguf file or hub id -> `Model`."""
 
-import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from engine import catalog, tokenizer
 from engine.config import Config
 from engine.decoder import Tick
-from engine.errors import DamagedFile, InputError, UnknownModel
+from engine.errors import DamagedFile, InputError, ModelError, UnknownModel, clipped
 from engine.families import Family, family
 from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
@@ -30,20 +30,33 @@ def load_model(
     time. `progress` follows a download, `tick` the layers. Raises `ModelError`s.
     """
     if weights not in WEIGHTS:
-        raise InputError(f"weights is {weights!r}; valid: {', '.join(WEIGHTS)}")
+        raise InputError(f"weights is {clipped(weights)}; valid: {', '.join(WEIGHTS)}")
     if str(model) == catalog.SYNTHETIC:
         return synthetic()
     path = catalog.locate(str(model), progress)
-    if path.is_dir():
-        return _from_directory(path, weights, tick)
-    return _from_gguf(path, _name(str(model), path), weights, tick)
+    name = _name(str(model), path)
+    try:
+        return _from_directory(path, name, weights, tick) if path.is_dir() else _from_gguf(path, name, weights, tick)
+    except MemoryError:
+        hint = (
+            'load it with weights="scoped", or choose a smaller model' if weights == "dense" else "choose a smaller one"
+        )
+        raise ModelError(f"there is not enough memory for {name}; {hint}") from None
+    except OSError as error:
+        at = Path(error.filename).name if isinstance(error.filename, str) else path.name
+        raise DamagedFile(f"{at} cannot be read: {error.strerror or error}") from None
 
 
 def _name(asked: str, path: Path) -> str:
-    return asked if asked in catalog.CATALOGUE else path.stem.lower()
+    if asked in catalog.CATALOGUE:
+        return asked
+    if path.is_dir():
+        found = Path(asked) if catalog.is_hub_id(asked) and not Path(asked).is_dir() else path.resolve()
+        return found.name.lower()
+    return path.stem.lower()
 
 
-def _from_directory(path: Path, weights: str, tick: Tick | None) -> Model:
+def _from_directory(path: Path, name: str, weights: str, tick: Tick | None) -> Model:
     if not (path / "config.json").exists():
         raise UnknownModel(f"{path} has no config.json; give a directory as Hugging Face writes it, or a .gguf file")
     raw = read_json(path / "config.json")
@@ -52,7 +65,7 @@ def _from_directory(path: Path, weights: str, tick: Tick | None) -> Model:
     reader = family(raw.get("model_type"))
     tensors = SafetensorsDir(path)
     words = tokenizer.from_directory(path, raw)
-    return _assembled(path.resolve().name.lower(), reader, raw, tensors, words, tensors.files, weights, tick)
+    return _assembled(name, reader, raw, tensors, words, tensors.files, weights, tick)
 
 
 def _from_gguf(path: Path, name: str, weights: str, tick: Tick | None) -> Model:
@@ -75,12 +88,13 @@ def _assembled(
     cfg = reader.config(raw)
     if words.vocabulary > cfg.d_vocab:
         raise DamagedFile(f"the tokenizer has {words.vocabulary} tokens, the model only {cfg.d_vocab} embeddings")
+    _check_depth(tensors, cfg)
     params = Params(*reader.ends(tensors, cfg), _layer_reader(reader, tensors, cfg), _kept(cfg, weights))
     for layer in range(cfg.n_layers):  # scoped models too: a file that lacks a tensor fails here, not mid-run
         if tick is not None:
             tick(layer, cfg.n_layers, f"reading layer {layer}")
         params.layer(layer)
-    return Model(name, cfg, params, words, _sha256(files), weights)
+    return Model(name, cfg, params, words, catalog.sha256(sorted(files)), weights)
 
 
 def _layer_reader(reader: Family, tensors: Tensors, cfg: Config) -> Callable[[int], LayerParams]:
@@ -91,11 +105,9 @@ def _kept(cfg: Config, weights: str) -> int:
     return cfg.n_layers if weights == "dense" else 1
 
 
-def _sha256(files: list[Path]) -> str:
-    """Of the weights files' bytes, one after the other in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+def _check_depth(tensors: Tensors, cfg: Config) -> None:
+    """Refuse weights with more layers than the config: reading only the first ones would be another model."""
+    found = (re.match(r"(?:model\.layers|blk)\.(\d{1,6})\.", name) for name in tensors.names())
+    deepest = max((int(match[1]) for match in found if match), default=-1)
+    if deepest >= cfg.n_layers:
+        raise DamagedFile(f"the weights have {deepest + 1} layers, but the config says {cfg.n_layers}")

@@ -14,10 +14,10 @@ from engine.config import Config
 from engine.decoder import Tokens
 from engine.errors import InputError, LayerError, PositionError, PromptError, TokenError, VectorError
 from engine.generate import generate
-from engine.hooks import CompositeHook, SteerHook, ZeroAblateHook
+from engine.hooks import CompositeHook, PatchHook, SteerHook, ZeroAblateHook
 from engine.ops import Array, IntArray
 from engine.params import Params
-from engine.patching import capture_donor_state, patch_and_trace, trace_forward
+from engine.patching import capture_donor_state, trace_forward
 from engine.tokenizer import Tokenizer
 
 Steer = tuple[int, Array, float]
@@ -75,12 +75,13 @@ class Model:
 
         A position -1 is the last of each prompt.
         """
-        wanted = list(targets)
+        wanted = [(self.resolve_layer(layer), position) for layer, position in targets]
         donor_ids, recipient_ids = self.encode(donor), self.encode(recipient)
-        state = capture_donor_state(self, donor_ids, wanted)
+        rows = capture_donor_state(self, donor_ids, wanted).rows
         lengths = [self.token_batch(ids).shape[1] for ids in (donor_ids, recipient_ids)]
-        to = {self.resolve_position(p, lengths[0]): self.resolve_position(p, lengths[1]) for _, p in wanted}
-        return _last(patch_and_trace(self, recipient_ids, state, capture_layers, to).residuals)
+        places = [(layer, *(self.resolve_position(p, n) for n in lengths)) for layer, p in wanted]
+        hook = PatchHook({(layer, to): rows[layer, source] for layer, source, to in places})
+        return _last(trace_forward(self, recipient_ids, hook=hook, capture_layers=capture_layers).residuals)
 
     def generate_with_hooks(
         self,
@@ -148,7 +149,10 @@ class Model:
             raise PromptError("the prompt is empty; give at least one token")
         if len({len(row) for row in rows}) > 1:
             raise PromptError("the prompts of a batch must have the same number of tokens; run them in groups")
-        ids = np.asarray(rows)
+        try:
+            ids = np.asarray(rows)
+        except ValueError:  # numbers and lists mixed
+            ids = np.zeros(0)
         if ids.dtype.kind not in "iu" or ids.ndim != 2:
             raise PromptError("a prompt is text or a list of whole-number token ids")
         for token in (int(ids.min()), int(ids.max())):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.decoder import Tick, Tokens, check_point, forward
-from engine.errors import InputError
+from engine.errors import HookError, InputError, LayerError
 from engine.hooks import (
     CompositeHook,
     Edit,
@@ -23,6 +23,7 @@ from engine.hooks import (
 )
 from engine.ops import Array, IntArray
 from engine.params import LayerParams
+from engine.points import ONCE
 from engine.points import point as point_named
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ def capture_donor_state(
     if not resolved:
         raise InputError("name at least one (layer, position) to capture")
     layers = {layer for layer, _ in resolved}
+    only = 0 if name == "embed" else model.config.n_layers - 1
+    if name in ONCE and layers != {only}:
+        raise LayerError(f"{name} exists once, at layer {only}; ask for it there")
     record = RecordHook.for_layers(layers, points=[name])
     forward(model, tokens, hook=record, stop=max(layers) + 1, logits_at="none", tick=tick)
     kept = record.get(name)
@@ -165,7 +169,10 @@ def _head_hook(model: "Model", layer: int, head: int, fn: HeadFunction) -> EditH
     index = model.resolve_head(head)
 
     def mapped(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
-        return np.stack([fn(sequence[:, 0])[:, None] for sequence in rows])  # rows: (b, seq, 1, d_head)
+        out = [np.asarray(fn(sequence[:, 0])) for sequence in rows]  # rows: (b, seq, 1, d_head)
+        if any(x.shape != (rows.shape[1], rows.shape[3]) for x in out):
+            raise HookError(f"the function returned {out[0].shape}; it must keep {(rows.shape[1], rows.shape[3])}")
+        return np.stack(out)[:, :, None]
 
     return EditHook([Edit("z", layer, mapped, "all", (index,))])
 

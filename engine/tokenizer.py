@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from engine.errors import DamagedFile, TokenError, UnknownModel
+from engine.errors import DamagedFile, TokenError, UnknownModel, clipped
 from engine.weights import read_json
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -60,16 +60,18 @@ def from_directory(directory: Path, raw: dict[str, Any]) -> Tokenizer:
     """tokenizer.json (+ tokenizer_config.json for the BOS rule, config.json for the end of text)."""
     path = directory / "tokenizer.json"
     if not path.exists():
-        raise UnknownModel(f"{directory} has no tokenizer.json")
+        raise UnknownModel(
+            f"{directory} has no tokenizer.json; save the tokenizer there in its fast form (other kinds are not read)"
+        )
     read_json(path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_truncation()
+        backend.no_padding()
+        with_special = backend.encode("a", add_special_tokens=True).ids
+        plain = backend.encode("a", add_special_tokens=False).ids
     except Exception as error:  # the library raises bare Exception
-        raise DamagedFile(f"tokenizer.json cannot be read: {error}") from None
-    backend.no_truncation()
-    backend.no_padding()
-    with_special = backend.encode("a", add_special_tokens=True).ids
-    plain = backend.encode("a", add_special_tokens=False).ids
+        raise DamagedFile(f"tokenizer.json cannot be read: {str(error)[:200]}; fetch it again") from None
     has_bos = len(with_special) > len(plain) and with_special[: len(plain)] != plain
     return Tokenizer(backend, with_special[0] if has_bos else None, _eos_ids(raw.get("eos_token_id")))
 
@@ -78,36 +80,55 @@ def _eos_ids(value: object) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) for i in ids):
-        raise DamagedFile(f"config: eos_token_id is {value!r}; it must be an id or a list of ids")
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise DamagedFile(f"config: eos_token_id is {clipped(value)}; it must be an id or a list of ids")
     return tuple(ids)
 
 
 def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     """A byte-level BPE rebuilt from `tokenizer.ggml.*`; raises `UnknownModel` for other kinds."""
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise UnknownModel(
-            f"the file's tokenizer is {kind!r} with pre-tokenizer {pre!r}; supported: 'gpt2' with "
+            f"the file's tokenizer is {clipped(kind)} with pre-tokenizer {clipped(pre)}; supported: 'gpt2' with "
             + ", ".join(map(repr, _PRE_TOKENIZERS))
         )
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    if not tokens:
+        raise DamagedFile("tokenizer.ggml.tokens is empty")
     merges = [tuple(merge.split(" ", 1)) for merge in _strings(metadata, "tokenizer.ggml.merges")]
     try:
         backend = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))  # type: ignore[arg-type]
     except Exception as error:  # the library raises bare Exception
-        raise DamagedFile(f"the file's vocabulary and merges do not fit together: {error}") from None
+        raise DamagedFile(f"the file's vocabulary and merges do not fit together: {str(error)[:200]}") from None
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type", [])
+    types = _types(metadata, len(tokens))
     backend.add_tokens(_added(tokens, types, _USER_DEFINED))
     backend.add_special_tokens(_added(tokens, types, _CONTROL))
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    return Tokenizer(
-        backend,
-        bos if metadata.get("tokenizer.ggml.add_bos_token", False) else None,
-        _eos_ids(metadata.get("tokenizer.ggml.eos_token_id")),
-    )
+    return Tokenizer(backend, _bos(metadata, len(tokens)), _eos_ids(metadata.get("tokenizer.ggml.eos_token_id")))
+
+
+def _bos(metadata: dict[str, Any], n_tokens: int) -> int | None:
+    """The BOS id, when the file wants one in front of every prompt."""
+    wanted, bos = metadata.get("tokenizer.ggml.add_bos_token", False), metadata.get("tokenizer.ggml.bos_token_id")
+    if not isinstance(wanted, bool):
+        raise DamagedFile(f"tokenizer.ggml.add_bos_token is {clipped(wanted)}; it must be true or false")
+    if not wanted:
+        return None
+    if isinstance(bos, bool) or not isinstance(bos, int) or not 0 <= bos < n_tokens:
+        raise DamagedFile(f"tokenizer.ggml.bos_token_id is {clipped(bos)}; it must be an id from 0 to {n_tokens - 1}")
+    return bos
+
+
+def _types(metadata: dict[str, Any], n_tokens: int) -> list[int]:
+    """`tokenizer.ggml.token_type`, one per token; empty when the file has none."""
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return []
+    if not isinstance(types, list) or len(types) != n_tokens:
+        raise DamagedFile(f"tokenizer.ggml.token_type is {clipped(types)}; it must hold a number for each token")
+    return types
 
 
 def _added(tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:

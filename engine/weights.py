@@ -5,13 +5,13 @@ shape that the config implies; a missing tensor or another shape is a `DamagedFi
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from engine.errors import DamagedFile, UnknownModel
+from engine.errors import DamagedFile, UnknownModel, clipped
 from engine.ops import Array
 
 
@@ -19,6 +19,10 @@ class Tensors(Protocol):
     """A source of tensors by Hugging Face name."""
 
     def __contains__(self, name: str) -> bool: ...
+
+    def names(self) -> Iterable[str]:
+        """Every tensor's name as the file spells it."""
+        ...
 
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
         """The tensor as float32; raises `DamagedFile` when it is missing or has another shape."""
@@ -38,18 +42,21 @@ class SafetensorsDir:
         for path in self.files:
             for name, entry in _read_header(path):
                 if name in self._entries:
-                    raise DamagedFile(f"{name} is in both {self._entries[name][0].name} and {path.name}")
+                    raise DamagedFile(f"{clipped(name)} is in both {self._entries[name][0].name} and {path.name}")
                 self._entries[name] = entry
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def names(self) -> Iterable[str]:
+        return self._entries
+
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
         if name not in self._entries:
-            raise DamagedFile(f"the weights have no tensor {name!r}")
+            raise DamagedFile(f"the weights have no tensor {name!r}, which config.json implies")
         path, dtype, found, start, stop = self._entries[name]
         if found != shape:
-            raise DamagedFile(f"{path.name}: {name} has shape {found}, but the config implies {shape}")
+            raise DamagedFile(f"{path.name}: {name} has shape {clipped(found)}, but the config implies {shape}")
         raw = np.memmap(path, np.uint8, "r", offset=start, shape=(stop - start,))
         return _to_float32(raw, dtype, name).reshape(shape)
 
@@ -58,14 +65,16 @@ def _weight_files(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
-        found = f" (there are pickles, {', '.join(pickles)}: loading one can run any code)" if pickles else ""
+        found = f" (there are pickles, {', '.join(pickles[:3])}: loading one can run any code)" if pickles else ""
         raise UnknownModel(f"{directory} has no .safetensors file{found}; convert the weights to safetensors")
     index = directory / "model.safetensors.index.json"
     if index.exists():
         named = {directory / Path(str(name)).name for name in _weight_map(index).values()}
         missing = sorted(path.name for path in named - set(files))
         if missing:
-            raise DamagedFile(f"{index.name} names files that are not there: {', '.join(missing)}")
+            raise DamagedFile(
+                f"{index.name} names files that are not there: {clipped(missing, 200)}; download the missing shards"
+            )
         files = [path for path in files if path in named]
     return files
 
@@ -84,7 +93,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, tuple[Path, str, tuple[int, 
         with safe_open(path, framework="np"):  # checks sizes, offsets and overlaps
             pass
     except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path.name} is not a whole safetensors file: {error}") from None
+        raise DamagedFile(f"{path.name} is not a whole safetensors file: {str(error)[:200]}; fetch it again") from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -101,15 +110,20 @@ def _to_float32(raw: np.ndarray[Any, np.dtype[np.uint8]], dtype: str, name: str)
         return raw.view(np.float16).astype(np.float32)
     if dtype == "BF16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    raise DamagedFile(f"{name} is stored as {dtype}; F32, F16 and BF16 are supported")
+    raise DamagedFile(f"{name} is stored as {clipped(dtype)}; F32, F16 and BF16 are supported")
+
+
+_MOST_JSON = 256 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `DamagedFile` when it is anything else."""
     try:
+        if (size := path.stat().st_size) > _MOST_JSON:
+            raise DamagedFile(f"{path.name} is {size} bytes long; at most {_MOST_JSON} are read")
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path.name} cannot be read as JSON: {error}") from None
+        raise DamagedFile(f"{path.name} cannot be read as JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise DamagedFile(f"{path.name} is not a JSON object")
     return value

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from engine.config import Config
-from engine.errors import UnknownModel
+from engine.errors import UnknownModel, clipped
 from engine.ops import Array
 from engine.params import LayerParams, Norm
 from engine.weights import Tensors
@@ -35,5 +35,7 @@ def known() -> tuple[str, ...]:
 def family(model_type: object) -> Family:
     """The module for config.json's `model_type`; raises `UnknownModel` listing the known ones."""
     if model_type not in known():
-        raise UnknownModel(f"model_type {model_type!r} is not supported; the supported ones are {', '.join(known())}")
+        raise UnknownModel(
+            f"model_type {clipped(model_type)} is not supported; the supported ones are {', '.join(known())}"
+        )
     return cast(Family, importlib.import_module(f"{__name__}.{model_type}"))

@@ -4,11 +4,13 @@ Families then need one reader each. Repairs at the door: llama.cpp's converter i
 of llama's query and key rows (convert_hf_to_gguf.py, `LlamaModel.permute`); `GgufTensors` puts them back.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from engine.errors import DamagedFile, UnknownModel
+from engine.errors import DamagedFile, UnknownModel, clipped
+from engine.families._read import whole
 from engine.gguf_file import GgufFile
 from engine.ops import Array
 
@@ -43,7 +45,8 @@ _PARTS = {
     "post_attention_layernorm": "ffn_norm",
 }
 
-_PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+_UNREAD = {"llama.expert_count": 0, "llama.rope.scaling.type": "none", "llama.rope.scale_linear": 1.0}
+"""Settings that change the computation in ways `families.llama` does not know -> the value that changes nothing."""
 
 
 def config_json(file: GgufFile) -> dict[str, Any]:
@@ -51,9 +54,12 @@ def config_json(file: GgufFile) -> dict[str, Any]:
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise UnknownModel(
-            f"{file.path.name}: GGUF architecture {architecture!r} is not supported; the supported one is llama"
+            f"{file.path.name}: GGUF architecture {clipped(architecture)} is not supported; the supported one is llama"
         )
-    if "rope_freqs.weight" in file.tensors or file.metadata.get("llama.rope.scaling.type", "none") != "none":
+    for key, harmless in _UNREAD.items():
+        if (value := file.metadata.get(key, harmless)) != harmless:
+            raise UnknownModel(f"{file.path.name}: {key} {clipped(value)} is not supported in GGUF files")
+    if "rope_freqs.weight" in file.tensors:
         raise UnknownModel(f"{file.path.name}: scaled rotary frequencies are not supported in GGUF files")
     raw: dict[str, Any] = {
         key: file.metadata[f"llama.{name}"] for name, key in _CONFIG_KEYS.items() if f"llama.{name}" in file.metadata
@@ -61,7 +67,16 @@ def config_json(file: GgufFile) -> dict[str, Any]:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list):
         raw.setdefault("vocab_size", len(tokens))
+    _check_rotary(file, raw)
     return raw | {"model_type": "llama", "tie_word_embeddings": "output.weight" not in file.tensors}
+
+
+def _check_rotary(file: GgufFile, raw: dict[str, Any]) -> None:
+    """Refuse heads that are rotated only in part, or whose values have another width."""
+    width = whole(raw, "head_dim", whole(raw, "hidden_size") // whole(raw, "num_attention_heads"))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if (found := file.metadata.get(f"llama.{key}", width)) != width:
+            raise UnknownModel(f"{file.path.name}: llama.{key} {clipped(found)} is not the head width {width}")
 
 
 class GgufTensors:
@@ -69,15 +84,19 @@ class GgufTensors:
 
     def __init__(self, file: GgufFile, raw: dict[str, Any]) -> None:
         self._file = file
-        self._heads = {part: raw.get(key) for part, key in _PERMUTED.items()}
+        heads = whole(raw, "num_attention_heads")
+        self._heads = {"attn_q": heads, "attn_k": whole(raw, "num_key_value_heads", heads)}
 
     def __contains__(self, name: str) -> bool:
         return _gguf_name(name) in self._file.tensors
 
+    def names(self) -> Iterable[str]:
+        return self._file.tensors
+
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
         stored = _gguf_name(name)
         if stored not in self._file.tensors:
-            raise DamagedFile(f"{self._file.path.name} has no tensor {stored!r}")
+            raise DamagedFile(f"{self._file.path.name} has no tensor {stored!r}, which its metadata imply")
         found = self._file.tensors[stored].shape
         if found != shape:
             raise DamagedFile(f"{self._file.path.name}: {stored} has shape {found}, but the config implies {shape}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config import Config, Rope
-from engine.errors import DamagedFile
+from engine.errors import DamagedFile, clipped
 from engine.families._read import choice, flag, real, whole
 from engine.ops import ACTIVATIONS, Array
 from engine.params import LayerParams, Linear, Norm, transposed
@@ -49,9 +49,9 @@ def rope(raw: Mapping[str, Any], width: int) -> Rope:
     """Rotary frequencies from `rope_theta`, or from `rope_parameters` as transformers 5 writes them."""
     settings = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(settings, Mapping):
-        raise DamagedFile(f"config: the rope settings are {settings!r}, not an object")
+        raise DamagedFile(f"config: the rope settings are {clipped(settings)}, not an object")
     choice({"rope_type": settings.get("rope_type", settings.get("type"))}, "rope_type", "default", ("default",))
-    return Rope.plain(real({**raw, **settings}, "rope_theta", 10_000.0), width)
+    return Rope.plain(real({**raw, **settings}, "rope_theta", 10_000.0, least=1.0), width)
 
 
 def layer(tensors: Tensors, i: int, cfg: Config) -> LayerParams:

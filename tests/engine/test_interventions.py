@@ -1,0 +1,195 @@
+"""Interventions as data: what each kind does at the point it names, and what is refused."""
+
+import numpy as np
+import pytest
+from recording import everything
+from tolerances import assert_close, assert_moved, assert_same
+
+from engine import POINTS, Intervention, compile_interventions, forward, generate
+from engine.errors import InputError, LayerError, PointError, PositionError, VectorError
+
+
+@pytest.fixture
+def layer(model) -> int:
+    return model.config.n_layers // 2
+
+
+@pytest.fixture(scope="module")
+def clean(model, ids):
+    return everything(model, ids)
+
+
+def vector(width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+
+
+def run(model, ids, *items: Intervention):
+    return everything(model, ids, compile_interventions(model, items, len(ids)))
+
+
+def logits(model, ids, *items: Intervention) -> np.ndarray:
+    return forward(model, ids, hook=compile_interventions(model, items, len(ids))).logits[0]
+
+
+def test_each_kind_follows_its_formula_at_the_rows_it_names(model, ids, clean, layer):
+    h, vec = clean["resid_post", layer][[0, -1]], vector(model.config.d_model)
+    u = vec / np.linalg.norm(vec)
+    expected = {
+        "zero": np.zeros_like(h),
+        "mean": np.stack([vec, vec]),
+        "patch": np.stack([vec, vec]),
+        "scale": h * np.float32(2.5),
+        "steer": h + np.float32(2.5) * vec,
+        "set_component": h + np.outer(2.5 - h @ u, u),
+        "project_out": h - np.outer(h @ u, u),
+    }
+    for kind, rows in expected.items():
+        item = Intervention(kind, (layer,), positions=[0, -1], value=2.5, vector=vec)
+        found = run(model, ids, item)["resid_post", layer]
+        assert_close(found[[0, -1]], rows)
+        assert_same(found[1:-1], clean["resid_post", layer][1:-1])
+
+
+def test_setting_a_component_gives_that_component_and_no_other_change(model, ids, clean, layer):
+    vec = vector(model.config.d_model)
+    u = vec / np.linalg.norm(vec)
+    h = clean["resid_post", layer]
+    found = run(model, ids, Intervention("set_component", (layer,), value=7.0, vector=vec))["resid_post", layer]
+    assert np.abs(found @ u - 7).max() < 1e-3
+    assert_close(found - np.outer(found @ u, u), h - np.outer(h @ u, u), 1e-4)
+
+
+def test_setting_a_component_to_what_it_is_changes_nothing(model, ids, clean, layer):
+    vec, baseline = vector(model.config.d_model), forward(model, ids).logits[0]
+    component = float(clean["resid_post", layer][-1] @ vec / np.linalg.norm(vec))
+
+    def item(value):
+        return Intervention("set_component", (layer,), positions="last", value=value, vector=vec)
+
+    assert_close(logits(model, ids, item(component)), baseline)
+    size = float(np.linalg.norm(clean["resid_post", layer][-1]))
+    assert_moved(logits(model, ids, item(component + size)), baseline)
+
+
+@pytest.mark.parametrize("name", [name for name in POINTS if POINTS[name].axes[-1] != "key"])
+def test_a_vector_as_wide_as_the_point_can_be_added_there(model, ids, clean, name):
+    layer = {"embed": 0, "final_norm": model.config.n_layers - 1}.get(name, 1)
+    width = clean[name, layer].shape[-1]
+    item = Intervention("steer", (layer,), name, positions="all", value=2.0, vector=vector(width))
+    assert_same(run(model, ids, item)[name, layer], clean[name, layer] + 2 * vector(width))
+
+
+@pytest.mark.parametrize("name", ["resid_post", "mlp_act", "z", "k"])
+def test_a_vector_of_another_width_is_refused_naming_the_right_one(synthetic, name):
+    width = {"resid_post": 64, "mlp_act": 160, "z": 16, "k": 16}[name]
+    for kind in ("steer", "set_component", "project_out", "mean", "patch"):
+        for bad in (vector(width + 1), vector(1), vector(width)[None], np.float32(1), None, vector(width) * np.nan):
+            with pytest.raises(VectorError, match=f"{kind} at {name} needs a vector of {width} finite numbers"):
+                compile_interventions(synthetic, [Intervention(kind, (1,), name, vector=bad)], 3)
+
+
+def test_a_head_of_the_pattern_can_be_silenced_but_not_steered(synthetic):
+    found = run(synthetic, [1, 2, 3], Intervention("zero", (1,), "attn_pattern", heads=(2,)))
+    assert not found["attn_pattern", 1][2].any()
+    assert not found["z", 1][:, 2].any()
+    with pytest.raises(PointError, match="does not act at attn_pattern"):
+        run(synthetic, [1, 2, 3], Intervention("steer", (1,), "attn_pattern", vector=vector(3)))
+
+
+def test_scaling_by_one_is_the_identity_at_every_point(model, ids):
+    baseline = forward(model, ids).logits[0]
+    ones = [Intervention("scale", (1,), name, value=1.0) for name in POINTS]
+    assert_close(logits(model, ids, *ones), baseline)
+    assert_moved(logits(model, ids, *[Intervention("scale", (1,), name, value=0.5) for name in POINTS]), baseline)
+
+
+def test_a_knock_out_renormalises_what_is_left(model, ids, clean, layer):
+    found = run(
+        model, ids, Intervention("knockout", (layer,), "attn_pattern", positions=[-1], keys=(1, -2), heads=(0,))
+    )
+    pattern, n = clean["attn_pattern", layer].astype(np.float64), len(ids)
+    expected = pattern[0, -1].copy()
+    expected[[1, n - 2]] = 0
+    assert_close(found["attn_pattern", layer][0, -1], expected / expected.sum())
+    assert_same(found["attn_pattern", layer][0, :-1], clean["attn_pattern", layer][0, :-1])
+    assert_same(found["attn_pattern", layer][1:], clean["attn_pattern", layer][1:])
+
+
+def test_a_row_with_nothing_left_attends_to_nothing(model, ids, layer):
+    found = run(model, ids, Intervention("knockout", (layer,), "attn_pattern", positions=[0], keys=(0,)))
+    assert not found["attn_pattern", layer][:, 0].any()
+    assert not found["z", layer][0].any()
+    assert found["z", layer][1:].any(-1).all()
+
+
+def test_a_token_that_nobody_may_attend_to_does_not_matter(model, ids, donor):
+    p, layers = 2, tuple(range(model.config.n_layers))
+    rows = list(range(p + 1, len(ids)))
+    cut = Intervention("knockout", layers, "attn_pattern", positions=rows, keys=(p,))
+    other = [*ids[:p], donor[0], *ids[p + 1 :]]
+    assert_close(logits(model, other, cut), logits(model, ids, cut))
+    assert_moved(forward(model, other).logits[0], forward(model, ids).logits[0])
+
+
+def test_interventions_apply_in_order_and_count_their_rows(model, ids, layer):
+    vec = vector(model.config.d_model)
+    zero = Intervention("zero", (layer,))
+    steer = Intervention("steer", (layer, layer - model.config.n_layers), positions="last", value=2.0, vector=vec)
+    hook = compile_interventions(model, [zero, steer], len(ids))
+    found = everything(model, ids, hook)["resid_post", layer]
+    assert_same(found[-1], 2 * vec)
+    assert [edit.fired for edit in hook.edits] == [len(ids), 1]
+    assert not run(model, ids, steer, zero)["resid_post", layer].any()
+
+
+def test_key_value_heads_are_counted_at_keys_and_values(model, ids, clean):
+    last = model.config.n_kv_heads - 1
+    found = run(model, ids, Intervention("zero", (1,), "v", heads=(-1,)))
+    assert not found["v", 1][last].any()
+    group = model.config.group
+    assert not found["z", 1][:, -group:].any()
+    assert_close(found["z", 1][:, :-group], clean["z", 1][:, :-group])
+    with pytest.raises(InputError, match=f"key-value head {last + 1} does not exist; valid: 0 to {last}"):
+        compile_interventions(model, [Intervention("zero", (1,), "v", heads=(last + 1,))], 3)
+
+
+def test_positions_may_reach_into_the_tokens_to_be_generated(model, ids):
+    n = len(ids)
+    hook = compile_interventions(model, [Intervention("zero", (1,), positions=[n + 1])], n, new_tokens=3)
+    generate(model, ids, 3, hook=hook)
+    assert hook.edits[0].fired == 1
+    with pytest.raises(InputError, match=f"this run computes positions 0 to {n + 1}"):
+        compile_interventions(model, [Intervention("zero", (1,), positions=[n + 2])], n, new_tokens=3)
+
+
+def test_points_that_exist_once_fire_whatever_layers_are_named(model, ids, clean):
+    last = model.config.n_layers - 1
+    found = run(model, ids, Intervention("scale", (0, 1), "final_norm", value=2.0))
+    assert_same(found["final_norm", last], 2 * clean["final_norm", last])
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "message"),
+    [
+        (Intervention("zero", (4,)), LayerError, "valid: 0 to 3"),
+        (Intervention("zero", (-5,)), LayerError, "valid: 0 to 3"),
+        (Intervention("zero", ()), InputError, "names no layer"),
+        (Intervention("zero", (0,), "resid"), PointError, "the points are embed"),
+        (Intervention("zero", (0,), positions=[3]), InputError, "positions 0 to 2"),
+        (Intervention("zero", (0,), positions=[]), InputError, "positions 0 to 2"),
+        (Intervention("zero", (0,), positions=[-4]), PositionError, "prompt of 3 tokens"),
+        (Intervention("zero", (0,), "z", heads=(4,)), InputError, "valid: 0 to 3"),
+        (Intervention("zero", (0,), "z", heads=()), InputError, "empty list"),
+        (Intervention("zero", (0,), heads=(0,)), PointError, "points with heads"),
+        (Intervention("scale", (0,), value=float("nan")), InputError, "not finite"),
+        (Intervention("steer", (0,), value=float("inf"), vector=vector(64)), InputError, "not finite"),
+        (Intervention("project_out", (0,), vector=np.zeros(64)), VectorError, "no direction"),
+        (Intervention("knockout", (0,), "attn_pattern"), InputError, "needs `keys`"),
+        (Intervention("knockout", (0,), keys=(0,)), InputError, "attn_pattern"),
+        (Intervention("knockout", (0,), "attn_pattern", keys=(3,)), InputError, "positions 0 to 2"),
+        (Intervention("erase", (0,)), InputError, "valid: zero, mean, scale"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_naming_what_can(synthetic, item, error, message):
+    with pytest.raises(error, match=message):
+        compile_interventions(synthetic, [item], 3)

@@ -1,0 +1,278 @@
+"""Weights from files: every dtype and layout gives the same model; scoped equals dense; nothing changes them."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+import tiny_files
+from naive import naive
+from recording import Replace
+from tolerances import REFERENCE, SCOPED, assert_close, assert_moved, assert_same
+
+from engine import ZeroAblateHook, forward, generate, load_model, scoped_layer
+from engine.config import Rope
+from engine.errors import InputError, LayerError
+from engine.params import Linear, Norm
+from engine.synthetic import CONFIG, synthetic
+
+IDS = [70, 3, 99, 5, 5, 180, 12]
+NAMES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
+
+
+def logits(model, ids=IDS):
+    return forward(model, ids, logits_at="all").logits[0]
+
+
+def assert_holds(model, tensors: dict[str, np.ndarray]) -> None:
+    assert_same(model.params.embed, tensors["model.embed_tokens.weight"])
+    assert_same(model.params.final_norm.weight, tensors["model.norm.weight"])
+    for layer in range(2):
+        for field, array in model.params.layer(layer).arrays():
+            assert_same(array, tensors[f"model.layers.{layer}.{NAMES[field]}.weight"].T)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Weights of the size a trained model has, so that a few layers do not saturate."""
+    return {name: array * (0.3 if array.ndim == 2 else 1) for name, array in tiny_files.weights().items()}
+
+
+@pytest.fixture(scope="module")
+def in_f32(tmp_path_factory, small):
+    return load_model(tiny_files.hf_directory(tmp_path_factory.mktemp("f32") / "m", small))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_f32_tensors_arrive_unchanged_from_one_file_or_shards(tmp_path, small, in_f32, shards):
+    model = load_model(tiny_files.hf_directory(tmp_path / "m", small, shards=shards))
+    assert_holds(model, small)
+    assert_same(logits(model), logits(in_f32))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_half_precision_tensors_arrive_as_the_numbers_they_stand_for(tmp_path, small, dtype):
+    def rounded(array):
+        if dtype == "F16":
+            return array.astype(np.float16).astype(np.float32)
+        return (array.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+    model = load_model(tiny_files.hf_directory(tmp_path / "m", small, dtype=dtype))
+    assert_holds(model, {name: rounded(array) for name, array in small.items()})
+    assert {array.dtype for _, array in model.params.layer(0).arrays()} == {np.dtype(np.float32)}
+
+
+def test_a_gguf_of_f32_tensors_is_the_directory_it_was_made_from(tmp_path, small, in_f32):
+    model = load_model(tiny_files.gguf_file(tmp_path / "m.gguf", small, kinds={}))
+    assert_holds(model, small)
+    stored_eps = float(np.float32(in_f32.config.norm_eps))
+    assert model.config == dataclasses.replace(in_f32.config, norm_eps=stored_eps)
+    assert_close(logits(model), logits(in_f32))
+
+
+def test_a_loaded_directory_computes_what_the_reference_computes(in_f32):
+    assert_close(logits(in_f32), naive(in_f32, IDS).logits, REFERENCE["synthetic"])
+
+
+def test_a_tied_model_unembeds_with_its_embeddings_and_an_untied_one_does_not(tmp_path, small, in_f32):
+    assert in_f32.params.unembed is in_f32.params.embed
+    head = np.random.default_rng(9).standard_normal(small["model.embed_tokens.weight"].shape).astype(np.float32)
+    untied = small | {"lm_head.weight": head}
+    for path in (
+        tiny_files.hf_directory(tmp_path / "m", untied, tie_word_embeddings=False),
+        tiny_files.gguf_file(tmp_path / "m.gguf", untied, kinds={}),
+    ):
+        model = load_model(path)
+        assert_same(model.params.unembed, head)
+        assert_same(model.params.embed, small["model.embed_tokens.weight"])
+        assert_close(logits(model), naive(model, IDS).logits, REFERENCE["synthetic"])
+        assert_moved(logits(model), logits(in_f32))
+        assert model.params.nbytes == in_f32.params.nbytes + head.nbytes
+
+
+def test_settings_of_config_json_reach_the_decoder(tmp_path, small, in_f32):
+    hot = (Rope(tuple(100.0 ** (-i / 8) for i in (0, 2, 4, 6))),) * 2
+    settings = ({"rms_norm_eps": 0.1}, {"rope_theta": 100.0}, {"rope_parameters": {"rope_theta": 100.0}})
+    for i, setting in enumerate(settings):
+        model = load_model(tiny_files.hf_directory(tmp_path / str(i), small, **setting))
+        expected = dataclasses.replace(in_f32.config, **({"norm_eps": 0.1} if i == 0 else {"ropes": hot}))
+        assert model.config == expected
+        assert_moved(logits(model), logits(in_f32))
+
+
+def test_biases_of_a_file_are_added(tmp_path, small, in_f32):
+    bias = np.random.default_rng(4).standard_normal(32).astype(np.float32)
+    with_bias = small | {"model.layers.1.self_attn.o_proj.bias": bias}
+    model = load_model(tiny_files.hf_directory(tmp_path / "m", with_bias))
+    assert_same(model.params.layer(1).o.bias, bias)
+    projected = forward(model, IDS, hook=Replace("z", 1, np.zeros_like), stop=2, logits_at="none").residual
+    without = forward(in_f32, IDS, hook=Replace("z", 1, np.zeros_like), stop=2, logits_at="none").residual
+    assert_moved(projected, without)
+
+
+# --- architecture as data -------------------------------------------------------------------------------------
+
+
+def variant(**changes):
+    return synthetic(1, dataclasses.replace(CONFIG, **changes))
+
+
+def test_scales_and_caps_of_a_config_act_where_they_say():
+    plain = variant()
+    base = logits(plain)
+    assert_close(logits(variant(logit_scale=0.5)), 0.5 * base)
+    assert_close(logits(variant(final_softcap=2.0)), 2 * np.tanh(base / 2))
+    embedded = forward(variant(embed_scale=3.0), IDS, hook=None, stop=1, logits_at="none").residual
+    by_hand = forward(plain, IDS, hook=Replace("embed", 0, lambda x: 3 * x), stop=1, logits_at="none").residual
+    assert_close(embedded, by_hand)
+    scaled = forward(variant(residual_scale=0.5), IDS, stop=1, logits_at="none").residual
+    assert_moved(scaled, forward(plain, IDS, stop=1, logits_at="none").residual)
+    assert_moved(logits(variant(windows=(2,) * 4)), base)
+    assert_moved(logits(variant(attn_softcap=0.5)), base)
+    assert_moved(logits(variant(ropes=(None,) * 4)), base)
+
+
+def test_a_parallel_block_adds_both_parts_to_its_input():
+    model = variant(parallel=True)
+    from recording import everything
+
+    acts = everything(model, IDS)
+    assert ("resid_mid", 0) not in acts
+    for layer in range(4):
+        parts = acts["resid_pre", layer] + acts["attn_out", layer] + acts["mlp_out", layer]
+        assert_close(parts, acts["resid_post", layer])
+
+
+def test_rotary_tables_are_exact_far_from_the_start():
+    rope, pos = Rope.plain(10_000.0, 64), np.array([0, 1, 8000])
+    cos, sin = rope.table(pos)
+    exact = pos[:, None] * 10_000.0 ** (-np.arange(0, 64, 2) / 64)
+    assert np.abs(cos - np.cos(exact)).max() < 1e-7
+    assert np.abs(sin - np.sin(exact)).max() < 1e-7
+
+
+# --- scoped and dense -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.real)])
+def pair(request, tmp_path_factory):
+    """(dense, scoped) of one GGUF file with quantised tensors."""
+    if request.param == "smollm2":
+        return request.getfixturevalue("smollm2"), load_model("smollm2-135m-instruct", weights="scoped")
+    path = tiny_files.gguf_file(tmp_path_factory.mktemp("gguf") / "m.gguf")
+    return load_model(path), load_model(path, weights="scoped")
+
+
+def test_scoped_logits_equal_dense_ones(pair):
+    dense, scoped = pair
+    assert (dense.weights, scoped.weights) == ("dense", "scoped")
+    assert dense.fingerprint == scoped.fingerprint
+    assert_close(logits(scoped), logits(dense), SCOPED)
+    assert_moved(logits(scoped, IDS[::-1]), logits(dense), SCOPED)
+
+
+def test_scoped_tensors_are_identical_to_dense_ones(pair):
+    dense, scoped = pair
+    for layer in range(dense.config.n_layers):
+        for (name, a), (other, b) in zip(
+            dense.params.layer(layer).arrays(), scoped.params.layer(layer).arrays(), strict=True
+        ):
+            assert name == other
+            assert_same(a, b)
+    assert_same(dense.params.unembed, scoped.params.unembed)
+
+
+def test_scoped_weights_hold_one_dense_layer_at_a_time(pair):
+    dense, scoped = pair
+    forward(scoped, IDS)
+    last = dense.config.n_layers - 1
+    assert scoped.params.dense_layers == (last,)
+    assert dense.params.dense_layers == tuple(range(dense.config.n_layers))
+    layer_bytes = sum(array.nbytes for _, array in dense.params.layer(0).arrays())
+    assert dense.params.nbytes - scoped.params.nbytes == last * layer_bytes
+
+
+def test_a_pinned_layer_stays_dense_inside_its_block_only(pair):
+    dense, scoped = pair
+    last = dense.config.n_layers - 1
+    with scoped_layer(scoped, -dense.config.n_layers) as params:
+        forward(scoped, IDS[:1])
+        assert scoped.params.dense_layers == (0, last)
+        assert scoped.params.layer(0) is params
+        assert_same(params.q.weight, dense.params.layer(0).q.weight)
+    forward(scoped, IDS[:1])
+    assert scoped.params.dense_layers == (last,)
+
+
+def test_a_pinned_layer_is_let_go_after_an_error(pair):
+    _, scoped = pair
+    with pytest.raises(RuntimeError, match="mine"), scoped_layer(scoped, 0):
+        raise RuntimeError("mine")
+    forward(scoped, IDS[:1])
+    assert 0 not in scoped.params.dense_layers
+    with pytest.raises(LayerError, match="valid: 0 to"), scoped_layer(scoped, 99):
+        pass
+
+
+def test_another_way_to_keep_weights_is_refused():
+    with pytest.raises(InputError, match="valid: dense, scoped"):
+        load_model("synthetic", weights="int8")
+
+
+# --- nothing changes the weights ------------------------------------------------------------------------------
+
+
+def checksum(model) -> str:
+    digest = hashlib.blake2b()
+    layers = [array for i in range(model.config.n_layers) for _, array in model.params.layer(i).arrays()]
+    for array in [*layers, model.params.embed, model.params.unembed, model.params.final_norm.weight]:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def test_weights_and_results_are_unchanged_after_success_error_and_cancellation(model, ids, donor):
+    before, baseline = checksum(model), logits(model, ids)
+
+    def stop_at_layer_two(done, total, what):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    generate(model, ids, 2, hook=ZeroAblateHook.for_layers([0]))
+    model.patch_activations(donor, ids, [(1, -1)], [2])
+    model.logit_lens(np.ones(model.config.d_model, np.float32))
+    for function in (lambda x: x[..., :-1], lambda x: 1 / 0):
+        with pytest.raises(Exception, match=r"must be float32|division by zero"):
+            forward(model, ids, hook=Replace("mlp_out", 1, function))
+    with pytest.raises(KeyboardInterrupt):
+        forward(model, ids, hook=Replace("resid_post", 1, np.zeros_like), tick=stop_at_layer_two)
+    assert checksum(model) == before
+    assert_same(logits(model, ids), baseline)
+
+
+def test_a_fingerprint_follows_the_weights():
+    assert synthetic(0).fingerprint == synthetic(0).fingerprint != synthetic(1).fingerprint
+    assert_same(logits(synthetic(0)), logits(synthetic(0)))
+    assert_moved(logits(synthetic(0)), logits(synthetic(1)))
+
+
+def test_absent_parts_are_the_identity():
+    model = synthetic(0)
+    p = model.params.layer(0)
+    ones = np.ones(64, np.float32)
+    with_bias = dataclasses.replace(p, o=Linear(p.o.weight, np.zeros(64, np.float32)))
+    normed = dataclasses.replace(p, attn_post_norm=Norm(ones))
+    base = logits(model)
+    model.params._dense[0] = with_bias
+    assert_close(logits(model), base)
+    model.params._dense[0] = normed
+    assert_moved(logits(model), base)

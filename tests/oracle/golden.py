@@ -1,0 +1,75 @@
+"""The golden files: the reference's answers, kept so that the tests need no torch.
+
+smollm2.safetensors   last rows of the float64 reference, rounded to float32
+    prompt/NAME/resid_post (layers, d_model), prompt/NAME/logits (every STRIDE-th), prompt/NAME/top (the ids of the
+    five largest), case/NAME/resid_post (d_model,) of the last layer, case/NAME/logits, transplant/NAME/logits
+smollm2.json          versions, the weights' sha256, prompts, the allowed error of every array, tokens
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+Array = np.ndarray
+
+STRIDE = 16
+"""Every 16th logit is kept: 3072 of 49152."""
+
+NOISE = 2e-7
+"""Relative distance of two float64 results after rounding to float32."""
+
+NOISE_OF_ALLOWED = 4.0
+"""float32 errors depend on the processor's kernels: what is allowed may differ by this factor."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the two files hold. `allowed` has one number per row of an array."""
+
+    arrays: dict[str, Array]
+    facts: dict[str, Any]
+
+    def allowed(self, name: str) -> list[float]:
+        """The relative error each row of an array may have."""
+        return self.facts["allowed"][name]
+
+    @classmethod
+    def read(cls, directory: Path) -> "Golden":
+        facts = json.loads((directory / "smollm2.json").read_text("utf-8"))
+        return cls(load_file(directory / "smollm2.safetensors"), facts)
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(self.arrays, directory / "smollm2.safetensors")
+        text = json.dumps(self.facts, indent=1, sort_keys=True, ensure_ascii=False)
+        (directory / "smollm2.json").write_text(text + "\n", "utf-8")
+
+
+def differences(committed: Golden, fresh: Golden) -> Iterator[str]:
+    """What is not the same, beyond float noise."""
+    for key in sorted({*committed.facts, *fresh.facts} - {"allowed"}):
+        if committed.facts.get(key) != fresh.facts.get(key):
+            yield f"{key}: {committed.facts.get(key)} is committed, {fresh.facts.get(key)} was found"
+    for name in sorted({*committed.arrays, *fresh.arrays}):
+        if name not in committed.arrays or name not in fresh.arrays:
+            yield f"{name}: only in the {'fresh' if name in fresh.arrays else 'committed'} file"
+        elif (found := _difference(committed.arrays[name], fresh.arrays[name])) > NOISE:
+            yield f"{name}: relative distance {found:.1e}"
+        elif name in fresh.facts["allowed"]:
+            ratio = np.divide(committed.allowed(name), fresh.allowed(name))
+            if not (1 / NOISE_OF_ALLOWED <= ratio.min() and ratio.max() <= NOISE_OF_ALLOWED):
+                yield f"{name}: the allowed errors are up to {max(ratio.max(), 1 / ratio.min()):.1f} times apart"
+
+
+def _difference(a: Array, b: Array) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return np.inf
+    if a.dtype.kind == "i":
+        return 0.0 if np.array_equal(a, b) else np.inf
+    exact = b.astype(np.float64)
+    return float((np.linalg.norm(a - exact, axis=-1) / np.maximum(np.linalg.norm(exact, axis=-1), 1e-30)).max())

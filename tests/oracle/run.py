@@ -1,0 +1,155 @@
+"""Compare the engine with transformers on the same weights, live: `make oracle`.
+
+Prints every comparison and leaves with status 1 when one fails or the golden files are stale; `--write` writes the
+golden files anew.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from engine import Model, catalog, load_model
+from oracle import checks, tiny
+from oracle.cases import CASES, GOLDEN, TRANSPLANTS
+from oracle.golden import STRIDE, Golden, differences
+from oracle.measure import Measure, Result, allowed
+from oracle.reference import Array, Reference, Run, load
+
+MODEL = "smollm2-135m-instruct"
+DIRECTORY = Path(__file__).parents[1] / "golden"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="compare the engine with transformers on the same weights")
+    parser.add_argument("--write", action="store_true", help="write the golden files")
+    options = parser.parse_args()
+    console, began = Console(width=None if sys.stdout.isatty() else 120), time.monotonic()
+    console.print(f"torch {torch.__version__}, transformers {transformers.__version__}, {MODEL}")
+    bench = checks.Bench.of(load_model(MODEL), load(catalog.fetch(MODEL)))
+    results = report(console, everything(bench))
+    results += report(console, golden_files(made(bench), options.write))
+    failed = [result for result in results if not result.passed]
+    console.print(f"{len(results)} comparisons, {len(failed)} failed, {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+def everything(bench: checks.Bench) -> Iterable[Result]:
+    """Every check, in order."""
+    yield from checks.float64_is_real(bench.double, bench.ids["story"])
+    yield from checks.weights_are_equal(bench)
+    yield from checks.prompts_agree(bench)
+    yield from checks.greedy_agrees(bench)
+    yield from checks.hooked_generation_agrees(bench)
+    yield from checks.interventions_agree(bench)
+    yield from checks.transplants_agree(bench)
+    yield from tiny.directories_agree()
+
+
+def report(console: Console, results: Iterable[Result]) -> list[Result]:
+    """Print a table per group as it is done."""
+    kept: list[Result] = []
+    for group, rows in groupby(results, key=lambda result: result.group):
+        table = Table("check", title=group, title_justify="left", expand=True)
+        for heading in ("compared", "error", "allowed", "share", "control", ""):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for result in rows:
+            kept.append(result)
+            table.add_row(*_cells(result), style=None if result.passed else "bold red")
+        console.print(table)
+    return kept
+
+
+def _cells(result: Result) -> list[str]:
+    m = result.measure
+    return [
+        f"{result.name} {result.note}".strip(),
+        f"{m.rows:,}",
+        f"{m.error:.1e}",
+        f"{m.allowed:.1e}",
+        f"{m.share:.2f}",
+        "" if result.control is None else f"{result.control:.1e}",
+        "ok" if result.passed else "FAILED",
+    ]
+
+
+# --- golden files -------------------------------------------------------------------------------------------------
+
+
+def golden_files(fresh: Golden, write: bool) -> Iterable[Result]:
+    """Write them, or regenerate them elsewhere and compare."""
+    if write:
+        fresh.write(DIRECTORY)
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh.write(Path(scratch))
+        found = list(differences(Golden.read(DIRECTORY), Golden.read(Path(scratch))))
+    for line in found:
+        yield Result("golden files", line, Measure(1, 0.0))
+    if not found:
+        yield Result("golden files", "arrays that differ from the committed ones", Measure(0, 0.0, len(fresh.arrays)))
+
+
+def made(bench: checks.Bench) -> Golden:
+    """The golden files' contents, from the reference's runs alone."""
+    golden = Golden({}, _facts(bench))
+    for name in GOLDEN:
+        single, double = bench.runs[name]
+        top = torch.from_numpy(double.logits[-1]).topk(5).indices.numpy()
+        golden.arrays[f"prompt/{name}/top"] = top
+        golden.arrays[f"prompt/{name}/resid_post"] = double.resid_post[:, -1].astype("f4")
+        golden.facts["allowed"][f"prompt/{name}/resid_post"] = [
+            _limit(single.points[key], double.points[key]) for key in double.points if key[0] == "resid_post"
+        ]
+        _keep_logits(golden, f"prompt/{name}/logits", single.logits, double.logits)
+    for case in CASES:
+        if case.golden:
+            single, double = bench.runs[case.name]
+            name, last = f"case/{case.name}/resid_post", bench.double.layers[-1]
+            golden.arrays[name] = double.resid_post[-1, -1].astype("f4")
+            golden.facts["allowed"][name] = [_limit(*(run.points["resid_post", last] for run in (single, double)))]
+            _keep_logits(golden, f"case/{case.name}/logits", single.logits, double.logits)
+    for transplant in TRANSPLANTS:
+        if transplant.golden:
+            rows = (row[None] for row in bench.injected[transplant.name])
+            _keep_logits(golden, f"transplant/{transplant.name}/logits", *rows)
+    return golden
+
+
+def _facts(bench: checks.Bench) -> dict[str, object]:
+    used = {*GOLDEN, "italy", "donor"}
+    return {
+        "torch": torch.__version__.split("+")[0],
+        "transformers": transformers.__version__,
+        "model": MODEL,
+        "weights_sha256": bench.model.fingerprint,
+        "stride": STRIDE,
+        "prompts": {name: bench.ids[name] for name in sorted(used)},
+        "tokens": {name: bench.tokens[name] for name in sorted(_golden_tokens(bench))},
+        "allowed": {},
+    }
+
+
+def _golden_tokens(bench: checks.Bench) -> set[str]:
+    return {*GOLDEN, *(t.name for t in TRANSPLANTS if t.golden)} & set(bench.tokens)
+
+
+def _keep_logits(golden: Golden, name: str, single: Array, double: Array) -> None:
+    golden.arrays[name] = double[-1, ::STRIDE].astype("f4")
+    golden.facts["allowed"][name] = [_limit(single, double)]
+
+
+def _limit(single: Array, double: Array) -> float:
+    """What the last row of a tensor is allowed, to two digits."""
+    return float(f"{allowed(single, double)[-1]:.1e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
