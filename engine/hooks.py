@@ -139,8 +139,8 @@ def rows_in_scope(scope: Scope, pos: IntArray, prompt_length: int) -> IntArray:
 class RecordHook(LayerHook):
     """Snapshots of points. A run that starts at position 0 clears the record; decode steps append rows.
 
-    Results are `{layer: array}` without the batch axis for a single prompt: `get(point)`, and the attributes
-    `pre_layer`, `post_attention`, `post_layer`, `attention_weights`, `ffn_activation`. The rows' absolute
+    Points that exist once per pass (`points.ONCE`) are recorded whatever the layers. Results are `{layer: array}`
+    without the batch axis for a single prompt: `get(point)`, and the attributes `pre_layer`, `post_attention`, `post_layer`, `attention_weights`, `ffn_activation`. The rows' absolute
     positions are in `positions`.
     """
 
@@ -176,7 +176,7 @@ class RecordHook(LayerHook):
         return self._layers
 
     def wants(self, point: str, layer: int) -> bool:
-        return point in self._points and layer in self._layers
+        return point in self._points and (layer in self._layers or point in ONCE)
 
     def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> None:
         rows = rows_in_scope(self._scope, pos, self._prompt_length)
@@ -376,8 +376,15 @@ def times(factor: float) -> EditFunction:
 
 
 def replaced_by(row: Array) -> EditFunction:
-    """An edit function: every row becomes `row`."""
-    return lambda rows, pos, key_pos: np.broadcast_to(row, rows.shape)
+    """An edit function: every row becomes `row`; a row without a head axis, the same in every head."""
+
+    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        wanted = rows.shape[2:]
+        if row.shape not in (wanted, wanted[1:]):
+            raise HookError(f"a row of shape {row.shape} cannot take the place of rows of shape {wanted}")
+        return np.broadcast_to(row, rows.shape)
+
+    return function
 
 
 def knocked_out(keys: Sequence[int]) -> EditFunction:

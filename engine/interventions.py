@@ -125,13 +125,17 @@ def _hidden_keys(item: Intervention, prompt_length: int, new_tokens: int) -> lis
 
 
 def _vector(model: "Model", item: Intervention) -> Array:
-    """The vector, as wide as a row of the point."""
+    """The vector, as wide as a row of the point; `mean` and `patch` also take one for each of the heads."""
     feature = point(item.point).axes[-1]
     if feature == "key":
         raise PointError(f"{item.kind} does not act at {item.point}; zero, scale and knockout do")
     width: int = getattr(model.config, feature)
     vector: Array = np.asarray(() if item.vector is None else item.vector, np.float32)
-    if vector.shape != (width,) or not np.isfinite(vector).all():
+    shapes = [(width,)]
+    if item.kind in ("mean", "patch") and point(item.point).head_axis is not None:
+        all_heads = model.config.n_kv_heads if item.point in ("k", "v") else model.config.n_heads
+        shapes.append((all_heads if item.heads is None else len(item.heads), width))
+    if vector.shape not in shapes or not np.isfinite(vector).all():
         raise VectorError(f"{item.kind} at {item.point} needs a vector of {width} finite numbers, not {vector.shape}")
     return vector
 

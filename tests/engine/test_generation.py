@@ -8,7 +8,7 @@ import pytest
 from recording import Calls
 from tolerances import CONTROL, SAME
 
-from engine import CompositeHook, KVCache, SteerHook, ZeroAblateHook, forward, generate
+from engine import CompositeHook, KVCache, RecordHook, SteerHook, ZeroAblateHook, forward, generate
 from engine.errors import InputError, PromptError
 
 STEPS = 5
@@ -126,10 +126,12 @@ def test_generation_goes_on_from_a_cache(model, ids, greedy):
 
 
 def test_scopes_count_positions_already_in_the_cache(model, ids):
-    cache, hook = KVCache.with_layers(model.config.n_layers), ZeroAblateHook.for_layers([1], positions=[1, 3, -1])
+    cache = KVCache.with_layers(model.config.n_layers)
     forward(model, ids[:2], cache=cache)
-    generate(model, ids[2:5], 3, cache=cache, hook=hook)
-    assert hook.edits[0].fired == 2
+    record, last = (RecordHook.for_layers([1], positions=scope) for scope in ([1, 3, -3], "last"))
+    generate(model, ids[2:5], 3, cache=cache, hook=CompositeHook([record, last]))
+    assert record.positions.tolist() == [2, 3]
+    assert last.positions.tolist() == [4, 5, 6]
 
 
 def test_a_window_keeps_the_last_positions_at_their_absolute_places(model, ids):

@@ -111,19 +111,35 @@ def test_each_cell_of_a_scan_is_one_injection(model, ids, donor, donor_logits):
     assert scan.per_layer[0].kl == pytest.approx(alone.kl, rel=1e-3)
 
 
-def test_all_layers_recover_the_donor_and_the_own_cache_recovers_nothing(model, ids, donor, logits, donor_logits):
-    gap = softmax_of(donor_logits)[0] - softmax_of(logits)[0]
-    target = int(np.abs(gap).argmax())
-    scan = kv_inject_test(model, ids, donor, target)
-    everything = scan.from_first[-1]
-    assert everything.probability == pytest.approx(scan.donor, rel=1e-3)
+def furthest_apart(logits, donor_logits) -> int:
+    """The token whose probability differs most between the two prompts."""
+    gap = np.abs(softmax_of(donor_logits)[0] - softmax_of(logits)[0])
+    assert gap.max() >= LEAST_GAP
+    return int(gap.argmax())
+
+
+def test_the_own_cache_recovers_nothing_and_an_unrelated_one_something_else(model, ids, donor, logits, donor_logits):
+    scan = kv_inject_test(model, ids, donor, furthest_apart(logits, donor_logits), layers=[0, 1, -1])
+    assert scan.self_control.recovered == pytest.approx(0, abs=1e-3)
     assert scan.self_control.probability == pytest.approx(scan.baseline, rel=1e-3)
     assert scan.self_control.kl < 1e-9
-    assert scan.unrelated_control.kl > 0.01
-    assert everything.kl == pytest.approx(kl_divergence(donor_logits[0], logits[0]), rel=1e-3)
-    if abs(gap[target]) >= LEAST_GAP:
+    assert scan.unrelated_control.kl > 1e-4
+    assert scan.per_layer[0].recovered == pytest.approx(
+        (scan.per_layer[0].probability - scan.baseline) / (scan.donor - scan.baseline)
+    )
+
+
+def test_all_layers_together_recover_the_whole_effect(synthetic):
+    """On the small model only: a scan of all layers of SmolLM2 takes a hundred runs."""
+    recipient, other = list(b"The capital"), list(b"Our capital")
+    before, after = (forward(synthetic, tokens).logits[0] for tokens in (recipient, other))
+    scan = kv_inject_test(synthetic, recipient, other, furthest_apart(before, after))
+    for everything in (scan.from_first[-1], scan.from_last[-1]):
         assert everything.recovered == pytest.approx(1, abs=1e-3)
-        assert scan.self_control.recovered == pytest.approx(0, abs=1e-3)
+        assert everything.probability == pytest.approx(scan.donor, rel=1e-3)
+        assert everything.kl == pytest.approx(kl_divergence(after[0], before[0]), rel=1e-3)
+    assert scan.self_control.recovered == pytest.approx(0, abs=1e-3)
+    assert abs(scan.per_layer[0].recovered - 1) > 0.05
 
 
 def test_recovery_is_left_out_where_donor_and_baseline_hardly_differ(model, ids):

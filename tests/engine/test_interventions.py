@@ -79,6 +79,18 @@ def test_a_vector_as_wide_as_the_point_can_be_added_there(model, ids, clean, nam
     assert_same(run(model, ids, item)[name, layer], clean[name, layer] + 2 * vector(width))
 
 
+@pytest.mark.parametrize("kind", ["mean", "patch"])
+@pytest.mark.parametrize("name", ["z", "q", "v"])
+def test_rows_of_chosen_heads_become_the_vector(model, ids, clean, name, kind):
+    vec = vector(model.config.d_head)
+    found = run(model, ids, Intervention(kind, (1,), name, positions=[0, -1], heads=(0, 1), vector=vec))
+    axes = [axis for axis in POINTS[name].axes if axis != "batch"]
+    old, new = (np.moveaxis(a[name, 1], (axes.index("seq"), axes.index("head")), (0, 1)) for a in (clean, found))
+    expected = old.copy()
+    expected[[[0], [-1]], [0, 1]] = vec
+    assert_same(new, expected)
+
+
 @pytest.mark.parametrize("name", ["resid_post", "mlp_act", "z", "k"])
 def test_a_vector_of_another_width_is_refused_naming_the_right_one(synthetic, name):
     width = {"resid_post": 64, "mlp_act": 160, "z": 16, "k": 16}[name]

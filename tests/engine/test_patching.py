@@ -203,7 +203,7 @@ def test_a_point_that_exists_once_is_refused_at_other_layers(synthetic):
 
 def test_a_donor_row_of_another_width_is_refused(synthetic):
     state = DonorState("resid_post", {(1, 0): np.zeros(63, np.float32)})
-    with pytest.raises(ValueError, match="broadcast"):
+    with pytest.raises(HookError, match=r"\(63,\) cannot take the place of rows of shape \(64,\)"):
         patch_and_trace(synthetic, [1, 2], state)
 
 

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "passive"}
 
 import numpy as np
 import torch
 import transformers
+from oracle.cases import Case, Change, Ids, Transplant
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-from oracle.cases import Case, Change, Ids, Transplant
 
 Array = np.ndarray
 Tensor = torch.Tensor
@@ -104,10 +103,14 @@ class Run:
     logits: Array
     points: dict[tuple[str, int], Array]
 
+    def stacked(self, point: str) -> Array:
+        """A point at all its layers: (layers, ...)."""
+        return np.stack([x for (name, _), x in self.points.items() if name == point])
+
     @property
     def resid_post(self) -> Array:
         """(layers, s, d_model)."""
-        return np.stack([x for (point, _), x in self.points.items() if point == "resid_post"])
+        return self.stacked("resid_post")
 
 
 class Reference:
@@ -235,11 +238,6 @@ class Reference:
             gaps.append(float(best.values[0] - best.values[1]))
         assert first is not None
         return first.numpy(), made, gaps
-
-    def proposal(self, ids: list[int], steps: int) -> list[int]:
-        """Greedy tokens, with a cache."""
-        cache, _ = self.prefilled(ids) if len(ids) > 1 else (DynamicCache(config=self.model.config), None)
-        return self.decoded(cache, ids[-1], steps)[1]
 
 
 # --- torch hooks ------------------------------------------------------------------------------------------------
