@@ -140,8 +140,9 @@ class RecordHook(LayerHook):
     """Snapshots of points. A run that starts at position 0 clears the record; decode steps append rows.
 
     Points that exist once per pass (`points.ONCE`) are recorded whatever the layers. Results are `{layer: array}`
-    without the batch axis for a single prompt: `get(point)`, and the attributes `pre_layer`, `post_attention`, `post_layer`, `attention_weights`, `ffn_activation`. The rows' absolute
-    positions are in `positions`.
+    without the batch axis for a single prompt: `get(point)`, and the attributes `pre_layer`,
+    `post_attention`, `post_layer`, `attention_weights`, `ffn_activation`. The rows' absolute positions are in
+    `positions`.
     """
 
     def __init__(self, layers: Iterable[int], points: Iterable[str], scope: Scope = "all") -> None:

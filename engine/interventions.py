@@ -131,7 +131,7 @@ def _vector(model: "Model", item: Intervention) -> Array:
         raise PointError(f"{item.kind} does not act at {item.point}; zero, scale and knockout do")
     width: int = getattr(model.config, feature)
     vector: Array = np.asarray(() if item.vector is None else item.vector, np.float32)
-    shapes = [(width,)]
+    shapes: list[tuple[int, ...]] = [(width,)]
     if item.kind in ("mean", "patch") and point(item.point).head_axis is not None:
         all_heads = model.config.n_kv_heads if item.point in ("k", "v") else model.config.n_heads
         shapes.append((all_heads if item.heads is None else len(item.heads), width))
