@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from platformdirs import user_data_path
 from rich.console import Console
 
 from engine import forward, load_model
@@ -29,6 +30,7 @@ def run() -> int:
         "threads": threads,
         "models": models,
         "cache": cache,
+        "workspace": workspace,
         "packages": packages,
         "self-test": self_test,
     }
@@ -70,8 +72,16 @@ def models() -> Verdict:
 
 
 def cache() -> Verdict:
-    """Whether the cache directory can be written."""
-    place = cache_dir()
+    """Whether the cache directory, for models, can be written."""
+    return _writable(cache_dir())
+
+
+def workspace() -> Verdict:
+    """Whether the workspace, for what sessions keep, can be written."""
+    return _writable(user_data_path("mechscope"))
+
+
+def _writable(place: Path) -> Verdict:
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=place):

@@ -39,10 +39,11 @@ def test_the_doctor_finds_a_sound_installation_sound() -> None:
     assert all(word in made.stdout for word in ("Python", "openblas", "writable", "self-test", "cached and uncached"))
 
 
-def test_the_doctor_finds_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["XDG_CACHE_HOME", "XDG_DATA_HOME"])
+def test_the_doctor_finds_a_folder_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("not a directory")
-    made = run("doctor", XDG_CACHE_HOME=str(in_the_way))
+    made = run("doctor", **{place: str(in_the_way)})
     assert made.returncode == 1
     assert "cannot be written" in made.stdout
 
