@@ -1,4 +1,4 @@
-"""The tolerance rule, fixed before measuring, and what a comparison leaves behind.
+"""The tolerance rule, and what a comparison leaves behind.
 
 row_errors     |ours - reference| / |reference| of every row (the last axis), in float64
 allowed        the largest error each row may have
@@ -9,8 +9,9 @@ The rule: the error of a row against the float64 reference may be at most 3 time
 (its worst row at the same point of the same run), with a floor of 1e-6 of the row's or the tensor's root mean square,
 whichever is smaller; and never above 1e-4. A positive control lies at least 100 times the allowed error away.
 
-A tensor here is one point of one run, all layers together. Layer by layer the anchor is one lucky or unlucky number:
-transformers' own two attention kernels (eager and sdpa) then miss the rule against each other.
+These numbers were fixed before measuring. That a tensor is one point of one run, all layers together, was decided
+after: layer by layer, transformers' own sdpa attention misses the rule against its eager one on 3 of 27 prompts, and
+run by run on 1 (two tokens into "date", a row whose float32 error is close to 1e-4 in every implementation).
 """
 
 from dataclasses import dataclass
