@@ -58,8 +58,8 @@ class Counted:
         unread = sorted(name for name in self.names() if name not in self._read and not _HARMLESS.fullmatch(name))
         if unread:
             raise DamagedFile(
-                f"the weights hold {len(unread)} tensors that config.json does not account for, such as {clipped(unread[0])}; "
-                "the config and the weights do not belong together"
+                f"the weights hold {len(unread)} tensors that the config does not account for, such as "
+                f"{clipped(unread[0])}; the config and the weights do not belong together"
             )
 
 

@@ -68,7 +68,7 @@ def config_json(file: GgufFile) -> dict[str, Any]:
     if isinstance(tokens, list):
         raw.setdefault("vocab_size", len(tokens))
     _check_rotary(file, raw)
-    return raw | {"model_type": "llama", "tie_word_embeddings": "output.weight" not in file.tensors}
+    return raw | {"gguf": True, "model_type": "llama", "tie_word_embeddings": "output.weight" not in file.tensors}
 
 
 def _check_rotary(file: GgufFile, raw: dict[str, Any]) -> None:

@@ -119,8 +119,14 @@ def windows(raw: Raw, types: Sequence[str], default: int | None = None) -> tuple
     return tuple(whole(raw, "sliding_window", default) if t == "sliding_attention" else None for t in types)
 
 
-def linear(tensors: Tensors, name: str, d_in: int, d_out: int, bias: bool = False) -> Linear:
-    """`name.weight`, and `name.bias` if the architecture has one."""
+def has_bias(raw: Raw, key: str) -> bool | None:
+    """What config.json says; None for a GGUF file, where a bias is there if it is stored."""
+    return None if raw.get("gguf") else flag(raw, key, False)
+
+
+def linear(tensors: Tensors, name: str, d_in: int, d_out: int, bias: bool | None = False) -> Linear:
+    """`name.weight`, and `name.bias` if the architecture has one (None: if it is stored)."""
+    bias = f"{name}.bias" in tensors if bias is None else bias
     weight = transposed(tensors.get(f"{name}.weight", (d_out, d_in)))
     return Linear(weight, tensors.get(f"{name}.bias", (d_out,)) if bias else None)
 
@@ -132,7 +138,12 @@ def norm(tensors: Tensors, name: str, width: int, bias: bool = False, plus_one: 
 
 
 def attention(
-    tensors: Tensors, at: str, cfg: Config, qkv_bias: bool = False, o_bias: bool = False, o: str = "o_proj"
+    tensors: Tensors,
+    at: str,
+    cfg: Config,
+    qkv_bias: bool | None = False,
+    o_bias: bool | None = False,
+    o: str = "o_proj",
 ) -> Attention:
     """The four projections under `at`, by the names of `LayerParams`."""
     q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
@@ -144,7 +155,7 @@ def attention(
     }
 
 
-def gated_mlp(tensors: Tensors, at: str, cfg: Config, bias: bool = False) -> GatedMlp:
+def gated_mlp(tensors: Tensors, at: str, cfg: Config, bias: bool | None = False) -> GatedMlp:
     """gate, up and down under `at`."""
     return {
         "gate": linear(tensors, f"{at}.gate_proj", cfg.d_model, cfg.d_mlp, bias),

@@ -6,7 +6,6 @@ Reference: transformers, models/llama/modeling_llama.py.
 from engine.config import Config
 from engine.families import _parts
 from engine.families._parts import Raw
-from engine.families._read import flag
 from engine.params import Ends, LayerParams
 from engine.weights import Tensors
 
@@ -17,10 +16,10 @@ def config(raw: Raw) -> Config:
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
     at = f"model.layers.{i}"
-    bias = flag(raw, "attention_bias", False)
+    bias = _parts.has_bias(raw, "attention_bias")
     return LayerParams(
         **_parts.attention(tensors, f"{at}.self_attn", cfg, bias, bias),
-        **_parts.gated_mlp(tensors, f"{at}.mlp", cfg, flag(raw, "mlp_bias", False)),
+        **_parts.gated_mlp(tensors, f"{at}.mlp", cfg, _parts.has_bias(raw, "mlp_bias")),
         attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model),
         mlp_norm=_parts.norm(tensors, f"{at}.post_attention_layernorm", cfg.d_model),
     )

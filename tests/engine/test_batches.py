@@ -13,7 +13,7 @@ def hooks(model, n):
     vec = np.random.default_rng(1).standard_normal(model.config.d_model).astype(np.float32)
     return {
         "none": None,
-        "steer": SteerHook().add(1, vec, 4.0),
+        "steer": SteerHook().add(1, vec, 1.0),
         "ablate": ZeroAblateHook.for_layers([1], positions=[2]),
         "head": compile_interventions(model, [Intervention("zero", (1,), "z", heads=(0,))], n),
         "knockout": compile_interventions(model, [Intervention("knockout", (1,), "attn_pattern", keys=(1,))], n),

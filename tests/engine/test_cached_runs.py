@@ -35,14 +35,14 @@ def test_a_cache_of_another_prompt_is_told_apart(model, ids, donor):
 
 
 HOOKS = {
-    "steering, scope last": lambda m: SteerHook().add(1, vector(m), 4.0),
-    "steering, scope all": lambda m: SteerHook().add(1, vector(m), 4.0, positions="all"),
-    "steering, scope prompt": lambda m: SteerHook().add(1, vector(m), 4.0, positions="prompt"),
-    "steering, scope generated": lambda m: SteerHook().add(1, vector(m), 4.0, positions="generated"),
-    "steering at positions 1 and -1": lambda m: SteerHook().add(1, vector(m), 4.0, positions=[1, -1]),
+    "steering, scope last": lambda m: SteerHook().add(1, vector(m), 1.0),
+    "steering, scope all": lambda m: SteerHook().add(1, vector(m), 1.0, positions="all"),
+    "steering, scope prompt": lambda m: SteerHook().add(1, vector(m), 1.0, positions="prompt"),
+    "steering, scope generated": lambda m: SteerHook().add(1, vector(m), 1.0, positions="generated"),
+    "steering at positions 1 and -1": lambda m: SteerHook().add(1, vector(m), 1.0, positions=[1, -1]),
     "ablation": lambda m: ZeroAblateHook.for_layers([2]),
     "ablation then steering": lambda m: CompositeHook(
-        [ZeroAblateHook.for_layers([1]), SteerHook().add(1, vector(m), 4.0)]
+        [ZeroAblateHook.for_layers([1]), SteerHook().add(1, vector(m), 1.0)]
     ),
     "a doubled head": lambda m: compile_interventions(m, [Intervention("scale", (1,), "z", heads=(1,), value=2.0)], 3),
     "a knock-out": lambda m: compile_interventions(m, [Intervention("knockout", (0, 1), "attn_pattern", keys=(1,))], 3),
@@ -61,17 +61,17 @@ def test_cached_equals_uncached_under_intervention(model, ids, name):
 
 
 def test_scope_last_covers_every_row_that_emits_a_token_once(model, ids):
-    hook = SteerHook().add(1, vector(model), 4.0)
+    hook = SteerHook().add(1, vector(model), 1.0)
     cached(model, ids, [3] + [1] * (len(ids) - 3), hook, prompt=3)
     assert hook.edits[0].fired == len(ids) - 2
 
 
 @pytest.mark.parametrize("which", range(4))
 def test_a_chunked_prefill_intervenes_only_on_the_prompts_last_row(model, ids, which):
-    hook = SteerHook().add(1, vector(model), 4.0)
+    hook = SteerHook().add(1, vector(model), 1.0)
     logits, _ = cached(model, ids, chunkings(len(ids))[which], hook)
     assert hook.edits[0].fired == 1
-    assert_close(logits, whole(model, ids, SteerHook().add(1, vector(model), 4.0)))
+    assert_close(logits, whole(model, ids, SteerHook().add(1, vector(model), 1.0)))
     assert_close(logits[:-1], whole(model, ids)[:-1])
     assert_moved(logits[-1:], whole(model, ids)[-1:])
 

@@ -48,10 +48,10 @@ def test_cached_keys_are_rotated_to_their_absolute_positions(model, ids, referen
 
 
 def test_a_prompt_longer_than_a_block_of_queries_equals_the_reference(synthetic):
-    tokens = np.random.default_rng(5).integers(0, 256, 300).tolist()
+    tokens = np.random.default_rng(5).integers(0, 256, 150).tolist()
     expected = naive(synthetic, tokens).logits
     whole = forward(synthetic, tokens, logits_at="all").logits[0]
-    pieces, _ = cached(synthetic, tokens, [130, 1, 169])
+    pieces, _ = cached(synthetic, tokens, [130, 1, 19])
     assert_close(whole, expected, REFERENCE["synthetic"])
     assert_close(pieces, expected, REFERENCE["synthetic"])
     swapped = [tokens[1], tokens[0], *tokens[2:]]
