@@ -22,7 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,10 +236,10 @@ MUTANTS = (
         "a pinned layer is never let go", "params.py", "            self._pinned.pop(index, None)", "            pass"
     ),
     Mutant(
-        "numbers are not split into digits",
+        "digits are not split off",
         "tokenizer.py",
-        "individual_digits=True",
-        "individual_digits=False",
+        "[digits, pre_tokenizers.ByteLevel(",
+        "[pre_tokenizers.ByteLevel(",
         "test_tokenizer.py",
     ),
 )
@@ -309,8 +311,10 @@ def main() -> int:
             console.print(f"without any mutant these tests fail: {', '.join(broken)}")
             return 1
         console.print(f"control: all tests pass without a mutant ({time.perf_counter() - start:.0f} s)")
-        results = dict(zip(MUTANTS, pool.map(caught_by, MUTANTS), strict=True))
-    table = Table("mutant", "caught by")
+        found = track(pool.map(caught_by, MUTANTS), "mutants", len(MUTANTS), console=console, transient=True)
+        results = dict(zip(MUTANTS, found, strict=True))
+    table = Table("mutant", box=SIMPLE)
+    table.add_column("caught by", overflow="fold")
     for mutant, test in results.items():
         table.add_row(mutant.name, test or "[bold red]nothing: it survives[/]")
     console.print(table)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle.cases import CASES, GOLDEN, TRANSPLANTS, Case, Transplant, greedy, inject, ours
+from oracle.cases import CASES, GOLDEN, TEXTS, TRANSPLANTS, Case, Transplant, greedy, inject, ours
 from oracle.golden import Golden
 from oracle.measure import CEILING, CONTROL, distance, row_errors
 
 from engine import Model, catalog
+from engine.interventions import KINDS
 
 pytestmark = pytest.mark.real
 
@@ -57,8 +58,6 @@ def test_no_golden_row_is_allowed_more_than_the_ceiling(golden):
 
 @pytest.mark.parametrize("prompt", GOLDEN)
 def test_prompts_have_the_ids_the_golden_files_were_made_from(smollm2, golden, prompt):
-    from oracle.cases import TEXTS
-
     assert smollm2.encode(TEXTS[prompt]) == golden.facts["prompts"][prompt]
 
 
@@ -107,8 +106,6 @@ def test_a_transplant_gives_the_golden_result(smollm2, golden, runs, case: Trans
 
 
 def test_every_kind_of_intervention_has_a_golden_result(golden):
-    from engine.interventions import KINDS
-
     covered = {change.kind for case in CASES if case.golden for change in case.changes}
     assert covered == set(KINDS)
     assert all(f"case/{case.name}/logits" in golden.arrays for case in CASES if case.golden)

@@ -52,7 +52,7 @@ TEXTS: dict[str, str] = {
     "html": "<!DOCTYPE html>\n<html>\n\t<body class='main'>\n\t\t<p>Hello &amp; goodbye</p>\n",
     "shell": "$ find . -name '*.py' -print0 | xargs -0 wc -l | sort -rn | head -20\n",
     "french": "La révolution française a commencé en 1789, lorsque le peuple de Paris",
-    "chinese": "北京是中华人民共和国的首都，也是",
+    "chinese": "北京是中华人民共和国的首都以及",
     "arabic": "القاهرة هي عاصمة جمهورية مصر العربية",
     "emoji": "I 💚 this 🏳️‍🌈 family 👩‍👩‍👧‍👦 and the flag 🇫🇷 of",
     "combining": "e\u0301 a\u0308 o\u0302 \u200d\u00a0\ufeff zero width and accents",
@@ -169,11 +169,40 @@ CASES: tuple[Case, ...] = (
     _case("project_out", "project_out", 4, 18, vector=Row("italy", 18, 3), golden=True),
     _case("patch one row", "patch", 8, positions=(3,), vector=Row("italy", 8, 3), golden=True),
     _case("patch one row from another position", "patch", 14, positions=(-1,), vector=Row("donor", 14, 11)),
-    Case("patch every row", "france", tuple(Change("patch", (6,), "resid_post", (p,), vector=Row("italy", 6, p)) for p in range(5))),
-    _case("knockout, last row to one key", "knockout", *range(10, 30), point="attn_pattern", positions="last", keys=(3,), golden=True),
-    _case("knockout, some heads and rows", "knockout", 2, 13, point="attn_pattern", positions=(2, 5, 6, 11), heads=(0, 3, 4), keys=(0, 2), prompt="story"),
-    Case("zero, then steer, one layer", "france", (Change("zero", (16,), positions=(0, 4)), Change("steer", (16,), positions="last", value=3.0, vector=PARIS_LONDON))),
-)  # fmt: skip
+    Case(
+        "patch every row",
+        "france",
+        tuple(Change("patch", (6,), "resid_post", (p,), vector=Row("italy", 6, p)) for p in range(5)),
+    ),
+    _case(
+        "knockout, last row to one key",
+        "knockout",
+        *range(10, 30),
+        point="attn_pattern",
+        positions="last",
+        keys=(3,),
+        golden=True,
+    ),
+    _case(
+        "knockout, some heads and rows",
+        "knockout",
+        2,
+        13,
+        point="attn_pattern",
+        positions=(2, 5, 6, 11),
+        heads=(0, 3, 4),
+        keys=(0, 2),
+        prompt="story",
+    ),
+    Case(
+        "zero, then steer, one layer",
+        "france",
+        (
+            Change("zero", (16,), positions=(0, 4)),
+            Change("steer", (16,), positions="last", value=3.0, vector=PARIS_LONDON),
+        ),
+    ),
+)
 
 
 class EngineNumbers:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-
-from engine import Model, RecordHook, forward
 from oracle.cases import (
     CASES,
     CONTINUATION,
@@ -20,7 +18,6 @@ from oracle.cases import (
     PARIS_LONDON,
     STEPS,
     TRANSPLANTS,
-    Case,
     Change,
     EngineNumbers,
     Transplant,
@@ -30,7 +27,9 @@ from oracle.cases import (
     prompts,
 )
 from oracle.measure import NOTHING, Measure, Result, distance, measure
-from oracle.reference import SITES, Array, Reference, Run, doubled, edit
+from oracle.reference import SITES, Array, Reference, Run, doubled
+
+from engine import Model, RecordHook, forward
 
 CLOSE_CALL = 2e-3
 """Greedy tokens are compared until the reference's top two logits are closer."""
@@ -125,7 +124,7 @@ def prompts_agree(bench: Bench) -> Iterator[Result]:
         pair = bench.single.run(ids, recorded), bench.double.run(ids, recorded)
         if name in kept:
             bench.runs[name] = pair
-        yield from _agreement("prompts", f"{name} ({len(ids)})", ours(bench.model, name, bench.ids), pair)
+        yield from agreement("prompts", f"{name} ({len(ids)})", ours(bench.model, name, bench.ids), pair)
         if recorded is SITES:
             for point, worst in _points(bench.model, ids, pair).items():
                 points[point] |= worst
@@ -133,14 +132,12 @@ def prompts_agree(bench: Bench) -> Iterator[Result]:
         yield Result("points", point, worst)
 
 
-def _agreement(
+def agreement(
     group: str, name: str, found: tuple[Array, Array], pair: tuple[Run, Run], control: float | None = None
 ) -> Iterator[Result]:
     single, double = pair
     yield Result(group, f"{name}: logits", measure(found[0], single.logits, double.logits), control)
-    worst = NOTHING
-    for layer, mine in enumerate(found[1]):
-        worst |= measure(mine, single.points["resid_post", layer], double.points["resid_post", layer])
+    worst = measure(found[1], single.resid_post, double.resid_post)
     yield Result(group, f"{name}: resid_post", worst, control)
 
 
@@ -148,11 +145,8 @@ def _points(model: Model, ids: list[int], pair: tuple[Run, Run]) -> dict[str, Me
     record = RecordHook.for_layers(range(model.config.n_layers), points=SITES)
     forward(model, ids, hook=record)
     single, double = pair
-    worst = dict.fromkeys(SITES, NOTHING)
-    for point, layer in double.points:
-        mine = record.get(point)[layer]
-        worst[point] |= measure(mine, single.points[point, layer], double.points[point, layer])
-    return worst
+    found = {point: np.stack(list(record.get(point).values())) for point in SITES}
+    return {point: measure(found[point], single.stacked(point), double.stacked(point)) for point in SITES}
 
 
 # --- generation -------------------------------------------------------------------------------------------------
@@ -217,13 +211,13 @@ def interventions_agree(bench: Bench) -> Iterator[Result]:
         pair = bench.single.changed(case, bench.ids), bench.double.changed(case, bench.ids)
         bench.runs[case.name] = pair
         control = distance(pair[1].logits[-1], bench.runs[case.prompt][1].logits[-1])
-        yield from _agreement("interventions", case.name, ours(bench.model, case, bench.ids), pair, control)
+        yield from agreement("interventions", case.name, ours(bench.model, case, bench.ids), pair, control)
     yield from _named_methods_agree(bench)
 
 
 def _named_methods_agree(bench: Bench) -> Iterator[Result]:
-    """forward_ablate, forward_steer and patch_activations: last-token residuals of the last five layers."""
-    model, ids, layers = bench.model, bench.ids, range(25, 30)
+    """forward_ablate, forward_steer and patch_activations: last-token residuals of three layers."""
+    model, ids, layers = bench.model, bench.ids, [18, 25, 29]
     prompt, vector = ids["france"], PARIS_LONDON.of(EngineNumbers(model), ids)
     found = {
         "zero resid_post, every row": model.forward_ablate(prompt, [10], layers),
@@ -231,23 +225,13 @@ def _named_methods_agree(bench: Bench) -> Iterator[Result]:
         "patch one row": model.patch_activations(ids["italy"], prompt, [(8, 3)], layers),
     }
     for name, residuals in found.items():
-        worst, control = NOTHING, np.inf
-        for layer in layers:
-            single, double = (run.points["resid_post", layer][-1:] for run in bench.runs[name])
-            whole = [run.points["resid_post", layer] for run in bench.runs[name]]
-            baseline = bench.runs["france"][1].points["resid_post", layer][-1:]
-            worst |= _last_row(residuals[layer], *whole)
-            control = min(control, distance(double, baseline))
-            assert single.shape == double.shape
-        yield Result("interventions", f"{name}: by its method of Model", worst, control)
-
-
-def _last_row(mine: Array, single: Array, double: Array) -> Measure:
-    """One row of ours; what is allowed comes from the whole tensor."""
-    padded = double.copy()
-    padded[-1] = mine
-    worst = measure(padded, single, double)
-    return Measure(worst.error, worst.allowed, 1)
+        single, double = (run.resid_post for run in bench.runs[name])
+        mine = double.copy()
+        mine[layers, -1] = list(residuals.values())
+        control = distance(double[layers, -1], bench.runs["france"][1].resid_post[layers, -1])
+        worst = measure(mine, single, double)
+        note = Measure(worst.error, worst.allowed, len(residuals))
+        yield Result("interventions", f"{name}: by its method of Model", note, control)
 
 
 # --- caches -----------------------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ allowed        the largest error each row may have
 Measure        the worst of many rows: error, what was allowed there, how many rows were compared
 Result         one line of the report: a measure, the distance of its positive control, the verdict
 
-The rule: an error against the float64 reference may be at most 3 times the error of torch's own float32 run (its
-worst row of the same tensor), with a floor of 1e-6 of the row's or the tensor's root mean square, whichever is
-smaller; and never above 1e-4. A positive control lies at least 100 times the allowed error away.
+The rule: the error of a row against the float64 reference may be at most 3 times the error of torch's own float32 run
+(its worst row at the same point of the same run), with a floor of 1e-6 of the row's or the tensor's root mean square,
+whichever is smaller; and never above 1e-4. A positive control lies at least 100 times the allowed error away.
+
+A tensor here is one point of one run, all layers together. Layer by layer the anchor is one lucky or unlucky number:
+transformers' own two attention kernels (eager and sdpa) then miss the rule against each other.
 """
 
 from dataclasses import dataclass
@@ -45,8 +48,7 @@ def allowed(torch32: Array, reference: Array) -> Array:
     """The largest relative error of every row: see the rule above."""
     flat = reference.reshape(-1, reference.shape[-1])
     square = np.concatenate([np.einsum("rd,rd->r", block, block) for block in _blocks(flat)])
-    share = np.sqrt(square.mean() / np.maximum(square, np.finfo(np.float64).tiny))
-    floor = FLOOR * np.minimum(1.0, share)
+    floor = FLOOR * np.sqrt(square.mean() / np.maximum(square, square.mean() + np.finfo(np.float64).tiny))
     return np.minimum(CEILING, np.maximum(FACTOR * row_errors(torch32, reference).max(), floor))
 
 

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 import numpy as np
 import torch
 import transformers
+from oracle.cases import Case, Change, Ids, Transplant
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-from oracle.cases import Case, Change, Ids, Transplant
 
 Array = np.ndarray
 Tensor = torch.Tensor
@@ -104,10 +103,14 @@ class Run:
     logits: Array
     points: dict[tuple[str, int], Array]
 
+    def stacked(self, point: str) -> Array:
+        """A point at all its layers: (layers, ...)."""
+        return np.stack([x for (name, _), x in self.points.items() if name == point])
+
     @property
     def resid_post(self) -> Array:
         """(layers, s, d_model)."""
-        return np.stack([x for (point, _), x in self.points.items() if point == "resid_post"])
+        return self.stacked("resid_post")
 
 
 class Reference:

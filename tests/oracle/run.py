@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
-
-from engine import Model, catalog, load_model
 from oracle import checks, tiny
 from oracle.cases import CASES, GOLDEN, TRANSPLANTS
 from oracle.golden import STRIDE, Golden, differences
 from oracle.measure import Measure, Result, allowed
-from oracle.reference import Array, Reference, Run, load
+from oracle.reference import Array, load
+from rich.console import Console
+from rich.table import Table
+
+from engine import catalog, load_model
 
 MODEL = "smollm2-135m-instruct"
 DIRECTORY = Path(__file__).parents[1] / "golden"
@@ -57,6 +57,7 @@ def everything(bench: checks.Bench) -> Iterable[Result]:
 def report(console: Console, results: Iterable[Result]) -> list[Result]:
     """Print a table per group as it is done."""
     kept: list[Result] = []
+    began = time.monotonic()
     for group, rows in groupby(results, key=lambda result: result.group):
         table = Table("check", title=group, title_justify="left", expand=True)
         for heading in ("compared", "error", "allowed", "share", "control", ""):
@@ -64,6 +65,7 @@ def report(console: Console, results: Iterable[Result]) -> list[Result]:
         for result in rows:
             kept.append(result)
             table.add_row(*_cells(result), style=None if result.passed else "bold red")
+        table.caption, began = f"{time.monotonic() - began:.0f} s", time.monotonic()
         console.print(table)
     return kept
 
@@ -105,16 +107,14 @@ def made(bench: checks.Bench) -> Golden:
         top = torch.from_numpy(double.logits[-1]).topk(5).indices.numpy()
         golden.arrays[f"prompt/{name}/top"] = top
         golden.arrays[f"prompt/{name}/resid_post"] = double.resid_post[:, -1].astype("f4")
-        golden.facts["allowed"][f"prompt/{name}/resid_post"] = [
-            _limit(single.points[key], double.points[key]) for key in double.points if key[0] == "resid_post"
-        ]
+        golden.facts["allowed"][f"prompt/{name}/resid_post"] = _limits(single.resid_post, double.resid_post)
         _keep_logits(golden, f"prompt/{name}/logits", single.logits, double.logits)
     for case in CASES:
         if case.golden:
             single, double = bench.runs[case.name]
-            name, last = f"case/{case.name}/resid_post", bench.double.layers[-1]
+            name = f"case/{case.name}/resid_post"
             golden.arrays[name] = double.resid_post[-1, -1].astype("f4")
-            golden.facts["allowed"][name] = [_limit(*(run.points["resid_post", last] for run in (single, double)))]
+            golden.facts["allowed"][name] = _limits(single.resid_post, double.resid_post)[-1:]
             _keep_logits(golden, f"case/{case.name}/logits", single.logits, double.logits)
     for transplant in TRANSPLANTS:
         if transplant.golden:
@@ -143,12 +143,13 @@ def _golden_tokens(bench: checks.Bench) -> set[str]:
 
 def _keep_logits(golden: Golden, name: str, single: Array, double: Array) -> None:
     golden.arrays[name] = double[-1, ::STRIDE].astype("f4")
-    golden.facts["allowed"][name] = [_limit(single, double)]
+    golden.facts["allowed"][name] = _limits(single[None], double[None])
 
 
-def _limit(single: Array, double: Array) -> float:
-    """What the last row of a tensor is allowed, to two digits."""
-    return float(f"{allowed(single, double)[-1]:.1e}")
+def _limits(single: Array, double: Array) -> list[float]:
+    """(layers, s, ...): what the last row of every layer is allowed, to two digits."""
+    last = allowed(single, double).reshape(double.shape[:2])[:, -1]
+    return [float(f"{limit:.1e}") for limit in last]
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+from oracle.cases import ours
+from oracle.checks import agreement
+from oracle.measure import Result
+from oracle.reference import Reference, doubled, load
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine import load_model
-from oracle.cases import ours
-from oracle.checks import Bench, _agreement
-from oracle.measure import Result
-from oracle.reference import Reference, doubled, load
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,9 +30,9 @@ def directories_agree() -> Iterator[Result]:
             with tempfile.TemporaryDirectory() as directory:
                 shards = write(Path(directory), tied, dtype)
                 model, reference = load_model(directory), load(Path(directory))
-            pair = tuple(reference_.run(ids["tiny"]) for reference_ in (Reference(reference), Reference(doubled(reference))))
+            pair = Reference(reference).run(ids["tiny"]), Reference(doubled(reference)).run(ids["tiny"])
             label = f"{name}, {'tied' if tied else 'untied'}, {shards} shards"
-            yield from _agreement("tiny directories", label, ours(model, "tiny", ids), pair)
+            yield from agreement("tiny directories", label, ours(model, "tiny", ids), pair)
 
 
 def write(directory: Path, tied: bool, dtype: torch.dtype) -> int:
@@ -62,5 +62,7 @@ def write(directory: Path, tied: bool, dtype: torch.dtype) -> int:
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.to(dtype).save_pretrained(directory, max_shard_size="60KB")
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(directory / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(
+        str(directory / "tokenizer.json")
+    )
     return len(list(directory.glob("*.safetensors")))
