@@ -79,7 +79,7 @@ def forward(
     pos = _positions(positions, past, x.shape[1])
     model.check_context(int(pos[-1]) + 1)
     if hook is not None:
-        _check_layers(hook, cfg)
+        _check_hook(hook, model)
         hook.begin_run(int(pos[-1]) + 1 if prompt_length is None else prompt_length, past)
     listeners = Listeners(hook, range(start, stop), cfg.n_layers - 1, pos)
     run = _Pass(cfg, listeners, cache, pos, _rotary_tables(cfg, cache, past, pos))
@@ -226,10 +226,13 @@ def _positions(positions: IntArray | None, past: int, rows: int) -> IntArray:
     return pos.astype(np.int64)
 
 
-def _check_layers(hook: LayerHook, cfg: Config) -> None:
-    bad = sorted(layer for layer in hook.named_layers() if not 0 <= layer < cfg.n_layers)
+def _check_hook(hook: LayerHook, model: Network) -> None:
+    n = model.config.n_layers
+    bad = sorted(layer for layer in hook.named_layers() if not 0 <= layer < n)
     if bad:
-        raise LayerError(f"the hook names layer {bad[0]}, which does not exist; valid: 0 to {cfg.n_layers - 1}")
+        raise LayerError(f"the hook names layer {bad[0]}, which does not exist; valid: 0 to {n - 1}")
+    for name in hook.named_points():
+        model.check_point(name)
 
 
 def _logit_rows(logits_at: LogitsAt, pos: IntArray) -> IntArray:

@@ -43,9 +43,7 @@ ROWS: dict[str, Raw] = {
     "llama": WIDE | {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "llama-tied": WIDE | {"model_type": "llama", "tie_word_embeddings": True, "hidden_act": "gelu"},
     "llama-linear": WIDE | {"model_type": "llama"} | _rope("linear", factor=3.0),
-    "llama-dynamic": WIDE
-    | {"model_type": "llama", "max_position_embeddings": 64}
-    | _rope("dynamic", factor=2.0),
+    "llama-dynamic": WIDE | {"model_type": "llama", "max_position_embeddings": 64} | _rope("dynamic", factor=2.0),
     "llama-llama3": WIDE
     | {"model_type": "llama"}
     | _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
@@ -58,10 +56,10 @@ ROWS: dict[str, Raw] = {
     "gemma": WIDE | {"model_type": "gemma", "attention_bias": True},
     "gemma2": WIDE
     | {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 24}
-    | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0},
     "gemma3": WIDE
     | {"model_type": "gemma3_text", "sliding_window": 4, "query_pre_attn_scalar": 24, "sliding_window_pattern": 3}
-    | {"final_logit_softcapping": 5.0},
+    | {"final_logit_softcapping": 15.0},
     "gpt2": GPT
     | {"model_type": "gpt2", "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 128}
     | {"scale_attn_by_inverse_layer_idx": True},
@@ -69,8 +67,7 @@ ROWS: dict[str, Raw] = {
     | {"model_type": "gpt_neo", "hidden_size": 48, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 128}
     | {"window_size": 4, "attention_types": [[["global", "local"], 2]]},
     "gpt_neox": UNSHARED | {"model_type": "gpt_neox", "rotary_pct": 0.5},
-    "gpt_neox-sequential": UNSHARED
-    | {"model_type": "gpt_neox", "rotary_pct": 0.34, "use_parallel_residual": False},
+    "gpt_neox-sequential": UNSHARED | {"model_type": "gpt_neox", "rotary_pct": 0.34, "use_parallel_residual": False},
     "phi": SIZES | {"model_type": "phi", "qk_layernorm": True, "partial_rotary_factor": 0.5},
     "phi3": SIZES | {"model_type": "phi3", "sliding_window": 4} | _rope("default", partial_rotary_factor=0.5),
     "phi3-longrope": SIZES
@@ -116,9 +113,11 @@ class Seeded:
 
 
 def tiny(row: str) -> Model:
-    """The model of a row, with one token per byte."""
+    """The model of a row, with one token per byte; none ends a text, so that every generation has its steps."""
     raw, tensors = ROWS[row], Seeded(row)
     reader = family(raw["model_type"])
     cfg = reader.config(raw)
     params = Params(reader.ends(tensors, cfg, raw), lambda i: reader.layer(tensors, i, cfg, raw), keep=cfg.n_layers)
-    return Model(row, cfg, params, byte_level(), zlib.crc32(row.encode()).to_bytes(4, "big").hex() * 8, "dense", True)
+    words = byte_level()
+    words.eos = ()
+    return Model(row, cfg, params, words, zlib.crc32(row.encode()).to_bytes(4, "big").hex() * 8, "dense", True)
