@@ -14,5 +14,5 @@ __all__ = ["config", "ends", "layer"]
 
 def config(raw: Raw) -> Config:
     n_layers = whole(raw, "num_hidden_layers")
-    kind = "full_attention" if raw.get("sliding_window") is None else "sliding_attention"
-    return _parts.base_config(raw, "mistral", windows=_parts.windows(raw, [kind] * n_layers))
+    kind = "full_attention" if raw.get("sliding_window", 4096) is None else "sliding_attention"
+    return _parts.base_config(raw, "mistral", windows=_parts.windows(raw, [kind] * n_layers, 4096))

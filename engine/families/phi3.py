@@ -8,7 +8,7 @@ import numpy as np
 from engine.config import Config
 from engine.families import _parts
 from engine.families._parts import Raw
-from engine.families._read import whole
+from engine.families._read import real, whole
 from engine.families.llama import ends
 from engine.params import LayerParams, Linear, transposed
 from engine.weights import Tensors
@@ -26,6 +26,7 @@ def config(raw: Raw) -> Config:
     return _parts.base_config(
         raw,
         "phi3",
+        norm_eps=real(raw, "rms_norm_eps", 1e-5),
         ropes=(_parts.layer_rope(raw, settings, d_head),) * n_layers,
         windows=_parts.windows(raw, [kind] * n_layers),
     )
