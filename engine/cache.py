@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from engine.config import Config, Rope
+from engine.config import Config
 from engine.errors import CacheError, LayerError
 from engine.ops import Array, IntArray, rotate
 
@@ -59,6 +59,7 @@ class KVCache:
     def __init__(self, layers: list[LayerKV | None], config: Config | None = None) -> None:
         self.layers = layers
         self.config = config
+        self.rope_length = 0  # of the sequence whose rotary frequencies the keys have
 
     @classmethod
     def with_layers(cls, n: int) -> "KVCache":
@@ -121,7 +122,9 @@ class KVCache:
     def fork(self) -> "KVCache":
         """An independent copy."""
         copies = [None if layer is None else LayerKV.of(*layer.filled()) for layer in self.layers]
-        return KVCache(copies, self.config)
+        copy = KVCache(copies, self.config)
+        copy.rope_length = self.rope_length
+        return copy
 
     def crop(self, n: int) -> None:
         """Keep the first n positions of every layer."""
@@ -154,7 +157,9 @@ class KVCache:
         """What `to_tensors` gave, as a cache again."""
         pos = tensors["pos"].astype(np.int64)
         layers = [LayerKV.of(tensors[f"k.{i}"], tensors[f"v.{i}"], pos) for i in range(config.n_layers)]
-        return cls(list(layers), config)
+        cache = cls(list(layers), config)
+        cache.rope_length = cache.next_position
+        return cache
 
     def clone_layer_from(self, other: "KVCache", layer: int) -> None:
         """This layer becomes a copy of the other cache's."""
@@ -173,6 +178,7 @@ class KVCache:
     def _become(self, layer: int, other: "KVCache", k: Array, v: Array, pos: IntArray) -> None:
         self.layers[layer] = LayerKV.of(k, v, pos)
         self.config = self.config or other.config
+        self.rope_length = self.rope_length or other.rope_length
 
     def transplant(
         self,
@@ -192,6 +198,11 @@ class KVCache:
         if what not in ("kv", "k", "v") or rope not in ("realign", "keep"):
             raise CacheError(f"what={what!r}, rope={rope!r}; valid: what = kv, k or v; rope = realign or keep")
         start, end = source
+        if start != dest and self.config is not None and self.config.learned_positions:
+            raise CacheError(
+                f"this model's positions are learned and part of every key and value: rows [{start}, {end}) cannot be "
+                f"moved to {dest}; give dest={start}"
+            )
         chosen = list(dict.fromkeys(layers))
         for index in chosen:
             self._check_layer(donor, index)
@@ -210,16 +221,19 @@ class KVCache:
         if "k" in what:
             keys = theirs.k[:, :, rows]
             if rope == "realign":
-                keys = realigned(keys, donor.rope(index), theirs.pos[rows], self.rope(index), mine.pos[to])
+                keys = realigned(
+                    keys, donor.frequencies(index), theirs.pos[rows], self.frequencies(index), mine.pos[to]
+                )
             mine.k[:, which, to] = keys[:, which]
         if "v" in what:
             mine.v[:, which, to] = theirs.v[:, which, rows]
 
-    def rope(self, index: int) -> Rope | None:
-        """The rotary embedding of a layer; raises `CacheError` while the cache belongs to no model."""
+    def frequencies(self, index: int) -> tuple[float, ...] | None:
+        """The rotary frequencies a layer's keys were turned by; `CacheError` while the cache belongs to no model."""
         if self.config is None:
             raise CacheError("an empty cache belongs to no model yet; run a prompt through it first")
-        return self.config.ropes[index]
+        rope = self.config.ropes[index]
+        return None if rope is None else rope.frequencies(self.rope_length)
 
     def _check_layer(self, other: "KVCache", index: int) -> None:
         if not 0 <= index < len(self.layers):
@@ -234,17 +248,19 @@ class KVCache:
             raise CacheError(f"key-value heads {list(heads)} do not exist; valid: 0 to {n - 1}")
 
 
-def realigned(keys: Array, old: Rope | None, old_pos: IntArray, new: Rope | None, new_pos: IntArray) -> Array:
+def realigned(
+    keys: Array, old: tuple[float, ...] | None, old_pos: IntArray, new: tuple[float, ...] | None, new_pos: IntArray
+) -> Array:
     """Keys (..., positions, d_head) turned from their old positions and frequencies to new ones.
 
     One pure rotation by new_pos * new_freq - old_pos * old_freq: the attention factor of yarn and longrope
     is in the keys already and is not applied again.
     """
-    if old is None or new is None or len(old.inv_freq) != len(new.inv_freq):
-        if old is None and new is None:
-            return keys
+    if old is None and new is None:
+        return keys
+    if old is None or new is None or len(old) != len(new):
         raise CacheError("the two layers rotate different features; use rope='keep' or another layer")
-    angle = new_pos[:, None] * np.asarray(new.inv_freq) - old_pos[:, None] * np.asarray(old.inv_freq)
+    angle = new_pos[:, None] * np.asarray(new) - old_pos[:, None] * np.asarray(old)
     return rotate(keys, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
 
 

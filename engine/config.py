@@ -17,22 +17,37 @@ class Rope:
     """Rotary frequencies of one layer.
 
     `inv_freq` is in radians per position, one entry per rotated pair of features; `scale` multiplies cos and
-    sin (the attention factor of yarn and longrope).
+    sin (the attention factor of yarn and longrope). Two kinds depend on the length of the sequence: `long` is
+    (context, frequencies beyond it), `dynamic` is (theta, factor, context) of dynamic NTK scaling.
     """
 
     inv_freq: tuple[float, ...]
     scale: float = 1.0
+    long: tuple[int, tuple[float, ...]] | None = None
+    dynamic: tuple[float, float, int] | None = None
 
     @classmethod
     def plain(cls, theta: float, width: int) -> "Rope":
         """theta^(-2i / width), i = 0 .. width/2 - 1 (Su et al. 2021)."""
         return cls(tuple(float(theta ** (-i / width)) for i in range(0, width, 2)))
 
-    def table(self, pos: IntArray) -> tuple[Array, Array]:
-        """Cos and sin of every angle: two (seq, width / 2) arrays. Angles are float64: at position 8000 a
-        float32 angle is already off by 2e-4.
+    def frequencies(self, length: int) -> tuple[float, ...]:
+        """The frequencies for a sequence of `length` tokens."""
+        if self.long is not None and length > self.long[0]:
+            return self.long[1]
+        if self.dynamic is not None and length > self.dynamic[2]:
+            theta, factor, context = self.dynamic
+            width = 2 * len(self.inv_freq)
+            grown = theta * (factor * length / context - (factor - 1)) ** (width / (width - 2))
+            return Rope.plain(grown, width).inv_freq
+        return self.inv_freq
+
+    def table(self, pos: IntArray, length: int) -> tuple[Array, Array]:
+        """Cos and sin of every angle in a sequence of `length` tokens: two (seq, width / 2) arrays.
+
+        Angles are float64: at position 8000 a float32 angle is already off by 2e-4.
         """
-        angle = pos[:, None].astype(np.float64) * np.asarray(self.inv_freq)
+        angle = pos[:, None].astype(np.float64) * np.asarray(self.frequencies(length))
         return (np.cos(angle) * self.scale).astype(np.float32), (np.sin(angle) * self.scale).astype(np.float32)
 
 
@@ -54,13 +69,14 @@ class Config:
     activation: str
     ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
-    attn_scale: float
+    attn_scales: tuple[float, ...]
     attn_softcap: float | None = None
     final_softcap: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     parallel: bool = False
+    learned_positions: bool = False
     tied: bool = False
 
     @property

@@ -6,25 +6,20 @@ Differences between architectures are data (`Config`, absent parameters); hooks 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from engine.cache import KVCache
 from engine.config import Config, Rope
-from engine.errors import InputError, LayerError, PointError, PositionError
+from engine.errors import CacheError, InputError, LayerError, PositionError
 from engine.hooks import LayerHook, Listeners, resolve_positions
+from engine.network import Network, Tokens
 from engine.ops import ACTIVATIONS, Array, IntArray, attend, layer_norm, linear, rms_norm, rotate, softcap
 from engine.params import LayerParams, Linear, Norm
 
-if TYPE_CHECKING:
-    from engine.model import Model
-
 Tick = Callable[[int, int, str], None]
 """Called as tick(done, total, what) at least once per layer; raising from it stops the work."""
-
-Tokens = Sequence[int] | Sequence[Sequence[int]]
-"""Token ids of one prompt, or of several prompts of one length."""
 
 LogitsAt = Literal["last", "all", "none"] | Sequence[int]
 
@@ -52,7 +47,7 @@ class _Pass:
 
 
 def forward(
-    model: "Model",
+    model: Network,
     tokens: Tokens | None,
     *,
     hook: LayerHook | None = None,
@@ -84,11 +79,12 @@ def forward(
     pos = _positions(positions, past, x.shape[1])
     model.check_context(int(pos[-1]) + 1)
     if hook is not None:
-        _check_layers(hook, cfg)
+        _check_hook(hook, model)
         hook.begin_run(int(pos[-1]) + 1 if prompt_length is None else prompt_length, past)
     listeners = Listeners(hook, range(start, stop), cfg.n_layers - 1, pos)
-    run = _Pass(cfg, listeners, cache, pos, {rope: rope.table(pos) for rope in set(cfg.ropes) if rope is not None})
-    x = listeners.fire("embed", 0, x) if start == 0 else x
+    run = _Pass(cfg, listeners, cache, pos, _rotary_tables(cfg, cache, past, pos))
+    if start == 0:
+        x = listeners.fire("embed", 0, x if residual is not None else _placed(model, x, pos))
     for layer in range(start, stop):
         if tick is not None:
             tick(layer - start, stop - start, f"layer {layer}")
@@ -98,10 +94,32 @@ def forward(
     return ForwardResult(x, logits if len(rows) else None, pos[rows])
 
 
-def embed(model: "Model", ids: IntArray) -> Array:
+def embed(model: Network, ids: IntArray) -> Array:
     """W_E rows of (b, s) ids, times the embedding scale."""
     x: Array = model.params.embed[ids]  # (b, s, d)
     return x * np.float32(model.config.embed_scale) if model.config.embed_scale != 1 else x
+
+
+def _placed(model: Network, x: Array, pos: IntArray) -> Array:
+    """Add learned positions, in models that have them."""
+    return x if model.params.positions is None else x + model.params.positions[pos]
+
+
+def _rotary_tables(cfg: Config, cache: KVCache | None, past: int, pos: IntArray) -> dict[Rope, tuple[Array, Array]]:
+    """Cos and sin of this pass's positions for each rotary embedding of the model.
+
+    Raises `CacheError` where the frequencies depend on the length and the cached keys were made with others.
+    """
+    length = int(pos[-1]) + 1
+    ropes = {rope for rope in cfg.ropes if rope is not None}
+    if cache is not None and past and any(r.frequencies(cache.rope_length) != r.frequencies(length) for r in ropes):
+        raise CacheError(
+            f"this model's rotary frequencies change between {cache.rope_length} and {length} tokens, so the "
+            "cached keys no longer fit; run the whole sequence in one pass, without a cache"
+        )
+    if cache is not None:
+        cache.rope_length = length
+    return {rope: rope.table(pos, length) for rope in ropes}
 
 
 def block(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
@@ -133,7 +151,7 @@ def attention(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
     if run.cache is not None:
         k, v, key_pos = run.cache.append(layer, k, v, run.pos)
     z = attend(
-        q, k, v, run.pos, key_pos, scale=cfg.attn_scale, window=cfg.windows[layer], cap=cfg.attn_softcap,
+        q, k, v, run.pos, key_pos, scale=cfg.attn_scales[layer], window=cfg.windows[layer], cap=cfg.attn_softcap,
         on_weights=(lambda w: hooks.fire("attn_pattern", layer, w, key_pos))
         if hooks.wanted("attn_pattern", layer) else None,
     )  # fmt: skip
@@ -159,17 +177,19 @@ def norm(x: Array, p: Norm | None, cfg: Config) -> Array:
     """The config's norm over groups as wide as the weight; absent parameters are the identity."""
     if p is None:
         return x
-    grouped = x.reshape(*x.shape[:-1], -1, p.weight.shape[0])
+    grouped = x.reshape(*x.shape[:-1], -1, p.weight.shape[-1])
     if cfg.norm == "rms":
         return rms_norm(grouped, p.weight, cfg.norm_eps).reshape(x.shape)
     return layer_norm(grouped, p.weight, p.bias, cfg.norm_eps).reshape(x.shape)
 
 
-def unembed(model: "Model", x: Array) -> Array:
-    """Normalised rows (..., d_model) -> logits (..., d_vocab): W_U, logit scale, softcap."""
+def unembed(model: Network, x: Array) -> Array:
+    """Normalised rows (..., d_model) -> logits (..., d_vocab): W_U, bias, logit scale, softcap."""
     flat = x.reshape(-1, x.shape[-1])
     w_u = model.params.unembed  # (d_vocab, d_model)
     logits = (w_u @ flat[0])[None] if len(flat) == 1 else flat @ w_u.T  # one row: matrix times vector is 4x faster
+    if model.params.unembed_bias is not None:
+        logits += model.params.unembed_bias
     if model.config.logit_scale != 1:
         logits *= np.float32(model.config.logit_scale)
     return softcap(logits, model.config.final_softcap).reshape(*x.shape[:-1], len(w_u))
@@ -179,7 +199,7 @@ def _scaled(x: Array, factor: float) -> Array:
     return x if factor == 1 else x * np.float32(factor)
 
 
-def _input(model: "Model", tokens: Tokens | None, residual: Array | None, start: int) -> Array:
+def _input(model: Network, tokens: Tokens | None, residual: Array | None, start: int) -> Array:
     """The (b, s, d_model) that the first layer reads."""
     if residual is None:
         if tokens is None or start > 0:
@@ -206,10 +226,13 @@ def _positions(positions: IntArray | None, past: int, rows: int) -> IntArray:
     return pos.astype(np.int64)
 
 
-def _check_layers(hook: LayerHook, cfg: Config) -> None:
-    bad = sorted(layer for layer in hook.named_layers() if not 0 <= layer < cfg.n_layers)
+def _check_hook(hook: LayerHook, model: Network) -> None:
+    n = model.config.n_layers
+    bad = sorted(layer for layer in hook.named_layers() if not 0 <= layer < n)
     if bad:
-        raise LayerError(f"the hook names layer {bad[0]}, which does not exist; valid: 0 to {cfg.n_layers - 1}")
+        raise LayerError(f"the hook names layer {bad[0]}, which does not exist; valid: 0 to {n - 1}")
+    for name in hook.named_points():
+        model.check_point(name)
 
 
 def _logit_rows(logits_at: LogitsAt, pos: IntArray) -> IntArray:
@@ -228,16 +251,10 @@ def _logit_rows(logits_at: LogitsAt, pos: IntArray) -> IntArray:
     return rows
 
 
-def _finish(model: "Model", x: Array, rows: IntArray, run: _Pass) -> Array:
+def _finish(model: Network, x: Array, rows: IntArray, run: _Pass) -> Array:
     """Final norm and unembedding of the wanted rows; a listener at `final_norm` sees every row."""
     last = run.cfg.n_layers - 1
     if not run.hooks.wanted("final_norm", last):
         return unembed(model, norm(x[:, rows], model.params.final_norm, run.cfg))
     normed = run.hooks.fire("final_norm", last, norm(x, model.params.final_norm, run.cfg))
     return unembed(model, normed[:, rows])
-
-
-def check_point(model: "Model", name: str) -> None:
-    """Raise `PointError` for a point that this model's blocks do not have."""
-    if name == "resid_mid" and model.config.parallel:
-        raise PointError("resid_mid does not exist in parallel blocks: attention and MLP read the same residual")

@@ -2,19 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from engine.cache import KVCache
-from engine.decoder import Tick, Tokens, forward
+from engine.decoder import Tick, forward
 from engine.distribution import softmax_of
 from engine.errors import InputError
 from engine.hooks import LayerHook
+from engine.network import Network, Tokens
 from engine.ops import Array
-
-if TYPE_CHECKING:
-    from engine.model import Model
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Generation:
 
 
 def generate(
-    model: "Model",
+    model: Network,
     tokens: Tokens,
     max_new_tokens: int,
     *,

@@ -38,6 +38,10 @@ class LayerHook:
         """The layers this hook was made for; a run raises `LayerError` for one the model does not have."""
         return ()
 
+    def named_points(self) -> Iterable[str]:
+        """The points this hook was made for; a run raises `PointError` for one the model's blocks do not have."""
+        return ()
+
     def wants(self, point: str, layer: int) -> bool:
         """Whether to be called at this point of this layer. Default: every point whose callback is overridden."""
         name = POINTS[point].callback
@@ -145,9 +149,13 @@ class RecordHook(LayerHook):
     `positions`.
     """
 
-    def __init__(self, layers: Iterable[int], points: Iterable[str], scope: Scope = "all") -> None:
+    def __init__(
+        self, layers: Iterable[int], points: Iterable[str], scope: Scope = "all", named: Iterable[str] | None = None
+    ) -> None:
+        """`named` are the points that the model must have, all by default."""
         self._layers = frozenset(layers)
         self._points = tuple(point(name).name for name in points)
+        self._named = self._points if named is None else tuple(named)
         self._scope = scope
         self._prompt_length = 0
         self._rows: dict[tuple[str, int], list[Array]] = {}
@@ -162,10 +170,10 @@ class RecordHook(LayerHook):
         points: Iterable[str] | None = None,
         positions: Scope = "all",
     ) -> "RecordHook":
-        """Record `points` (default: the three of the residual stream) of `layers`."""
+        """Record `points` of `layers`; by default those of the residual stream that the model has."""
         names = list(RESIDUAL_STREAM if points is None else points)
         names += ["attn_pattern"] * capture_attention + ["mlp_act"] * capture_activations
-        return cls(layers, dict.fromkeys(names), positions)
+        return cls(layers, dict.fromkeys(names), positions, () if points is None else points)
 
     def begin_run(self, prompt_length: int, past: int) -> None:
         self._prompt_length = prompt_length
@@ -175,6 +183,9 @@ class RecordHook(LayerHook):
 
     def named_layers(self) -> Iterable[int]:
         return self._layers
+
+    def named_points(self) -> Iterable[str]:
+        return self._named
 
     def wants(self, point: str, layer: int) -> bool:
         return point in self._points and (layer in self._layers or point in ONCE)
@@ -284,6 +295,9 @@ class EditHook(LayerHook):
     def named_layers(self) -> Iterable[int]:
         return [edit.layer for edit in self.edits]
 
+    def named_points(self) -> Iterable[str]:
+        return [edit.point for edit in self.edits]
+
     def wants(self, point: str, layer: int) -> bool:
         return any(edit.point == point and edit.layer == layer for edit in self.edits)
 
@@ -347,6 +361,9 @@ class CompositeHook(LayerHook):
 
     def named_layers(self) -> Iterable[int]:
         return [layer for hook in self.hooks for layer in hook.named_layers()]
+
+    def named_points(self) -> Iterable[str]:
+        return [point for hook in self.hooks for point in hook.named_points()]
 
     def wants(self, point: str, layer: int) -> bool:
         return any(hook.wants(point, layer) for hook in self.hooks)

@@ -7,7 +7,7 @@ token is decoded.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -16,10 +16,8 @@ from engine.decoder import Tick, forward
 from engine.distribution import kl_divergence, softmax_of
 from engine.errors import PromptError
 from engine.generate import Generation, generate
+from engine.network import Network
 from engine.ops import Array
-
-if TYPE_CHECKING:
-    from engine.model import Model
 
 LEAST_GAP = 0.05
 """`recovered` is not reported when donor and baseline probabilities differ by less."""
@@ -43,7 +41,7 @@ class Injection:
     cache: KVCache
 
 
-def prefilled(model: "Model", tokens: Sequence[int], tick: Tick | None = None) -> KVCache:
+def prefilled(model: Network, tokens: Sequence[int], tick: Tick | None = None) -> KVCache:
     """The cache of all tokens but the last; raises `PromptError` for a prompt of one token."""
     if len(tokens) < 2:
         raise PromptError("a one-token prompt has no cache to edit: give a prompt of at least two tokens")
@@ -53,7 +51,7 @@ def prefilled(model: "Model", tokens: Sequence[int], tick: Tick | None = None) -
 
 
 def prefill_inject(
-    model: "Model",
+    model: Network,
     recipient: Sequence[int],
     donor: Sequence[int] | KVCache,
     layers: Iterable[int] | None = None,
@@ -84,13 +82,13 @@ def prefill_inject(
 
 
 def _decoded(
-    model: "Model", cache: KVCache, token: int, max_new_tokens: int, tick: Tick | None
+    model: Network, cache: KVCache, token: int, max_new_tokens: int, tick: Tick | None
 ) -> tuple[Array, Generation]:
     logits = next_logits(model, cache, token, tick)
     return logits, generate(model, [token], max_new_tokens, cache=cache.fork(), tick=tick)
 
 
-def next_logits(model: "Model", cache: KVCache, token: int, tick: Tick | None = None) -> Array:
+def next_logits(model: Network, cache: KVCache, token: int, tick: Tick | None = None) -> Array:
     """(d_vocab,) logits after `token` follows the cache, which stays as it is."""
     logits = forward(model, [token], cache=cache.fork(), tick=tick).logits
     assert logits is not None
@@ -128,7 +126,7 @@ class InjectionScan:
 
 
 def kv_inject_test(
-    model: "Model",
+    model: Network,
     recipient: Sequence[int],
     donor: Sequence[int],
     target: int,

@@ -14,11 +14,10 @@ The same description means the same in a forward pass and at every step of gener
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
-from engine.decoder import check_point
 from engine.errors import InputError, PointError, VectorError
 from engine.hooks import (
     Edit,
@@ -32,11 +31,9 @@ from engine.hooks import (
     times,
     zeroed,
 )
+from engine.network import Network
 from engine.ops import Array, IntArray
 from engine.points import ONCE, point
-
-if TYPE_CHECKING:
-    from engine.model import Model
 
 Kind = Literal["zero", "mean", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -61,7 +58,7 @@ class Intervention:
 
 
 def compile_interventions(
-    model: "Model", interventions: Iterable[Intervention], prompt_length: int, new_tokens: int = 0
+    model: Network, interventions: Iterable[Intervention], prompt_length: int, new_tokens: int = 0
 ) -> EditHook:
     """One hook with an `Edit` per intervention and layer, in order; checks everything against the model.
 
@@ -70,7 +67,7 @@ def compile_interventions(
     edits: list[Edit] = []
     for item in interventions:
         name = point(item.point).name
-        check_point(model, name)
+        model.check_point(name)
         heads = None if item.heads is None else _heads(model, name, item.heads)
         scope = _scope(item.positions, prompt_length, new_tokens)
         function = _function(model, item, prompt_length, new_tokens)
@@ -83,7 +80,7 @@ def compile_interventions(
     return EditHook(edits)
 
 
-def _heads(model: "Model", name: str, heads: Sequence[int]) -> tuple[int, ...]:
+def _heads(model: Network, name: str, heads: Sequence[int]) -> tuple[int, ...]:
     if not heads:
         raise InputError("heads is an empty list; leave it out to mean all heads")
     return tuple(dict.fromkeys(model.resolve_head(head, key_value=name in ("k", "v")) for head in heads))
@@ -99,7 +96,7 @@ def _scope(positions: Scope, prompt_length: int, new_tokens: int) -> Scope:
     return resolved
 
 
-def _function(model: "Model", item: Intervention, prompt_length: int, new_tokens: int) -> EditFunction:
+def _function(model: Network, item: Intervention, prompt_length: int, new_tokens: int) -> EditFunction:
     if not np.isfinite(item.value):
         raise InputError(f"{item.kind}: the number {item.value} is not finite")
     if item.kind == "zero":
@@ -124,7 +121,7 @@ def _hidden_keys(item: Intervention, prompt_length: int, new_tokens: int) -> lis
     return [int(key) for key in _scope(item.keys, prompt_length, new_tokens)]
 
 
-def _vector(model: "Model", item: Intervention) -> Array:
+def _vector(model: Network, item: Intervention) -> Array:
     """The vector, as wide as a row of the point; `mean` and `patch` also take one for each of the heads."""
     feature = point(item.point).axes[-1]
     if feature == "key":

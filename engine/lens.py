@@ -9,33 +9,30 @@ A residual is (d_model,) or (n, d_model); for the latter, lists of results.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.decoder import norm, unembed
 from engine.distribution import softmax_of, top_k
 from engine.errors import VectorError
+from engine.network import Network
 from engine.ops import Array
-
-if TYPE_CHECKING:
-    from engine.model import Model
 
 Ranked = list[tuple[int, float]]
 """(token id, score), best first."""
 
 
-def lens_logits(model: "Model", residual: Array) -> Array:
+def lens_logits(model: Network, residual: Array) -> Array:
     """The logits the model would give if this residual were its last: (..., d_model) -> (..., d_vocab)."""
     return unembed(model, norm(model.check_vector(residual), model.params.final_norm, model.config))
 
 
-def logit_lens_topk(model: "Model", residual: Array, k: int = 10) -> Ranked | list[Ranked]:
+def logit_lens_topk(model: Network, residual: Array, k: int = 10) -> Ranked | list[Ranked]:
     """The k most probable tokens as (token id, probability)."""
     return _ranked(softmax_of(lens_logits(model, residual)), k)
 
 
-def track_token(model: "Model", residual: Array, token_id: int) -> float | list[float]:
+def track_token(model: Network, residual: Array, token_id: int) -> float | list[float]:
     """The probability of one token."""
     token = model.check_token(token_id)
     probabilities = softmax_of(lens_logits(model, residual))
@@ -43,18 +40,18 @@ def track_token(model: "Model", residual: Array, token_id: int) -> float | list[
 
 
 def track_race(
-    model: "Model", residuals: Mapping[int, Array], k: int = 5
+    model: Network, residuals: Mapping[int, Array], k: int = 5
 ) -> dict[int, Ranked] | dict[int, list[Ranked]]:
     """The lens of several layers: {layer: top k}."""
     return {layer: logit_lens_topk(model, residual, k) for layer, residual in residuals.items()}  # type: ignore[return-value]
 
 
-def project_through_unembed(model: "Model", vec: Array, k: int = 10) -> Ranked | list[Ranked]:
+def project_through_unembed(model: Network, vec: Array, k: int = 10) -> Ranked | list[Ranked]:
     """The k largest entries of W_U @ vec as (token id, logit)."""
     return _ranked(model.check_vector(vec) @ model.params.unembed.T, k)
 
 
-def embedding_neighbors(model: "Model", query: Array, k: int = 10) -> Ranked | list[Ranked]:
+def embedding_neighbors(model: Network, query: Array, k: int = 10) -> Ranked | list[Ranked]:
     """The k tokens whose rows of W_E have the largest cosine with `query`."""
     vector = model.check_vector(query)
     length = np.linalg.norm(vector, axis=-1, keepdims=True)
@@ -65,18 +62,18 @@ def embedding_neighbors(model: "Model", query: Array, k: int = 10) -> Ranked | l
     return _ranked((vector / length) @ rows.T / np.maximum(lengths, np.finfo(np.float32).tiny), k)
 
 
-def embedding_row(model: "Model", token_id: int) -> Array:
+def embedding_row(model: Network, token_id: int) -> Array:
     """W_E[token]: (d_model,), a copy."""
     row: Array = model.params.embed[model.check_token(token_id)].copy()
     return row
 
 
-def embedding_row_scaled(model: "Model", token_id: int) -> Array:
+def embedding_row_scaled(model: Network, token_id: int) -> Array:
     """W_E[token] times the embedding scale: what enters the residual stream, (d_model,)."""
     return embedding_row(model, token_id) * np.float32(model.config.embed_scale)
 
 
-def unembedding_row(model: "Model", token_id: int) -> Array:
+def unembedding_row(model: Network, token_id: int) -> Array:
     """W_U's row of a token: (d_model,), a copy."""
     row: Array = model.params.unembed[model.check_token(token_id)].copy()
     return row

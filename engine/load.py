@@ -1,7 +1,5 @@
 """`load_model`: a name, directory, .gguf file or hub id -> `Model`."""
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ from engine.families import Family, family
 from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
 from engine.model import Model
-from engine.params import LayerParams, Params
+from engine.params import Params
 from engine.synthetic import synthetic
-from engine.weights import SafetensorsDir, Tensors, read_json
+from engine.weights import Counted, SafetensorsDir, Tensors, read_json
 
 WEIGHTS = ("dense", "scoped")
 
@@ -88,26 +86,15 @@ def _assembled(
     cfg = reader.config(raw)
     if words.vocabulary > cfg.d_vocab:
         raise DamagedFile(f"the tokenizer has {words.vocabulary} tokens, the model only {cfg.d_vocab} embeddings")
-    _check_depth(tensors, cfg)
-    params = Params(*reader.ends(tensors, cfg), _layer_reader(reader, tensors, cfg), _kept(cfg, weights))
+    source = Counted(tensors)
+    params = Params(reader.ends(source, cfg, raw), lambda i: reader.layer(source, i, cfg, raw), _kept(cfg, weights))
     for layer in range(cfg.n_layers):  # scoped models too: a file that lacks a tensor fails here, not mid-run
         if tick is not None:
             tick(layer, cfg.n_layers, f"reading layer {layer}")
         params.layer(layer)
+    source.check_all_read()
     return Model(name, cfg, params, words, catalog.sha256(sorted(files)), weights)
-
-
-def _layer_reader(reader: Family, tensors: Tensors, cfg: Config) -> Callable[[int], LayerParams]:
-    return lambda layer: reader.layer(tensors, layer, cfg)
 
 
 def _kept(cfg: Config, weights: str) -> int:
     return cfg.n_layers if weights == "dense" else 1
-
-
-def _check_depth(tensors: Tensors, cfg: Config) -> None:
-    """Refuse weights with more layers than the config: reading only the first ones would be another model."""
-    found = (re.match(r"(?:model\.layers|blk)\.(\d{1,6})\.", name) for name in tensors.names())
-    deepest = max((int(match[1]) for match in found if match), default=-1)
-    if deepest >= cfg.n_layers:
-        raise DamagedFile(f"the weights have {deepest + 1} layers, but the config says {cfg.n_layers}")

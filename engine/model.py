@@ -1,42 +1,24 @@
-"""`Model`, what `load_model` returns: the Python API, and the checks every entry point shares.
+"""`Model`, what `load_model` returns: a `Network` with the Python API as methods."""
 
-A prompt is text, tokenized with the model's own tokenizer and BOS rule, or a list of token ids.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from engine import lens
-from engine.config import Config
-from engine.decoder import Tokens
-from engine.errors import InputError, LayerError, PositionError, PromptError, TokenError, VectorError
+from engine.errors import VectorError
 from engine.generate import generate
 from engine.hooks import CompositeHook, PatchHook, SteerHook, ZeroAblateHook
-from engine.ops import Array, IntArray
-from engine.params import Params
+from engine.network import Network, Tokens
+from engine.ops import Array
 from engine.patching import capture_donor_state, trace_forward
-from engine.tokenizer import Tokenizer
 
 Steer = tuple[int, Array, float]
 """(layer, vector (d_model,), alpha)."""
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A loaded model. `fingerprint` is the sha256 of its weights; `weights` says how they are kept:
-    "dense" or "scoped"; `synthetic` is True for random or hand-written weights.
-    """
-
-    name: str
-    config: Config
-    params: Params
-    tokenizer: Tokenizer
-    fingerprint: str
-    weights: str
-    synthetic: bool = False
+class Model(Network):
+    """A loaded model with the Python API as methods."""
 
     # --- captures -----------------------------------------------------------------------------------------
 
@@ -131,90 +113,6 @@ class Model:
     def unembedding_for(self, token_id: int) -> Array:
         """(d_model,): the token's row of W_U."""
         return lens.unembedding_row(self, token_id)
-
-    # --- checks -------------------------------------------------------------------------------------------
-
-    def encode(self, prompt: str | Tokens) -> Tokens:
-        """Token ids of a prompt; ids pass through."""
-        if isinstance(prompt, str) and not prompt:
-            raise PromptError("the prompt is empty; give at least one token")
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-
-    def token_batch(self, tokens: Tokens) -> IntArray:
-        """(batch, seq) ids, checked; raises `PromptError` or `TokenError`."""
-        rows: Sequence[Any] = (
-            [tokens] if len(tokens) == 0 or not isinstance(tokens[0], Sequence | np.ndarray) else tokens
-        )
-        if any(len(row) == 0 for row in rows):
-            raise PromptError("the prompt is empty; give at least one token")
-        if len({len(row) for row in rows}) > 1:
-            raise PromptError("the prompts of a batch must have the same number of tokens; run them in groups")
-        try:
-            ids = np.asarray(rows)
-        except ValueError:  # numbers and lists mixed
-            ids = np.zeros(0)
-        if ids.dtype.kind not in "iu" or ids.ndim != 2:
-            raise PromptError("a prompt is text or a list of whole-number token ids")
-        for token in (int(ids.min()), int(ids.max())):
-            self.check_token(token)
-        self.check_context(ids.shape[1])
-        return ids.astype(np.int64)
-
-    def check_context(self, length: int) -> None:
-        """Raise `PromptError` for more tokens than the model's context holds."""
-        if length > self.config.n_ctx:
-            raise PromptError(f"{length} tokens are more than the context of {self.config.n_ctx}")
-
-    def check_token(self, token_id: int) -> int:
-        """A valid token id; raises `TokenError`."""
-        if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
-            raise TokenError(f"a token id is a whole number, not {token_id!r}")
-        if not 0 <= token_id < self.config.d_vocab:
-            raise TokenError(f"token id {token_id} does not exist; valid: 0 to {self.config.d_vocab - 1}")
-        return int(token_id)
-
-    def check_vector(self, vector: Array) -> Array:
-        """float32 (d_model,) or (n, d_model), finite; raises `VectorError`."""
-        try:
-            checked = np.asarray(vector, np.float32)
-        except (TypeError, ValueError):
-            raise VectorError(f"a vector is {self.config.d_model} numbers") from None
-        if checked.ndim not in (1, 2) or checked.shape[-1] != self.config.d_model:
-            raise VectorError(f"the vector has shape {checked.shape}; it must have {self.config.d_model} features")
-        if not np.isfinite(checked).all():
-            raise VectorError("the vector holds NaN or infinity; every feature must be finite")
-        return checked
-
-    def resolve_layer(self, layer: int) -> int:
-        """A layer index; negative ones count from the end; raises `LayerError`."""
-        n = self.config.n_layers
-        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-            raise LayerError(f"a layer is a whole number, not {layer!r}")
-        if not -n <= layer < n:
-            raise LayerError(f"layer {layer} does not exist; valid: 0 to {n - 1}, or -{n} to -1 from the end")
-        return int(layer) % n
-
-    def resolve_layers(self, layers: Iterable[int]) -> list[int]:
-        """Layer indices without duplicates, in the order given."""
-        return list(dict.fromkeys(self.resolve_layer(layer) for layer in layers))
-
-    def resolve_position(self, position: int, length: int) -> int:
-        """An absolute position in a prompt of `length` tokens; raises `PositionError`."""
-        if isinstance(position, bool) or not isinstance(position, int | np.integer):
-            raise PositionError(f"a position is a whole number, not {position!r}")
-        if not -length <= position < length:
-            raise PositionError(
-                f"position {position} does not exist in a prompt of {length} tokens; "
-                f"valid: 0 to {length - 1}, or -{length} to -1 from the end"
-            )
-        return int(position) % length
-
-    def resolve_head(self, head: int, key_value: bool = False) -> int:
-        """A head index (of the key-value heads when `key_value`); raises `InputError`."""
-        n = self.config.n_kv_heads if key_value else self.config.n_heads
-        if isinstance(head, bool) or not isinstance(head, int | np.integer) or not -n <= head < n:
-            raise InputError(f"{'key-value ' * key_value}head {head!r} does not exist; valid: 0 to {n - 1}")
-        return int(head) % n
 
     def steer_hook(self, steers: Iterable[Steer]) -> SteerHook:
         """The hook of [(layer, vector, alpha), ...], checked."""

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,8 @@ class Linear:
 @dataclass(frozen=True, slots=True)
 class Norm:
     """weight: what the normalised features are multiplied by; bias or None. The weight's length is the
-    width of the groups that are normalised (a head's width for per-head query and key norms).
+    width of the groups that are normalised (a head's width for per-head query and key norms); a (heads, d_head)
+    weight has a gain for each head.
     """
 
     weight: Array
@@ -60,24 +62,26 @@ class LayerParams:
                     yield f"{field.name}.bias", part.bias
 
 
-class Params:
-    """All the weights of a model.
+class Ends(NamedTuple):
+    """What lies before the first layer and after the last.
 
     embed: W_E (d_vocab, d_model). unembed: W_U stored (d_vocab, d_model), the same array as `embed` when tied.
+    positions: learned position embeddings (n_ctx, d_model). unembed_bias: (d_vocab,).
     """
 
-    def __init__(
-        self,
-        embed: Array,
-        unembed: Array,
-        final_norm: Norm | None,
-        load_layer: Callable[[int], LayerParams],
-        keep: int,
-    ) -> None:
+    embed: Array
+    unembed: Array
+    final_norm: Norm | None
+    positions: Array | None = None
+    unembed_bias: Array | None = None
+
+
+class Params:
+    """All the weights of a model: the fields of `Ends`, and the layers."""
+
+    def __init__(self, ends: Ends, load_layer: Callable[[int], LayerParams], keep: int) -> None:
         """`keep` layers stay dense in memory once they have run (least recently used go first)."""
-        self.embed = embed
-        self.unembed = unembed
-        self.final_norm = final_norm
+        self.embed, self.unembed, self.final_norm, self.positions, self.unembed_bias = ends
         self._load_layer = load_layer
         self._keep = keep
         self._dense: OrderedDict[int, LayerParams] = OrderedDict()
@@ -111,6 +115,7 @@ class Params:
         layers = {**self._dense, **self._pinned}.values()
         total = sum(array.nbytes for layer in layers for _, array in layer.arrays())
         total += self.embed.nbytes + (0 if self.unembed is self.embed else self.unembed.nbytes)
+        total += sum(part.nbytes for part in (self.positions, self.unembed_bias) if part is not None)
         return int(total)
 
     @property

@@ -6,11 +6,10 @@ Causal tracing and activation patching after Meng et al. 2022 (ROME) and Heimers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.decoder import Tick, Tokens, check_point, forward
+from engine.decoder import Tick, forward
 from engine.errors import HookError, InputError, LayerError
 from engine.hooks import (
     CompositeHook,
@@ -21,13 +20,11 @@ from engine.hooks import (
     Scope,
     replaced_by,
 )
+from engine.network import Network, Tokens
 from engine.ops import Array, IntArray
 from engine.params import LayerParams
 from engine.points import ONCE
 from engine.points import point as point_named
-
-if TYPE_CHECKING:
-    from engine.model import Model
 
 HeadFunction = Callable[[Array], Array]
 """(rows, d_head) -> the same shape."""
@@ -56,7 +53,7 @@ class DonorState:
 
 
 def trace_forward(
-    model: "Model",
+    model: Network,
     tokens: Tokens,
     *,
     hook: LayerHook | None = None,
@@ -82,7 +79,7 @@ def trace_forward(
 
 
 def capture_donor_state(
-    model: "Model",
+    model: Network,
     tokens: Tokens,
     targets: Iterable[tuple[int, int]],
     point: str = "resid_post",
@@ -90,7 +87,7 @@ def capture_donor_state(
 ) -> DonorState:
     """The donor's rows at [(layer, position), ...]; negative layers and positions count from the end."""
     name = point_named(point).name
-    check_point(model, name)
+    model.check_point(name)
     length = model.token_batch(tokens).shape[1]
     resolved = [(model.resolve_layer(layer), model.resolve_position(pos, length)) for layer, pos in targets]
     if not resolved:
@@ -107,7 +104,7 @@ def capture_donor_state(
 
 
 def patch_and_trace(
-    model: "Model",
+    model: Network,
     tokens: Tokens,
     donor: DonorState,
     capture_layers: Iterable[int] = (),
@@ -120,7 +117,7 @@ def patch_and_trace(
     )
 
 
-def patch_hook(model: "Model", tokens: Tokens, donor: DonorState, to: Mapping[int, int] | None = None) -> EditHook:
+def patch_hook(model: Network, tokens: Tokens, donor: DonorState, to: Mapping[int, int] | None = None) -> EditHook:
     """The hook that writes the donor's rows; raises `PositionError` for rows the recipient does not have."""
     length = model.token_batch(tokens).shape[1]
     place = to or {}
@@ -131,7 +128,7 @@ def patch_hook(model: "Model", tokens: Tokens, donor: DonorState, to: Mapping[in
 
 
 def map_pre_o_head(
-    model: "Model", prompt: str | Tokens, layer: int, head: int, fn: HeadFunction, capture_layers: Iterable[int] = ()
+    model: Network, prompt: str | Tokens, layer: int, head: int, fn: HeadFunction, capture_layers: Iterable[int] = ()
 ) -> Trace:
     """A full pass in which `fn` maps the (seq, d_head) output of one head, before W_O."""
     hook = _head_hook(model, model.resolve_layer(layer), head, fn)
@@ -139,7 +136,7 @@ def map_pre_o_head(
 
 
 def run_layer_with_mapped_pre_o_head(
-    model: "Model",
+    model: Network,
     layer: int,
     residual: Array,
     head: int,
@@ -165,7 +162,7 @@ def run_layer_with_mapped_pre_o_head(
     return out
 
 
-def _head_hook(model: "Model", layer: int, head: int, fn: HeadFunction) -> EditHook:
+def _head_hook(model: Network, layer: int, head: int, fn: HeadFunction) -> EditHook:
     index = model.resolve_head(head)
 
     def mapped(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
@@ -178,7 +175,7 @@ def _head_hook(model: "Model", layer: int, head: int, fn: HeadFunction) -> EditH
 
 
 @contextmanager
-def scoped_layer(model: "Model", layer: int) -> Iterator[LayerParams]:
+def scoped_layer(model: Network, layer: int) -> Iterator[LayerParams]:
     """Keep one layer's weights dense for the length of a `with` block (they stay quantised on disk otherwise)."""
     with model.params.pinned(model.resolve_layer(layer)) as params:
         yield params

@@ -10,7 +10,7 @@ import numpy as np
 from engine.config import Config, Rope
 from engine.model import Model
 from engine.ops import Array
-from engine.params import LayerParams, Linear, Norm, Params
+from engine.params import Ends, LayerParams, Linear, Norm, Params
 from engine.tokenizer import byte_level
 
 CONFIG = Config(
@@ -28,7 +28,7 @@ CONFIG = Config(
     activation="silu",
     ropes=(Rope.plain(10_000.0, 16),) * 4,
     windows=(None,) * 4,
-    attn_scale=16**-0.5,
+    attn_scales=(16**-0.5,) * 4,
 )
 
 
@@ -38,7 +38,7 @@ def synthetic(seed: int = 0, config: Config = CONFIG) -> Model:
     embed = _normal(rng, config.d_vocab, config.d_model) * np.float32(config.d_model**0.5)
     layers = [_layer(rng, config) for _ in range(config.n_layers)]
     unembed = embed if config.tied else _normal(rng, config.d_vocab, config.d_model) * np.float32(4)
-    params = Params(embed, unembed, _gain(rng, config.d_model), layers.__getitem__, keep=config.n_layers)
+    params = Params(Ends(embed, unembed, _gain(rng, config.d_model)), layers.__getitem__, keep=config.n_layers)
     return Model("synthetic", config, params, byte_level(), _fingerprint(layers, embed, unembed), "dense", True)
 
 

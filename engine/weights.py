@@ -1,10 +1,11 @@
-"""Lazy sources of tensors: `Tensors`, and `SafetensorsDir` for (sharded) safetensors in f32, f16 or bf16.
+"""Lazy sources of tensors: `Tensors`, `Counted`, and `SafetensorsDir` for (sharded) safetensors in f32, f16 or bf16.
 
 A source gives float32 arrays in the shape files store them, (out, in) for matrices. Families ask for a name and the
 shape that the config implies; a missing tensor or another shape is a `DamagedFile`, never a guess.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +22,45 @@ class Tensors(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def names(self) -> Iterable[str]:
-        """Every tensor's name as the file spells it."""
+        """Every tensor's Hugging Face name."""
         ...
 
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
         """The tensor as float32; raises `DamagedFile` when it is missing or has another shape."""
         ...
+
+
+_HARMLESS = re.compile(
+    r"(lm_head\.weight|embed_out\.weight|.*\.rotary_emb\.inv_freq|.*\.(masked_bias|attn\.bias|attention\.bias))"
+)
+"""Names that files may hold without a reader: a tied head's copy, and buffers that older checkpoints saved."""
+
+
+class Counted:
+    """A source that remembers what was read, so that nothing in a file is ignored silently."""
+
+    def __init__(self, source: Tensors) -> None:
+        self._source = source
+        self._read: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._source
+
+    def names(self) -> Iterable[str]:
+        return self._source.names()
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Array:
+        self._read.add(name)
+        return self._source.get(name, shape)
+
+    def check_all_read(self) -> None:
+        """Raise `DamagedFile` for tensors that no part of the architecture uses: it would be another model."""
+        unread = sorted(name for name in self.names() if name not in self._read and not _HARMLESS.fullmatch(name))
+        if unread:
+            raise DamagedFile(
+                f"the weights hold {len(unread)} tensors that the config does not account for, such as "
+                f"{clipped(unread[0])}; the config and the weights do not belong together"
+            )
 
 
 class SafetensorsDir:

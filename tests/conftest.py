@@ -1,7 +1,7 @@
 """Models and prompts that many tests share.
 
-model       each of the models in turn: `synthetic` (4 layers, one token per byte) and SmolLM2-135M-Instruct,
-            whose tests carry the marker `real`
+model       each of the models in turn: `synthetic` (4 layers, one token per byte), SmolLM2-135M-Instruct, whose
+            tests carry the marker `real`, and a tiny model of every family
 ids, donor  two prompts of one length that end in the same token, as ids of `model`
 """
 
@@ -10,6 +10,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy is imported: the workers share the cores already
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import families
 import pytest
 
 import engine
@@ -28,8 +29,10 @@ def smollm2() -> engine.Model:
     return engine.load_model(REAL)
 
 
-@pytest.fixture(scope="session", params=["synthetic", pytest.param("smollm2", marks=pytest.mark.real)])
+@pytest.fixture(scope="session", params=["synthetic", pytest.param("smollm2", marks=pytest.mark.real), *families.ROWS])
 def model(request: pytest.FixtureRequest) -> engine.Model:
+    if request.param in families.ROWS:
+        return families.tiny(request.param)
     return request.getfixturevalue(request.param)
 
 

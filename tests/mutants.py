@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from family_mutants import FAMILY_MUTANTS
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -111,8 +112,8 @@ MUTANTS = (
     Mutant(
         "realignment turns the wrong way",
         "cache.py",
-        "angle = new_pos[:, None] * np.asarray(new.inv_freq) - old_pos[:, None] * np.asarray(old.inv_freq)",
-        "angle = old_pos[:, None] * np.asarray(old.inv_freq) - new_pos[:, None] * np.asarray(new.inv_freq)",
+        "angle = new_pos[:, None] * np.asarray(new) - old_pos[:, None] * np.asarray(old)",
+        "angle = old_pos[:, None] * np.asarray(old) - new_pos[:, None] * np.asarray(new)",
     ),
     Mutant("transplant writes all heads", "cache.py", "slice(None) if heads is None else", "slice(None) if True else"),
     Mutant("transplant of keys writes values", "cache.py", 'if "v" in what:', "if True:"),
@@ -197,7 +198,7 @@ MUTANTS = (
     ),
     Mutant(
         "negative position off by one",
-        "model.py",
+        "network.py",
         "int(position) % length",
         "(int(position) - (position < 0)) % length",
     ),
@@ -225,7 +226,7 @@ MUTANTS = (
     Mutant(
         "query and key rows stay interleaved", "families/_gguf.py", "dense if heads is None else", "dense if True else"
     ),
-    Mutant("an untied head is read as tied", "families/llama.py", "embed if cfg.tied else", "embed if True else"),
+    Mutant("an untied head is read as tied", "families/_parts.py", "w_e if cfg.tied else", "w_e if True else"),
     Mutant(
         "bf16 read as f16",
         "weights.py",
@@ -242,6 +243,8 @@ MUTANTS = (
         "[pre_tokenizers.ByteLevel(",
         "test_tokenizer.py",
     ),
+    # --- architectures
+    *(Mutant(*mutant, at="test_families.py") for mutant in FAMILY_MUTANTS),
 )
 
 

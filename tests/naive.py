@@ -1,9 +1,11 @@
 """A second decoder, slow and in float64, written from the papers with loops over heads and rows.
 
 `naive(model, ids)` reads a model's weights and computes every activation of one prompt without a line of the
-engine's forward pass: the reference for what the engine's points, cache and logits must hold.
+engine's forward pass: the reference for what the engine's points, cache and logits must hold. It knows Llama, with
+biases, GELU and every kind of rotary scaling; other families are compared with transformers (`oracle/families.py`).
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,40 +35,60 @@ def naive(model: Model, ids: list[int]) -> Activations:
     x = np.stack([model.params.embed[token] for token in ids]).astype(np.float64)
     for layer in range(cfg.n_layers):
         p = {name: array.astype(np.float64) for name, array in model.params.layer(layer).arrays()}
-        x = x + _attention(_rms(x, p["attn_norm"], cfg.norm_eps), p, cfg, cfg.ropes[layer].inv_freq, out)
+        rope = cfg.ropes[layer]
+        turn = rope.frequencies(len(ids)), rope.scale
+        x = x + _attention(_rms(x, p["attn_norm"], cfg.norm_eps), p, cfg, turn, out)
         h = _rms(x, p["mlp_norm"], cfg.norm_eps)
-        gate = h @ p["gate"]
-        act = gate / (1 + np.exp(-gate)) * (h @ p["up"])
+        act = _ACTIVATIONS[cfg.activation](_product(h, p, "gate")) * _product(h, p, "up")
         out.mlp_act.append(act)
-        x = x + act @ p["down"]
+        x = x + _product(act, p, "down")
         out.residual.append(x)
     final = _rms(x, model.params.final_norm.weight.astype(np.float64), cfg.norm_eps)
     out.logits = final @ model.params.unembed.T.astype(np.float64)
     return out
 
 
+def _silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def _gelu(x: Array) -> Array:
+    return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu": _gelu}
+
+
+def _product(x: Array, p: dict[str, Array], name: str) -> Array:
+    return x @ p[name] + p.get(f"{name}.bias", 0.0)
+
+
 def _rms(x: Array, gain: Array, eps: float) -> Array:
     return np.stack([row / np.sqrt(np.mean(row**2) + eps) * gain for row in x])
 
 
-def _turned(row: Array, position: int, inv_freq: tuple[float, ...]) -> Array:
+Turn = tuple[tuple[float, ...], float]
+"""Rotary frequencies, and what cos and sin are multiplied by."""
+
+
+def _turned(row: Array, position: int, turn: Turn) -> Array:
     """Rotary embedding of one head's vector: pair i is (row[i], row[i + half])."""
-    half, out = len(inv_freq), row.copy()
-    for i, frequency in enumerate(inv_freq):
-        c, s = np.cos(position * frequency), np.sin(position * frequency)
+    half, out = len(turn[0]), row.copy()
+    for i, frequency in enumerate(turn[0]):
+        c, s = turn[1] * np.cos(position * frequency), turn[1] * np.sin(position * frequency)
         out[i], out[i + half] = row[i] * c - row[i + half] * s, row[i + half] * c + row[i] * s
     return out
 
 
-def _attention(h: Array, p: dict[str, Array], cfg, inv_freq: tuple[float, ...], out: Activations) -> Array:
+def _attention(h: Array, p: dict[str, Array], cfg, turn: Turn, out: Activations) -> Array:
     s, width, share = len(h), cfg.d_head, cfg.n_heads // cfg.n_kv_heads
-    q, k, v = h @ p["q"], h @ p["k"], h @ p["v"]
+    q, k, v = (_product(h, p, name) for name in "qkv")
 
     def head(flat: Array, index: int) -> Array:
         return flat[:, index * width : (index + 1) * width]
 
     def turned(rows: Array) -> Array:
-        return np.stack([_turned(row, position, inv_freq) for position, row in enumerate(rows)])
+        return np.stack([_turned(row, position, turn) for position, row in enumerate(rows)])
 
     keys = np.stack([turned(head(k, i)) for i in range(cfg.n_kv_heads)])
     values = np.stack([head(v, i) for i in range(cfg.n_kv_heads)])
@@ -79,4 +101,4 @@ def _attention(h: Array, p: dict[str, Array], cfg, inv_freq: tuple[float, ...], 
         z[:, i] = pattern[i] @ values[i // share]
     for kept, array in ((out.keys, keys), (out.values, values), (out.pattern, pattern), (out.z, z)):
         kept.append(array)
-    return z.reshape(s, -1) @ p["o"]
+    return _product(z.reshape(s, -1), p, "o")

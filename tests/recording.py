@@ -3,12 +3,14 @@
 everything     {(point, layer): array without the batch axis} of one full pass
 Calls          listens everywhere (or to chosen points) and remembers each call
 Replace        answers one point of one layer with a function of what it is given
+uneven         an edit that no norm undoes
 cached         logits at every position from token-by-token passes over a cache
 """
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from declared import points_of
 
 from engine import POINTS, KVCache, LayerHook, Model, RecordHook, forward
 
@@ -16,9 +18,10 @@ from engine import POINTS, KVCache, LayerHook, Model, RecordHook, forward
 def everything(model: Model, ids: list[int], hook: LayerHook | None = None) -> dict[tuple[str, int], np.ndarray]:
     from engine import CompositeHook
 
-    record = RecordHook.for_layers(range(model.config.n_layers), points=POINTS)
+    names = points_of(model)
+    record = RecordHook.for_layers(range(model.config.n_layers), points=names)
     forward(model, ids, hook=CompositeHook([hook, record] if hook else [record]))
-    return {(name, layer): array for name in POINTS for layer, array in record.get(name).items()}
+    return {(name, layer): array for name in names for layer, array in record.get(name).items()}
 
 
 class Calls(LayerHook):
@@ -46,6 +49,11 @@ class Replace(LayerHook):
 
     def at(self, point, layer, x, pos, key_pos=None):
         return self.function(x)
+
+
+def uneven(x: np.ndarray) -> np.ndarray:
+    """Every second feature x 3. A norm that follows would undo a scaling of the whole row."""
+    return x * (1 + 2 * (np.arange(x.shape[-1]) % 2)).astype(np.float32)
 
 
 def cached(

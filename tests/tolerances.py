@@ -25,6 +25,16 @@ relative noise of 1e-7 in the residual into 3e-5 in the logits.
 PATTERN = 1e-4
 """Attention patterns against naive.py: a softmax turns the absolute error of a score into a relative one."""
 
+DECIDED = 10 * SAME
+"""How far the best logit is ahead of the second, relative to the largest, where a greedy token is certain: each of the
+two may be off by SAME. A few hundred steps of random models come closer than 100 x SAME by chance.
+"""
+
+LEAST_KL = 1e-3
+"""KL in nats between the runs of two prompts; the same run twice stays below 1e-9. A prompt that differs only at the
+far end of four windows of 4 tokens reaches 6e-3.
+"""
+
 SCOPED = 1e-6
 """Scoped against dense weights: the same numbers, the same products."""
 

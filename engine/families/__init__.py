@@ -2,9 +2,9 @@
 
 `families.family(model_type)` finds the file by name. A family module defines
 
-    config(raw)              config.json as a dict -> Config
-    layer(tensors, i, cfg)   the tensors of layer i -> LayerParams
-    ends(tensors, cfg)       -> (embed, unembed, final_norm)
+    config(raw)                   config.json as a dict -> Config
+    layer(tensors, i, cfg, raw)   the tensors of layer i -> LayerParams
+    ends(tensors, cfg, raw)       embedding, unembedding and what else is not in a layer
 """
 
 import importlib
@@ -14,8 +14,7 @@ from typing import Any, Protocol, cast
 
 from engine.config import Config
 from engine.errors import UnknownModel, clipped
-from engine.ops import Array
-from engine.params import LayerParams, Norm
+from engine.params import Ends, LayerParams
 from engine.weights import Tensors
 
 
@@ -23,8 +22,8 @@ class Family(Protocol):
     """What a family module offers."""
 
     def config(self, raw: Mapping[str, Any]) -> Config: ...
-    def layer(self, tensors: Tensors, i: int, cfg: Config) -> LayerParams: ...
-    def ends(self, tensors: Tensors, cfg: Config) -> tuple[Array, Array, Norm | None]: ...
+    def layer(self, tensors: Tensors, i: int, cfg: Config, raw: Mapping[str, Any]) -> LayerParams: ...
+    def ends(self, tensors: Tensors, cfg: Config, raw: Mapping[str, Any]) -> Ends: ...
 
 
 def known() -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def config_json(file: GgufFile) -> dict[str, Any]:
     if isinstance(tokens, list):
         raw.setdefault("vocab_size", len(tokens))
     _check_rotary(file, raw)
-    return raw | {"model_type": "llama", "tie_word_embeddings": "output.weight" not in file.tensors}
+    return raw | {"gguf": True, "model_type": "llama", "tie_word_embeddings": "output.weight" not in file.tensors}
 
 
 def _check_rotary(file: GgufFile, raw: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class GgufTensors:
         return _gguf_name(name) in self._file.tensors
 
     def names(self) -> Iterable[str]:
-        return self._file.tensors
+        return map(_hugging_face_name, self._file.tensors)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
         stored = _gguf_name(name)
@@ -112,6 +112,16 @@ def _gguf_name(name: str) -> str:
     _, _, layer, part = name.split(".", 3)
     module, kind = part.rsplit(".", 1)
     return f"blk.{layer}.{_PARTS[module]}.{kind}"
+
+
+def _hugging_face_name(stored: str) -> str:
+    """The way back; a name that is not known stays as it is."""
+    ends = {gguf: name for name, gguf in _ENDS.items()}
+    parts = {gguf: name for name, gguf in _PARTS.items()}
+    pieces = stored.split(".")
+    if len(pieces) == 4 and pieces[0] == "blk" and pieces[2] in parts:
+        return f"model.layers.{pieces[1]}.{parts[pieces[2]]}.{pieces[3]}"
+    return ends.get(stored, stored)
 
 
 def _unpermute(rows: Array, heads: int) -> Array:

@@ -7,7 +7,6 @@ import numpy as np
 from pydantic import Field
 
 from engine import Model, RecordHook, forward, trace_forward
-from engine.decoder import check_point
 from engine.distribution import rank_of, softmax_of, top_k
 from engine.errors import InputError
 from engine.lens import lens_logits
@@ -41,7 +40,7 @@ def capture_residuals(
     chosen, rows = layer_list(engine, layers), position_list(engine, positions, len(ids))
     names: list[str] = list(dict.fromkeys(points))
     for name in names:
-        check_point(engine, name)
+        engine.check_point(name)
     record = RecordHook.for_layers(chosen, points=names, positions=sorted(rows))
     call.expect(1, engine)
     forward(engine, ids, hook=record, logits_at="none", tick=call.tick)

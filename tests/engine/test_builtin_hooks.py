@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from declared import has, points_of, refuses
 from recording import Replace, everything
 from tolerances import assert_close, assert_moved, assert_same
 
@@ -42,12 +43,14 @@ def after(model, ids, hook, layer) -> np.ndarray:
 def test_a_record_holds_the_three_residual_points_by_default(model, ids, clean):
     record = RecordHook.for_layers([0, 1, 1])
     forward(model, ids, hook=record)
-    assert list(record.pre_layer) == list(record.post_attention) == list(record.post_layer) == [0, 1]
+    assert list(record.pre_layer) == list(record.post_layer) == [0, 1]
+    assert list(record.post_attention) == ([0, 1] if has(model, "resid_mid") else [])
     assert record.attention_weights == record.ffn_activation == {}
     for layer in (0, 1):
         assert_same(record.pre_layer[layer], clean["resid_pre", layer])
-        assert_same(record.post_attention[layer], clean["resid_mid", layer])
         assert_same(record.post_layer[layer], clean["resid_post", layer])
+    for layer, mid in record.post_attention.items():
+        assert_same(mid, clean["resid_mid", layer])
     assert record.positions.tolist() == list(range(len(ids)))
 
 
@@ -59,16 +62,15 @@ def test_a_record_can_add_attention_and_activations(model, ids, clean, layer):
 
 
 def test_a_record_keeps_snapshots_not_aliases(model, ids, clean, layer):
-    record = RecordHook.for_layers([layer], points=["resid_post", "resid_mid"])
-
     def wipe(x):
         x[:] = 0
 
-    hooks = [record, Replace("resid_mid", layer, wipe), Replace("resid_post", layer, wipe)]
-    result = forward(model, ids, hook=CompositeHook([hooks[0], hooks[1]]))
-    assert_same(record.post_attention[layer], clean["resid_mid", layer])
-    forward(model, ids, hook=CompositeHook([hooks[0], hooks[2]]))
-    assert_same(record.post_layer[layer], clean["resid_post", layer])
+    for name in {"resid_mid", "resid_post"} & {*points_of(model)}:
+        record = RecordHook.for_layers([layer], points=[name])
+        result = forward(model, ids, hook=CompositeHook([record, Replace(name, layer, wipe)]))
+        assert_same(record.get(name)[layer], clean[name, layer])
+    record = RecordHook.for_layers([layer], points=["resid_post"])
+    forward(model, ids, hook=record)
     record.post_layer[layer][:] = 7
     assert not (result.residual == 7).any()
 
@@ -134,6 +136,16 @@ def test_a_record_of_a_batch_keeps_the_batch_axis(model, ids, donor):
 def test_a_record_of_an_unknown_point_is_refused_naming_the_points():
     with pytest.raises(PointError, match=r"no point 'resid'; the points are embed, resid_pre, .*final_norm"):
         RecordHook.for_layers([0], points=["resid"])
+
+
+def test_a_record_or_an_edit_of_a_point_that_the_blocks_lack_is_refused_with_the_reason(model, ids):
+    hooks = [RecordHook.for_layers([0], points=["resid_mid"]), ScaleHook.for_layers([0], 1.0, point="resid_mid")]
+    for hook in [*hooks, CompositeHook(hooks)]:
+        if has(model, "resid_mid"):
+            forward(model, ids, hook=hook)
+        else:
+            with refuses("resid_mid"):
+                forward(model, ids, hook=hook)
 
 
 def test_zero_ablation_clears_all_rows_or_the_named_ones(model, ids, clean, layer):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from declared import turns
 from recording import Calls, Replace, cached
 from tolerances import SAME, after_zeroing, assert_close, assert_moved, assert_same
 
@@ -151,7 +152,8 @@ def test_a_residual_can_have_gaps_in_its_positions(model, ids):
     knocked = forward(model, ids, hook=compile_interventions(model, [hidden], len(ids)), logits_at=[3])
     assert_close(with_gap.logits[0], knocked.logits[0])
     close_up = forward(model, None, residual=x[gap], start=1)
-    assert_moved(close_up.logits[0], knocked.logits[0])
+    depends = any(turns(model, layer) for layer in range(1, model.config.n_layers))
+    (assert_moved if depends else assert_close)(close_up.logits[0], knocked.logits[0])
 
 
 @pytest.mark.parametrize("positions", [[0], [0, 1, 2, 3], [2, 1, 0], [0, 0, 1], [-1, 0, 1], [0.0, 1.0, 2.0]])

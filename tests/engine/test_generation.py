@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from recording import Calls
-from tolerances import CONTROL, SAME
+from tolerances import CONTROL, DECIDED, SAME
 
 from engine import CompositeHook, KVCache, RecordHook, SteerHook, ZeroAblateHook, forward, generate
 from engine.errors import InputError, PromptError
@@ -23,7 +23,7 @@ def uncached(model, ids, steps, hook=None) -> list[int]:
     for _ in range(steps):
         logits = forward(model, tokens, hook=hook, prompt_length=len(ids)).logits[0, -1]
         best, second = np.sort(logits)[[-1, -2]]
-        assert best - second > CONTROL * SAME * np.abs(logits).max(), "too close to call"
+        assert best - second > DECIDED * np.abs(logits).max(), "too close to call"
         tokens.append(int(logits.argmax()))
     return tokens[len(ids) :]
 

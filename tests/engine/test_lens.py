@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from declared import final_logits
 from tolerances import CONTROL, SAME, assert_close, assert_moved, assert_same
 
 import engine
@@ -34,9 +35,7 @@ def test_the_lens_of_the_last_layer_is_the_models_distribution(model, residuals,
 
 def test_the_lens_normalises_before_it_unembeds(model, residuals):
     layer = model.config.n_layers // 2
-    row = residuals[layer][-1].astype(np.float64)
-    normed = row / np.sqrt(np.mean(row**2) + model.config.norm_eps) * model.params.final_norm.weight
-    logits = model.params.unembed @ normed
+    logits = final_logits(model, residuals[layer][-1])
     expected = np.exp(logits - logits.max())
     expected /= expected.sum()
     best = int(expected.argmax())
@@ -99,22 +98,27 @@ def test_neighbours_are_ranked_by_cosine_with_the_embeddings(model):
 
 
 def test_rows_are_copies_of_the_weights(model):
-    for row, weights in (
-        (model.embedding_for(5), model.params.embed),
-        (model.unembedding_for(5), model.params.unembed),
-        (engine.embedding_row(model, 5), model.params.embed),
-        (engine.embedding_row_scaled(model, 5), model.params.embed),
-        (engine.unembedding_row(model, 5), model.params.unembed),
+    scale = np.float32(model.config.embed_scale)
+    for row, weights, factor in (
+        (model.embedding_for(5), model.params.embed, scale),
+        (model.embedding_for(5, scaled=False), model.params.embed, 1),
+        (model.unembedding_for(5), model.params.unembed, 1),
+        (engine.embedding_row(model, 5), model.params.embed, 1),
+        (engine.embedding_row_scaled(model, 5), model.params.embed, scale),
+        (engine.unembedding_row(model, 5), model.params.unembed, 1),
     ):
-        assert_same(row, weights[5])
+        assert_same(row, weights[5] * factor)
         row[:] = 7
         assert not (weights[5] == 7).all()
 
 
 def test_zeroing_the_last_residual_leaves_the_uniform_distribution(model, ids):
+    """Or what the biases of the last norm and the unembedding say, in models that have them."""
     hook = engine.ZeroAblateHook.for_layers([model.config.n_layers - 1])
     probabilities = softmax_of(trace_forward(model, ids, hook=hook).logits)
-    assert np.abs(probabilities * model.config.d_vocab - 1).max() < SAME
+    uniform = model.params.final_norm.bias is None and model.params.unembed_bias is None
+    logits = np.zeros(model.config.d_vocab) if uniform else final_logits(model, np.zeros(model.config.d_model))
+    assert_close(probabilities, softmax_of(logits))
     assert softmax_of(trace_forward(model, ids).logits).max() * model.config.d_vocab > 1 + CONTROL * SAME
 
 

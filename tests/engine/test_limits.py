@@ -12,6 +12,11 @@ def ones(model) -> np.ndarray:
     return np.ones(model.config.d_model, np.float32)
 
 
+def slope(model) -> np.ndarray:
+    """A direction that no layer norm takes away, as it does with ones."""
+    return np.linspace(-1, 2, model.config.d_model, dtype=np.float32)
+
+
 AT_LAYER = {
     "capture_residuals": lambda m, ids, layer: m.capture_residuals(ids, [layer]),
     "forward_with_capture": lambda m, ids, layer: m.forward_with_capture(ids, [0, layer]),
@@ -50,7 +55,7 @@ def test_negative_positions_count_from_the_end_of_each_prompt(model, ids):
         assert model.resolve_position(position, n) == position % n
 
     def steered(position):
-        return forward(model, ids, hook=SteerHook().add(1, ones(model), 5.0, [position])).logits[0]
+        return forward(model, ids, hook=SteerHook().add(1, slope(model), 5.0, [position])).logits[0]
 
     assert_same(steered(-1), steered(n - 1))
     assert_same(steered(-n), steered(0))

@@ -12,7 +12,7 @@ from tolerances import REFERENCE, SCOPED, assert_close, assert_moved, assert_sam
 
 from engine import ZeroAblateHook, forward, generate, load_model, scoped_layer
 from engine.config import Rope
-from engine.errors import InputError, LayerError
+from engine.errors import DamagedFile, InputError, LayerError
 from engine.params import Linear, Norm
 from engine.synthetic import CONFIG, synthetic
 
@@ -110,10 +110,20 @@ def test_settings_of_config_json_reach_the_decoder(tmp_path, small, in_f32):
         assert_moved(logits(model), logits(in_f32))
 
 
+WIDTHS = (("q", 32), ("k", 16), ("v", 16), ("o", 32))
+
+
+def test_weights_that_the_config_does_not_account_for_are_refused(tmp_path, small):
+    extra = small | {"model.layers.1.self_attn.o_proj.bias": np.zeros(32, np.float32)}
+    with pytest.raises(DamagedFile, match=r"o_proj\.bias"):
+        load_model(tiny_files.hf_directory(tmp_path / "m", extra))
+
+
 def test_biases_of_a_file_are_added(tmp_path, small, in_f32):
     bias = np.random.default_rng(4).standard_normal(32).astype(np.float32)
-    with_bias = small | {"model.layers.1.self_attn.o_proj.bias": bias}
-    model = load_model(tiny_files.hf_directory(tmp_path / "m", with_bias))
+    others = {f"model.layers.{i}.self_attn.{p}_proj.bias": np.zeros(n, np.float32) for i in (0, 1) for p, n in WIDTHS}
+    with_bias = small | others | {"model.layers.1.self_attn.o_proj.bias": bias}
+    model = load_model(tiny_files.hf_directory(tmp_path / "m", with_bias, attention_bias=True))
     assert_same(model.params.layer(1).o.bias, bias)
     projected = forward(model, IDS, hook=Replace("z", 1, np.zeros_like), stop=2, logits_at="none").residual
     without = forward(in_f32, IDS, hook=Replace("z", 1, np.zeros_like), stop=2, logits_at="none").residual
@@ -155,7 +165,7 @@ def test_a_parallel_block_adds_both_parts_to_its_input():
 
 def test_rotary_tables_are_exact_far_from_the_start():
     rope, pos = Rope.plain(10_000.0, 64), np.array([0, 1, 8000])
-    cos, sin = rope.table(pos)
+    cos, sin = rope.table(pos, 8001)
     exact = pos[:, None] * 10_000.0 ** (-np.arange(0, 64, 2) / 64)
     assert np.abs(cos - np.cos(exact)).max() < 1e-7
     assert np.abs(sin - np.sin(exact)).max() < 1e-7

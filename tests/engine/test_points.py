@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from declared import head, moves, offset, points_of, visible
 from recording import Calls, everything
 from tolerances import assert_close, assert_moved, assert_same
 
@@ -13,10 +14,10 @@ def acts(model, ids):
     return everything(model, ids)
 
 
-def expected_calls(cfg) -> list[tuple[str, int]]:
-    inside = [name for name in POINTS if name not in ("embed", "final_norm")]
-    layers = [(name, layer) for layer in range(cfg.n_layers) for name in inside]
-    return [("embed", 0), *layers, ("final_norm", cfg.n_layers - 1)]
+def expected_calls(model) -> list[tuple[str, int]]:
+    inside = [name for name in points_of(model) if name not in ("embed", "final_norm")]
+    layers = [(name, layer) for layer in range(model.config.n_layers) for name in inside]
+    return [("embed", 0), *layers, ("final_norm", model.config.n_layers - 1)]
 
 
 def expected_shape(cfg, name: str, s: int, s_kv: int) -> tuple[int, ...]:
@@ -29,7 +30,7 @@ def test_every_point_fires_once_per_layer_in_the_order_of_the_table(model, ids):
     calls = Calls()
     forward(model, ids, hook=calls)
     s = len(ids)
-    assert [call[:2] for call in calls.seen] == expected_calls(model.config)
+    assert [call[:2] for call in calls.seen] == expected_calls(model)
     for name, _, shape, pos, key_pos in calls.seen:
         assert shape == expected_shape(model.config, name, s, s)
         assert pos == list(range(s))
@@ -42,7 +43,7 @@ def test_every_point_fires_at_every_step_of_cached_generation_with_absolute_posi
     for position in (len(ids), len(ids) + 1):
         calls.seen.clear()
         forward(model, [ids[0]], hook=calls, cache=cache)
-        assert [call[:2] for call in calls.seen] == expected_calls(model.config)
+        assert [call[:2] for call in calls.seen] == expected_calls(model)
         for name, _, shape, pos, key_pos in calls.seen:
             assert shape == expected_shape(model.config, name, 1, position + 1)
             assert pos == [position]
@@ -50,11 +51,14 @@ def test_every_point_fires_at_every_step_of_cached_generation_with_absolute_posi
 
 
 def test_attention_adds_attn_out_and_the_mlp_adds_mlp_out(model, acts):
+    """In parallel blocks both to the layer's input, and there is no residual between them."""
     for layer in range(model.config.n_layers):
-        mid = acts["resid_mid", layer]
-        assert_same(acts["resid_pre", layer] + acts["attn_out", layer], mid)
+        mid = acts["resid_pre", layer] + acts["attn_out", layer]
+        if not model.config.parallel:
+            assert_same(acts["resid_mid", layer], mid)
         assert_same(mid + acts["mlp_out", layer], acts["resid_post", layer])
         assert_moved(acts["resid_pre", layer], mid)
+        assert_moved(mid, acts["resid_post", layer])
 
 
 def test_a_layer_reads_what_the_layer_below_wrote(model, acts):
@@ -64,34 +68,35 @@ def test_a_layer_reads_what_the_layer_below_wrote(model, acts):
 
 
 def test_the_stream_starts_with_the_embedding_rows(model, ids, acts):
-    assert_same(acts["embed", 0], model.params.embed[ids])
+    rows = np.stack([model.embedding_for(token) for token in ids])
+    learned = 0 if model.params.positions is None else model.params.positions[: len(ids)]
+    assert_same(acts["embed", 0], rows + learned)
 
 
 def test_heads_sum_to_attn_proj(model, acts):
     width = model.config.d_head
     for layer in range(model.config.n_layers):
-        z, w_o = acts["z", layer], model.params.layer(layer).o.weight
-        heads = [z[:, h] @ w_o[h * width : (h + 1) * width] for h in range(model.config.n_heads)]
-        assert_close(np.sum(heads, 0), acts["attn_proj", layer])
-        assert_moved(np.sum(heads[1:], 0), acts["attn_proj", layer])
+        z, o = acts["z", layer], model.params.layer(layer).o
+        heads = [z[:, h] @ o.weight[h * width : (h + 1) * width] for h in range(model.config.n_heads)]
+        assert_close(np.sum(heads, 0) + offset(o), acts["attn_proj", layer])
+        assert_moved(np.sum(heads[1:], 0) + offset(o), acts["attn_proj", layer])
 
 
 def test_neurons_sum_to_mlp_proj(model, acts):
     for layer in range(model.config.n_layers):
-        act, w_down = acts["mlp_act", layer][-1].astype(np.float64), model.params.layer(layer).down.weight
-        neurons = act[:, None] * w_down
-        assert_close(neurons.sum(0), acts["mlp_proj", layer][-1])
+        act, down = acts["mlp_act", layer][-1].astype(np.float64), model.params.layer(layer).down
+        neurons = act[:, None] * down.weight
+        assert_close(neurons.sum(0) + offset(down), acts["mlp_proj", layer][-1])
         strongest = np.abs(act).argmax()
-        assert_moved(np.delete(neurons, strongest, 0).sum(0), acts["mlp_proj", layer][-1])
+        assert_moved(np.delete(neurons, strongest, 0).sum(0) + offset(down), acts["mlp_proj", layer][-1])
 
 
 def test_attention_patterns_are_causal_and_their_rows_sum_to_one(model, ids, acts):
-    future = np.triu(np.ones((len(ids), len(ids)), bool), 1)
     for layer in range(model.config.n_layers):
-        pattern = acts["attn_pattern", layer]
-        assert not pattern[:, future].any()
+        pattern, seen = acts["attn_pattern", layer], visible(model, layer, len(ids))
+        assert not pattern[:, ~seen].any()
         assert np.abs(pattern.sum(-1) - 1).max() < 1e-5
-        assert (pattern[:, ~future] > 0).mean() > 0.9
+        assert (pattern[:, seen] > 0).mean() > 0.9
 
 
 def test_z_mixes_the_values_of_the_heads_own_group(model, acts):
@@ -100,13 +105,13 @@ def test_z_mixes_the_values_of_the_heads_own_group(model, acts):
         v, pattern, z = acts["v", layer], acts["attn_pattern", layer], acts["z", layer]
         mixed = [pattern[h] @ v[h // cfg.group] for h in range(cfg.n_heads)]
         assert_close(np.stack(mixed, 1), z)
-        wrong = [pattern[h] @ v[h % cfg.n_kv_heads] for h in range(cfg.n_heads)]
+        wrong = [pattern[h] @ v[(h // cfg.group + 1) % cfg.n_kv_heads] for h in range(cfg.n_heads)]
         assert_moved(np.stack(wrong, 1), z)
 
 
 def test_final_norm_is_what_the_unembedding_reads(model, ids, acts):
     logits = forward(model, ids, logits_at="all").logits[0]
-    assert_close(acts["final_norm", model.config.n_layers - 1] @ model.params.unembed.T, logits)
+    assert_close(head(model, acts["final_norm", model.config.n_layers - 1]), logits)
 
 
 def test_everything_is_float32(model, ids, acts):
@@ -116,8 +121,9 @@ def test_everything_is_float32(model, ids, acts):
 
 
 def test_queries_and_keys_are_shown_before_rotary(model, ids):
-    shifted = RecordHook.for_layers([0], points=["q", "k"])
-    plain = everything(model, [ids[1]])
+    """A token's queries and keys are those it has alone at position 0; at its own where positions are learned."""
+    shifted, plain = (RecordHook.for_layers([0], points=["q", "k"]) for _ in range(2))
+    forward(model, [ids[1]], hook=plain, positions=np.array([0 if moves(model) else 1]))
     forward(model, ids[:2], hook=shifted)
     for name in ("q", "k"):
-        assert_close(shifted.get(name)[0][:, 1], plain[name, 0][:, 0])
+        assert_close(shifted.get(name)[0][:, 1], plain.get(name)[0][:, 0])

@@ -1,12 +1,20 @@
 """The decoder against naive.py: a second decoder in float64 that shares no line with it."""
 
+import families
 import numpy as np
 import pytest
 from naive import Activations, naive
 from recording import cached, everything
 from tolerances import CONTROL, PATTERN, REFERENCE, assert_close, assert_moved, row_error
 
-from engine import KVCache, forward
+from engine import KVCache, Model, forward
+
+LLAMAS = [name for name, raw in families.ROWS.items() if raw["model_type"] == "llama"]
+
+
+@pytest.fixture(scope="session", params=["synthetic", pytest.param("smollm2", marks=pytest.mark.real), *LLAMAS])
+def model(request: pytest.FixtureRequest) -> Model:
+    return families.tiny(request.param) if request.param in LLAMAS else request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +24,7 @@ def reference(model, ids) -> Activations:
 
 @pytest.fixture
 def tolerance(model) -> float:
-    return REFERENCE[model.name]
+    return REFERENCE[model.name if model.name in REFERENCE else "synthetic"]
 
 
 def test_logits_at_every_position_equal_the_reference(model, ids, reference, tolerance):

@@ -4,6 +4,8 @@ smollm2.safetensors   last rows of the float64 reference, rounded to float32
     prompt/NAME/resid_post (layers, d_model), prompt/NAME/logits (every STRIDE-th), prompt/NAME/top (the ids of the
     five largest), case/NAME/resid_post (d_model,) of the last layer, case/NAME/logits, transplant/NAME/logits
 smollm2.json          versions, the weights' sha256, prompts, the allowed error of every array, tokens
+families.safetensors  ROW/PROMPT/logits (positions, d_vocab) of the tiny model of every row of `tests/families.py`
+families.json         versions, prompts, positions, the allowed error of every array
 """
 
 import json
@@ -29,25 +31,26 @@ NOISE_OF_ALLOWED = 4.0
 
 @dataclass(frozen=True)
 class Golden:
-    """What the two files hold. `allowed` has one number per row of an array."""
+    """What the two files `stem`.safetensors and `stem`.json hold. `allowed` has one number per row of an array."""
 
     arrays: dict[str, Array]
     facts: dict[str, Any]
+    stem: str = "smollm2"
 
     def allowed(self, name: str) -> list[float]:
         """The relative error each row of an array may have."""
         return self.facts["allowed"][name]
 
     @classmethod
-    def read(cls, directory: Path) -> "Golden":
-        facts = json.loads((directory / "smollm2.json").read_text("utf-8"))
-        return cls(load_file(directory / "smollm2.safetensors"), facts)
+    def read(cls, directory: Path, stem: str = "smollm2") -> "Golden":
+        facts = json.loads((directory / f"{stem}.json").read_text("utf-8"))
+        return cls(load_file(directory / f"{stem}.safetensors"), facts, stem)
 
     def write(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "smollm2.safetensors").write_bytes(save(self.arrays))
+        (directory / f"{self.stem}.safetensors").write_bytes(save(self.arrays))
         text = json.dumps(self.facts, indent=1, sort_keys=True, ensure_ascii=False)
-        (directory / "smollm2.json").write_text(text + "\n", "utf-8")
+        (directory / f"{self.stem}.json").write_text(text + "\n", "utf-8")
 
 
 def differences(committed: Golden, fresh: Golden) -> Iterator[str]:

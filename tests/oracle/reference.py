@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "passive"}
@@ -39,8 +40,12 @@ def load(path: Path) -> torch.nn.Module:
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """RMSNorm, the rotary embedding and the softmax of transformers compute in float32 whatever the weights are."""
+    """RMSNorm, the rotary embedding and the softmax of transformers compute in float32 whatever the weights are; a
+    quotient of whole numbers has the default dtype.
+    """
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
         for owner, name, to in (
             (torch, "float32", torch.float64),
             (torch, "float", torch.float64),
@@ -89,7 +94,7 @@ SITES: dict[str, Site] = {
 }
 """Every point of the engine. "first" and "weights" are the two parts of attention's output."""
 
-_PART: dict[str, Callable[[object], Tensor]] = {
+_PART: dict[str, Callable[[Any], Tensor]] = {
     "out": lambda out: out,
     "first": lambda out: out[0],
     "weights": lambda out: out[1],
@@ -114,13 +119,16 @@ class Run:
 
 
 class Reference:
-    """A transformers Llama, run in the precision of its weights."""
+    """A transformers model, run in the precision of its weights. Points and caches are Llama's unless `sites` say
+    where another family has them and `d_head` how wide its heads are.
+    """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Any, sites: dict[str, Site] = SITES, d_head: int | None = None) -> None:
         self.model = model
-        self.double = model.lm_head.weight.dtype is torch.float64
+        self.sites = sites
+        self.double = next(model.parameters()).dtype is torch.float64
         self.layers = range(model.config.num_hidden_layers)
-        self.d_head = model.model.layers[0].self_attn.head_dim
+        self.d_head: int = model.model.layers[0].self_attn.head_dim if d_head is None else d_head
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -151,11 +159,11 @@ class Reference:
 
     def module(self, point: str, layer: int) -> torch.nn.Module:
         """The module whose input or output the point is."""
-        return self.model.get_submodule(SITES[point].module.format(layer))
+        return self.model.get_submodule(self.sites[point].module.format(layer))
 
     def record(self, point: str, layer: int, kept: dict[tuple[str, int], Array]) -> "Handle":
         """Keep what passes a point."""
-        site = SITES[point]
+        site = self.sites[point]
 
         def keep(x: Tensor) -> None:
             if site.heads:
@@ -249,9 +257,8 @@ Hook = Callable[[Reference], Handle]
 
 def edit(layer: int, rows: list[int], change: Change, vector: Tensor | None) -> Hook:
     """Replace rows (and heads) at a point by a function of them."""
-    site = SITES[change.point]
 
-    def edited(x: Tensor, d_head: int) -> Tensor:
+    def edited(x: Tensor, site: Site, d_head: int) -> Tensor:
         out = x.clone()
         by_head = out.view(*out.shape[:2], -1, d_head) if site.heads else out[:, :, None]  # (b, s, heads or 1, ...)
         heads = list(range(by_head.shape[2])) if change.heads is None else list(change.heads)
@@ -260,12 +267,12 @@ def edit(layer: int, rows: list[int], change: Change, vector: Tensor | None) -> 
         return out
 
     def register(reference: Reference) -> Handle:
-        module = reference.module(change.point, layer)
-        if site.side == "in":
-            return module.register_forward_pre_hook(lambda _, args: (edited(args[0], reference.d_head), *args[1:]))
-        if site.side == "first":
-            return module.register_forward_hook(lambda _, args, out: (edited(out[0], reference.d_head), *out[1:]))
-        return module.register_forward_hook(lambda _, args, out: edited(out, reference.d_head))
+        module, how = reference.module(change.point, layer), (reference.sites[change.point], reference.d_head)
+        if how[0].side == "in":
+            return module.register_forward_pre_hook(lambda _, args: (edited(args[0], *how), *args[1:]))
+        if how[0].side == "first":
+            return module.register_forward_hook(lambda _, args, out: (edited(out[0], *how), *out[1:]))
+        return module.register_forward_hook(lambda _, args, out: edited(out, *how))
 
     return register
 

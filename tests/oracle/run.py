@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from oracle import checks, tiny
+from oracle import checks, families, tiny
 from oracle.cases import CASES, GOLDEN, TRANSPLANTS
 from oracle.golden import STRIDE, Golden, differences
 from oracle.measure import Measure, Result, allowed
@@ -36,7 +36,10 @@ def main() -> int:
     console.print(f"torch {torch.__version__}, transformers {transformers.__version__}, {MODEL}")
     bench = checks.Bench.of(load_model(MODEL), load(catalog.fetch(MODEL)))
     results = report(console, everything(bench))
-    results += report(console, golden_files(made(bench), options.write))
+    benches = list(families.rows())
+    results += report(console, families.families_agree(benches))
+    for fresh in (made(bench), families.golden(benches)):
+        results += report(console, golden_files(fresh, options.write))
     failed = [result for result in results if not result.passed]
     console.print(f"{len(results)} comparisons, {len(failed)} failed, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
@@ -92,11 +95,12 @@ def golden_files(fresh: Golden, write: bool) -> Iterable[Result]:
         fresh.write(DIRECTORY)
     with tempfile.TemporaryDirectory() as scratch:
         fresh.write(Path(scratch))
-        found = list(differences(Golden.read(DIRECTORY), Golden.read(Path(scratch))))
+        found = list(differences(Golden.read(DIRECTORY, fresh.stem), Golden.read(Path(scratch), fresh.stem)))
     for line in found:
-        yield Result("golden files", line, Measure(1, 0.0))
+        yield Result("golden files", f"{fresh.stem}: {line}", Measure(1, 0.0))
     if not found:
-        yield Result("golden files", "arrays that differ from the committed ones", Measure(0, 0.0, len(fresh.arrays)))
+        name = f"{fresh.stem}: arrays that differ from the committed ones"
+        yield Result("golden files", name, Measure(0, 0.0, len(fresh.arrays)))
 
 
 def made(bench: checks.Bench) -> Golden:

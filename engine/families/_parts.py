@@ -1,0 +1,189 @@
+"""Parts that many families share: reading projections, norms and the ends, and what most config.json files call them.
+
+Names follow transformers' checkpoints: `model.layers.{i}.self_attn.q_proj.weight`. Matrices come as (out, in).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+
+from engine.config import Config, Rope
+from engine.errors import DamagedFile, clipped
+from engine.families._read import choice, flag, real, whole
+from engine.families._rope import rope_from
+from engine.ops import ACTIVATIONS
+from engine.params import Ends, Linear, Norm, transposed
+from engine.weights import Tensors
+
+Raw = Mapping[str, Any]
+
+
+class Attention(TypedDict):
+    """Fields of `LayerParams`."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+
+
+class PlainMlp(TypedDict):
+    """Fields of `LayerParams`."""
+
+    up: Linear
+    down: Linear
+
+
+class GatedMlp(PlainMlp):
+    """Fields of `LayerParams`."""
+
+    gate: Linear
+
+
+def base_config(raw: Raw, family: str, **changes: Any) -> Config:
+    """The Config of a decoder with the usual names in config.json; `changes` replace what a family does otherwise."""
+    n_layers, n_heads = whole(raw, "num_hidden_layers"), whole(raw, "num_attention_heads")
+    d_model = whole(raw, "hidden_size")
+    d_head = whole(raw, "head_dim", max(d_model // n_heads, 1))
+    settled: dict[str, Any] = {
+        "family": family,
+        "n_layers": n_layers,
+        "n_ctx": whole(raw, "max_position_embeddings", 2048),
+        "d_vocab": whole(raw, "vocab_size"),
+        "d_model": d_model,
+        "d_mlp": whole(raw, "intermediate_size"),
+        "n_heads": n_heads,
+        "n_kv_heads": whole(raw, "num_key_value_heads", n_heads),
+        "d_head": d_head,
+        "norm": "rms",
+        "windows": (None,) * n_layers,
+        "attn_scales": (d_head**-0.5,) * n_layers,
+        "tied": flag(raw, "tie_word_embeddings", False),
+    } | changes
+    settled.setdefault("norm_eps", real(raw, "rms_norm_eps", 1e-6))
+    settled.setdefault("activation", activation(raw, "hidden_act", "silu"))
+    settled.setdefault("ropes", (rope(raw, d_head),) * n_layers)
+    longest = [rope.dynamic for rope in settled["ropes"] if rope is not None and rope.dynamic is not None]
+    if longest:  # dynamic scaling exists to go beyond the length trained on
+        settled["n_ctx"] = int(max(factor * context for _, factor, context in longest))
+    cfg = Config(**settled)
+    if cfg.n_heads % cfg.n_kv_heads:
+        raise DamagedFile(f"config: {cfg.n_heads} heads cannot share {cfg.n_kv_heads} key-value heads evenly")
+    return cfg
+
+
+def activation(raw: Raw, key: str, default: str) -> str:
+    """The MLP's activation; raises `DamagedFile` for one that is not known."""
+    return choice(raw, key, default, tuple(ACTIVATIONS))
+
+
+def rope(raw: Raw, d_head: int, theta: float = 10_000.0, fraction: float = 1.0) -> Rope:
+    """The rotary embedding of a model that has one for all layers.
+
+    Settings stand in `rope_parameters` (transformers 5), or in `rope_scaling` beside `rope_theta`. `fraction` of the
+    head is rotated unless `partial_rotary_factor` says otherwise.
+    """
+    return layer_rope(raw, rope_settings(raw), d_head, theta, fraction)
+
+
+def rope_settings(raw: Raw) -> Raw:
+    settings = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(settings, Mapping):
+        raise DamagedFile(f"config: the rope settings are {clipped(settings)}, not an object")
+    return settings
+
+
+def layer_rope(raw: Raw, settings: Raw, d_head: int, theta: float = 10_000.0, fraction: float = 1.0) -> Rope:
+    """The rotary embedding that `settings` describe, with the config's own values where they are silent."""
+    shared = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    full = {key: raw[key] for key in shared if raw.get(key) is not None} | dict(settings)
+    full.setdefault("rope_theta", theta)
+    width = int(d_head * real(full, "partial_rotary_factor", fraction))
+    if width % 2 or not 2 <= width <= d_head:
+        raise DamagedFile(f"config: {width} of {d_head} features per head cannot be rotated in pairs")
+    return rope_from(full, width, whole(raw, "max_position_embeddings", 2048))
+
+
+def layer_types(raw: Raw, n_layers: int, default: Sequence[str]) -> list[str]:
+    """`layer_types` of config.json, one per layer: full_attention or sliding_attention."""
+    types = raw.get("layer_types") or list(default)
+    valid = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != n_layers or any(t not in valid for t in types):
+        raise DamagedFile(f"config: layer_types must name {' or '.join(valid)} for each of {n_layers} layers")
+    return types
+
+
+def windows(raw: Raw, types: Sequence[str], default: int | None = None) -> tuple[int | None, ...]:
+    """The window of each layer: `sliding_window` for sliding layers."""
+    return tuple(whole(raw, "sliding_window", default) if t == "sliding_attention" else None for t in types)
+
+
+def has_bias(raw: Raw, key: str) -> bool | None:
+    """What config.json says; None for a GGUF file, where a bias is there if it is stored."""
+    return None if raw.get("gguf") else flag(raw, key, False)
+
+
+def linear(tensors: Tensors, name: str, d_in: int, d_out: int, bias: bool | None = False) -> Linear:
+    """`name.weight`, and `name.bias` if the architecture has one (None: if it is stored)."""
+    bias = f"{name}.bias" in tensors if bias is None else bias
+    weight = transposed(tensors.get(f"{name}.weight", (d_out, d_in)))
+    return Linear(weight, tensors.get(f"{name}.bias", (d_out,)) if bias else None)
+
+
+def norm(tensors: Tensors, name: str, width: int, bias: bool = False, plus_one: bool = False) -> Norm:
+    """`name.weight` as the gain; `plus_one` for checkpoints that store gain - 1."""
+    weight = tensors.get(f"{name}.weight", (width,))
+    return Norm(weight + np.float32(1) if plus_one else weight, tensors.get(f"{name}.bias", (width,)) if bias else None)
+
+
+def attention(
+    tensors: Tensors,
+    at: str,
+    cfg: Config,
+    qkv_bias: bool | None = False,
+    o_bias: bool | None = False,
+    o: str = "o_proj",
+) -> Attention:
+    """The four projections under `at`, by the names of `LayerParams`."""
+    q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    return {
+        "q": linear(tensors, f"{at}.q_proj", cfg.d_model, q_width, qkv_bias),
+        "k": linear(tensors, f"{at}.k_proj", cfg.d_model, kv_width, qkv_bias),
+        "v": linear(tensors, f"{at}.v_proj", cfg.d_model, kv_width, qkv_bias),
+        "o": linear(tensors, f"{at}.{o}", q_width, cfg.d_model, o_bias),
+    }
+
+
+def gated_mlp(tensors: Tensors, at: str, cfg: Config, bias: bool | None = False) -> GatedMlp:
+    """gate, up and down under `at`."""
+    return {
+        "gate": linear(tensors, f"{at}.gate_proj", cfg.d_model, cfg.d_mlp, bias),
+        "up": linear(tensors, f"{at}.up_proj", cfg.d_model, cfg.d_mlp, bias),
+        "down": linear(tensors, f"{at}.down_proj", cfg.d_mlp, cfg.d_model, bias),
+    }
+
+
+def plain_mlp(tensors: Tensors, up: str, down: str, cfg: Config, bias: bool = True) -> PlainMlp:
+    """An MLP without gate."""
+    return {
+        "up": linear(tensors, up, cfg.d_model, cfg.d_mlp, bias),
+        "down": linear(tensors, down, cfg.d_mlp, cfg.d_model, bias),
+    }
+
+
+def ends(
+    tensors: Tensors,
+    cfg: Config,
+    embed: str = "model.embed_tokens",
+    final: str = "model.norm",
+    head: str = "lm_head",
+    norm_bias: bool = False,
+    head_bias: bool = False,
+    plus_one: bool = False,
+) -> Ends:
+    """Embedding, unembedding (the same array when tied) and final norm."""
+    w_e = tensors.get(f"{embed}.weight", (cfg.d_vocab, cfg.d_model))
+    w_u = w_e if cfg.tied else tensors.get(f"{head}.weight", (cfg.d_vocab, cfg.d_model))
+    bias = tensors.get(f"{head}.bias", (cfg.d_vocab,)) if head_bias else None
+    return Ends(w_e, w_u, norm(tensors, final, cfg.d_model, norm_bias, plus_one), unembed_bias=bias)

@@ -1,0 +1,47 @@
+"""Gemma: Llama with scaled embeddings, gains stored as gain - 1, and a GELU gate (Gemma Team 2024).
+
+Reference: transformers, models/gemma/modeling_gemma.py.
+"""
+
+from typing import Any
+
+from engine.config import Config
+from engine.families import _parts
+from engine.families._parts import Raw
+from engine.families._read import flag, whole
+from engine.params import Ends, LayerParams
+from engine.weights import Tensors
+
+
+def config(raw: Raw) -> Config:
+    return gemma_config(raw, "gemma")
+
+
+def gemma_config(raw: Raw, family: str, **changes: Any) -> Config:
+    """What all Gemmas share: tied, scaled embeddings and a GELU gate."""
+    act = raw.get("hidden_activation") or raw.get("hidden_act") or "gelu_pytorch_tanh"
+    if family == "gemma" and raw.get("hidden_activation") is None:
+        act = "gelu_pytorch_tanh" if act == "gelu" else act
+    sizes = {"tie_word_embeddings": True, "head_dim": 256, **raw}
+    return _parts.base_config(
+        sizes,
+        family,
+        activation=_parts.activation({"hidden_act": act}, "hidden_act", "gelu_pytorch_tanh"),
+        embed_scale=whole(raw, "hidden_size") ** 0.5,
+        **changes,
+    )
+
+
+def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
+    at = f"model.layers.{i}"
+    bias = flag(raw, "attention_bias", False)
+    return LayerParams(
+        **_parts.attention(tensors, f"{at}.self_attn", cfg, bias, bias),
+        **_parts.gated_mlp(tensors, f"{at}.mlp", cfg),
+        attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model, plus_one=True),
+        mlp_norm=_parts.norm(tensors, f"{at}.post_attention_layernorm", cfg.d_model, plus_one=True),
+    )
+
+
+def ends(tensors: Tensors, cfg: Config, raw: Raw) -> Ends:
+    return _parts.ends(tensors, cfg, plus_one=True)

@@ -1,0 +1,61 @@
+"""Gemma 3's text model: Gemma 2's norms, normed queries and keys, five windowed layers to each full one, each kind with
+rotary frequencies of its own (Gemma Team 2025).
+
+Reference: transformers, models/gemma3/modeling_gemma3.py.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from engine.config import Config
+from engine.errors import UnknownModel
+from engine.families import _parts, gemma2
+from engine.families._parts import Raw
+from engine.families._read import real, whole
+from engine.families.gemma import ends, gemma_config
+from engine.families.gemma2 import optional_cap
+from engine.params import LayerParams
+from engine.weights import Tensors
+
+__all__ = ["config", "ends", "layer"]
+
+THETA = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
+
+
+def config(raw: Raw) -> Config:
+    if raw.get("use_bidirectional_attention"):
+        raise UnknownModel("config: use_bidirectional_attention is not supported: this is a causal decoder")
+    n_layers = whole(raw, "num_hidden_layers")
+    pattern = whole(raw, "sliding_window_pattern", 6)
+    usual = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(n_layers)]
+    types = _parts.layer_types(raw, n_layers, usual)
+    d_head = whole(raw, "head_dim", 256)
+    ropes = {kind: _parts.layer_rope({**raw, "rope_theta": None}, _settings(raw, kind), d_head) for kind in set(types)}
+    return gemma_config(
+        raw,
+        "gemma3_text",
+        ropes=tuple(ropes[kind] for kind in types),
+        windows=_parts.windows(raw, types, 4096),
+        attn_scales=(real(raw, "query_pre_attn_scalar", 256) ** -0.5,) * n_layers,
+        attn_softcap=optional_cap(raw, "attn_logit_softcapping"),
+        final_softcap=optional_cap(raw, "final_logit_softcapping"),
+    )
+
+
+def _settings(raw: Raw, kind: str) -> dict[str, Any]:
+    """Rope settings of a kind of layer: by kind in `rope_parameters`, or the older keys (scaling for full layers)."""
+    by_kind = raw.get("rope_parameters")
+    if isinstance(by_kind, dict) and isinstance(by_kind.get(kind), dict):
+        return {"rope_theta": THETA[kind], **by_kind[kind]}
+    old = "rope_theta" if kind == "full_attention" else "rope_local_base_freq"
+    scaling = _parts.rope_settings(raw) if kind == "full_attention" and raw.get("rope_scaling") else {}
+    return {"rope_theta": raw.get(old) or THETA[kind], **scaling}
+
+
+def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
+    at = f"model.layers.{i}.self_attn"
+    return replace(
+        gemma2.layer(tensors, i, cfg, raw),
+        q_norm=_parts.norm(tensors, f"{at}.q_norm", cfg.d_head, plus_one=True),
+        k_norm=_parts.norm(tensors, f"{at}.k_norm", cfg.d_head, plus_one=True),
+    )

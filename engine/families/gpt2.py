@@ -1,0 +1,73 @@
+"""GPT-2: layer norms, learned positions, fused projections stored (in, out) (Radford et al. 2019).
+
+Reference: transformers, models/gpt2/modeling_gpt2.py.
+"""
+
+import numpy as np
+
+from engine.config import Config
+from engine.errors import UnknownModel
+from engine.families import _parts
+from engine.families._parts import Raw
+from engine.families._read import flag, real, whole
+from engine.params import Ends, LayerParams, Linear
+from engine.weights import Tensors
+
+
+def config(raw: Raw) -> Config:
+    if flag(raw, "add_cross_attention", False):
+        raise UnknownModel("config: add_cross_attention is not supported: this is a decoder on its own")
+    d_model, n_layers, n_heads = whole(raw, "n_embd"), whole(raw, "n_layer"), whole(raw, "n_head")
+    scale = (d_model // n_heads) ** -0.5 if flag(raw, "scale_attn_weights", True) else 1.0
+    by_layer = flag(raw, "scale_attn_by_inverse_layer_idx", False)
+    return Config(
+        family="gpt2",
+        n_layers=n_layers,
+        n_ctx=whole(raw, "n_positions", 1024),
+        d_vocab=whole(raw, "vocab_size"),
+        d_model=d_model,
+        d_mlp=whole(raw, "n_inner", 4 * d_model),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        d_head=d_model // n_heads,
+        norm="layer",
+        norm_eps=real(raw, "layer_norm_epsilon", 1e-5),
+        activation=_parts.activation(raw, "activation_function", "gelu_new"),
+        ropes=(None,) * n_layers,
+        windows=(None,) * n_layers,
+        attn_scales=tuple(scale / (i + 1) if by_layer else scale for i in range(n_layers)),
+        tied=flag(raw, "tie_word_embeddings", True),
+        learned_positions=True,
+    )
+
+
+def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
+    at = f"transformer.h.{i}"
+    q, k, v = _fused(tensors, f"{at}.attn.c_attn", cfg.d_model)
+    return LayerParams(
+        q=q,
+        k=k,
+        v=v,
+        o=_conv1d(tensors, f"{at}.attn.c_proj", cfg.d_model, cfg.d_model),
+        up=_conv1d(tensors, f"{at}.mlp.c_fc", cfg.d_model, cfg.d_mlp),
+        down=_conv1d(tensors, f"{at}.mlp.c_proj", cfg.d_mlp, cfg.d_model),
+        attn_norm=_parts.norm(tensors, f"{at}.ln_1", cfg.d_model, bias=True),
+        mlp_norm=_parts.norm(tensors, f"{at}.ln_2", cfg.d_model, bias=True),
+    )
+
+
+def _conv1d(tensors: Tensors, name: str, d_in: int, d_out: int) -> Linear:
+    """A Conv1D of GPT-2's: stored (in, out) already."""
+    return Linear(tensors.get(f"{name}.weight", (d_in, d_out)), tensors.get(f"{name}.bias", (d_out,)))
+
+
+def _fused(tensors: Tensors, name: str, width: int) -> list[Linear]:
+    both = _conv1d(tensors, name, width, 3 * width)
+    assert both.bias is not None
+    weights, biases = np.split(both.weight, 3, axis=1), np.split(both.bias, 3)
+    return [Linear(np.ascontiguousarray(w), b) for w, b in zip(weights, biases, strict=True)]
+
+
+def ends(tensors: Tensors, cfg: Config, raw: Raw) -> Ends:
+    made = _parts.ends(tensors, cfg, "transformer.wte", "transformer.ln_f", norm_bias=True)
+    return made._replace(positions=tensors.get("transformer.wpe.weight", (cfg.n_ctx, cfg.d_model)))

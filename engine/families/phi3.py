@@ -1,0 +1,55 @@
+"""Phi-3 and 3.5: Llama with fused projections, a window, and longrope for long contexts (Abdin et al. 2024).
+
+Reference: transformers, models/phi3/modeling_phi3.py.
+"""
+
+import numpy as np
+
+from engine.config import Config
+from engine.families import _parts
+from engine.families._parts import Raw
+from engine.families._read import real, whole
+from engine.families.llama import ends
+from engine.params import LayerParams, Linear, transposed
+from engine.weights import Tensors
+
+__all__ = ["config", "ends", "layer"]
+
+
+def config(raw: Raw) -> Config:
+    n_layers = whole(raw, "num_hidden_layers")
+    kind = "full_attention" if raw.get("sliding_window") is None else "sliding_attention"
+    d_head = whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
+    settings = dict(_parts.rope_settings(raw))
+    if settings.get("rope_type", settings.get("type")) in ("su", "yarn"):  # longrope's earlier names here
+        settings["rope_type"] = "longrope"
+    return _parts.base_config(
+        raw,
+        "phi3",
+        norm_eps=real(raw, "rms_norm_eps", 1e-5),
+        ropes=(_parts.layer_rope(raw, settings, d_head),) * n_layers,
+        windows=_parts.windows(raw, [kind] * n_layers),
+    )
+
+
+def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
+    at = f"model.layers.{i}"
+    q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    q, k, v = _split(tensors, f"{at}.self_attn.qkv_proj", cfg.d_model, (q_width, kv_width, kv_width))
+    gate, up = _split(tensors, f"{at}.mlp.gate_up_proj", cfg.d_model, (cfg.d_mlp, cfg.d_mlp))
+    return LayerParams(
+        q=q,
+        k=k,
+        v=v,
+        o=_parts.linear(tensors, f"{at}.self_attn.o_proj", q_width, cfg.d_model),
+        gate=gate,
+        up=up,
+        down=_parts.linear(tensors, f"{at}.mlp.down_proj", cfg.d_mlp, cfg.d_model),
+        attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model),
+        mlp_norm=_parts.norm(tensors, f"{at}.post_attention_layernorm", cfg.d_model),
+    )
+
+
+def _split(tensors: Tensors, name: str, d_in: int, widths: tuple[int, ...]) -> list[Linear]:
+    rows = tensors.get(f"{name}.weight", (sum(widths), d_in))
+    return [Linear(transposed(part)) for part in np.split(rows, np.cumsum(widths)[:-1])]
