@@ -61,7 +61,8 @@ def _llama3(settings: Settings, width: int, n_ctx: int) -> Rope:
 
 def _yarn(settings: Settings, width: int, n_ctx: int) -> Rope:
     context = whole(settings, "original_max_position_embeddings", n_ctx)
-    factor = real(settings, "factor", n_ctx / context)
+    extended = settings.get("original_max_position_embeddings") is not None
+    factor = real(settings, "factor", n_ctx / context if extended else None)
     theta = _theta(settings)
     low, high = (
         width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -8,7 +8,7 @@ import pytest
 from clients import ERAS, STDIO, ask, connected
 
 from engine import Model
-from engine.params import LayerParams, Params
+from engine.params import Ends, LayerParams, Params
 from server.app import build_server
 from server.lab import Lab
 
@@ -29,7 +29,7 @@ class Entered:
             time.sleep(LAYER_SECONDS)
             return inner.layer(layer)
 
-        params = Params(inner.embed, inner.unembed, inner.final_norm, load, keep=0)
+        params = Params(Ends(inner.embed, inner.unembed, inner.final_norm), load, keep=0)
         self.model = dataclasses.replace(model, params=params)
 
 
