@@ -34,7 +34,7 @@ SLOW = ("test_bad_files.py", "test_catalog.py")
 """Tests of damaged files and downloads run many subprocesses; no mutant here is theirs to catch."""
 PHASES = ("not real", "real")
 WORKERS = 2
-SECONDS = 300
+SECONDS = 900
 WRONG_ENGINE = 97
 RUNNER = f"""
 import sys
