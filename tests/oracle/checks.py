@@ -26,7 +26,7 @@ from oracle.cases import (
     ours,
     prompts,
 )
-from oracle.measure import NOTHING, Measure, Result, distance, measure
+from oracle.measure import CEILING, CONTROL, FACTOR, NOTHING, Measure, Result, distance, measure, row_errors
 from oracle.reference import SITES, Array, Reference, Run, doubled
 
 from engine import Model, RecordHook, forward
@@ -133,11 +133,16 @@ def prompts_agree(bench: Bench) -> Iterator[Result]:
 
 
 def agreement(
-    group: str, name: str, found: tuple[Array, Array], pair: tuple[Run, Run], control: float | None = None
+    group: str,
+    name: str,
+    found: tuple[Array, Array],
+    pair: tuple[Run, Run],
+    control: float | None = None,
+    pooled: float = 0.0,
 ) -> Iterator[Result]:
     single, double = pair
-    yield Result(group, f"{name}: logits", measure(found[0], single.logits, double.logits), control)
-    worst = measure(found[1], single.resid_post, double.resid_post)
+    yield Result(group, f"{name}: logits", measure(found[0], single.logits, double.logits, pooled), control)
+    worst = measure(found[1], single.resid_post, double.resid_post, pooled)
     yield Result(group, f"{name}: resid_post", worst, control)
 
 
@@ -198,10 +203,14 @@ def _until_close(logits: Array) -> list[int]:
 def interventions_agree(bench: Bench) -> Iterator[Result]:
     """Every case against torch hooks; its control is the reference's own distance from the unchanged run."""
     for case in CASES:
-        pair = bench.single.changed(case, bench.ids), bench.double.changed(case, bench.ids)
-        bench.runs[case.name] = pair
+        bench.runs[case.name] = bench.single.changed(case, bench.ids), bench.double.changed(case, bench.ids)
+    torch32 = (row_errors(*(run.resid_post for run in bench.runs[case.name])).max() for case in CASES)
+    anchor = min(CEILING, FACTOR * max(torch32))
+    for case in CASES:
+        pair = bench.runs[case.name]
         control = distance(pair[1].logits[-1], bench.runs[case.prompt][1].logits[-1])
-        yield from agreement("interventions", case.name, ours(bench.model, case, bench.ids), pair, control)
+        found = ours(bench.model, case, bench.ids)
+        yield from agreement("interventions", case.name, found, pair, control, min(anchor, control / CONTROL))
     yield from _named_methods_agree(bench)
 
 
