@@ -49,7 +49,7 @@ mutants: $(VENV)/.ready  ## break the code in named ways; every mutant must be c
 
 oracle: $(ORACLE)/.ready  ## compare with transformers and torch on the same weights
 	$(ORACLE)/bin/mechscope fetch smollm2-135m-instruct
-	PYTHONPATH=tests $(ORACLE)/bin/python -m oracle.run $(ORACLE_ARGS)
+	OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(ORACLE)/bin/python -m oracle.run $(ORACLE_ARGS)
 
 dockerfile: $(VENV)/.ready  ## follow the Dockerfile in an empty directory, without Docker
 	$(BIN)/python tests/dockerfile.py MODEL=$(MODEL)
