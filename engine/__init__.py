@@ -6,11 +6,11 @@ model = load_model("smollm2-135m-instruct")
 
 from engine.cache import KVCache
 from engine.decoder import ForwardResult, forward
+from engine.edits import Edit
 from engine.errors import EngineError
 from engine.generate import Generation, generate
 from engine.hooks import (
     CompositeHook,
-    Edit,
     EditHook,
     LayerHook,
     NoopHook,
@@ -33,6 +33,7 @@ from engine.lens import (
     unembedding_row,
 )
 from engine.load import load_model
+from engine.metrics import Metric
 from engine.model import Model
 from engine.patching import (
     DonorState,
@@ -40,11 +41,14 @@ from engine.patching import (
     capture_donor_state,
     map_pre_o_head,
     patch_and_trace,
+    pooled_rows,
     run_layer_with_mapped_pre_o_head,
     scoped_layer,
     trace_forward,
 )
 from engine.points import POINTS
+from engine.scans import Scan, ablation_scan, alpha_sweep, knockout_scan, patching_grid
+from engine.sweep import Sweep, Variant, sweep
 
 __all__ = [
     "POINTS",
@@ -58,14 +62,20 @@ __all__ = [
     "Intervention",
     "KVCache",
     "LayerHook",
+    "Metric",
     "Model",
     "NoopHook",
     "PatchHook",
     "RecordHook",
     "ScaleHook",
+    "Scan",
     "SteerHook",
+    "Sweep",
     "Trace",
+    "Variant",
     "ZeroAblateHook",
+    "ablation_scan",
+    "alpha_sweep",
     "capture_donor_state",
     "compile_interventions",
     "embedding_neighbors",
@@ -73,15 +83,19 @@ __all__ = [
     "embedding_row_scaled",
     "forward",
     "generate",
+    "knockout_scan",
     "kv_inject_test",
     "load_model",
     "logit_lens_topk",
     "map_pre_o_head",
     "patch_and_trace",
+    "patching_grid",
+    "pooled_rows",
     "prefill_inject",
     "project_through_unembed",
     "run_layer_with_mapped_pre_o_head",
     "scoped_layer",
+    "sweep",
     "trace_forward",
     "track_race",
     "track_token",

@@ -6,14 +6,16 @@ Differences between architectures are data (`Config`, absent parameters); hooks 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from engine.cache import KVCache
 from engine.config import Config, Rope
-from engine.errors import CacheError, InputError, LayerError, PositionError
-from engine.hooks import LayerHook, Listeners, resolve_positions
+from engine.edits import resolve_positions
+from engine.errors import InputError, LayerError, PositionError
+from engine.hooks import LayerHook, Listeners
 from engine.network import Network, Tokens
 from engine.ops import ACTIVATIONS, Array, IntArray, attend, layer_norm, linear, rms_norm, rotate, softcap
 from engine.params import LayerParams, Linear, Norm
@@ -36,14 +38,24 @@ class ForwardResult:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """What every block of one pass shares."""
+class Pass:
+    """What every block of one pass shares; `pos` are the rows' absolute positions."""
 
     cfg: Config
     hooks: Listeners
-    cache: KVCache | None
     pos: IntArray
     tables: dict[Rope, tuple[Array, Array]]
+    cache: KVCache | None = None
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """Each head's mix of the values it may see: (b, s, heads, d_head)."""
+        key_pos = self.pos
+        if self.cache is not None:
+            k, v, key_pos = self.cache.append(layer, k, v, self.pos)
+        on_weights = None
+        if self.hooks.wanted("attn_pattern", layer):
+            on_weights = partial(self.hooks.fire, "attn_pattern", layer, key_pos=key_pos)
+        return masked_attention(self.cfg, layer, q, k, v, self.pos, key_pos, on_weights)
 
 
 def forward(
@@ -82,7 +94,7 @@ def forward(
         _check_hook(hook, model)
         hook.begin_run(int(pos[-1]) + 1 if prompt_length is None else prompt_length, past)
     listeners = Listeners(hook, range(start, stop), cfg.n_layers - 1, pos)
-    run = _Pass(cfg, listeners, cache, pos, _rotary_tables(cfg, cache, past, pos))
+    run = Pass(cfg, listeners, pos, _rotary_tables(cfg, cache, pos), cache)
     if start == 0:
         x = listeners.fire("embed", 0, x if residual is not None else _placed(model, x, pos))
     for layer in range(start, stop):
@@ -105,24 +117,15 @@ def _placed(model: Network, x: Array, pos: IntArray) -> Array:
     return x if model.params.positions is None else x + model.params.positions[pos]
 
 
-def _rotary_tables(cfg: Config, cache: KVCache | None, past: int, pos: IntArray) -> dict[Rope, tuple[Array, Array]]:
-    """Cos and sin of this pass's positions for each rotary embedding of the model.
-
-    Raises `CacheError` where the frequencies depend on the length and the cached keys were made with others.
-    """
+def _rotary_tables(cfg: Config, cache: KVCache | None, pos: IntArray) -> dict[Rope, tuple[Array, Array]]:
+    """Cos and sin of this pass's positions for each rotary embedding of the model."""
     length = int(pos[-1]) + 1
-    ropes = {rope for rope in cfg.ropes if rope is not None}
-    if cache is not None and past and any(r.frequencies(cache.rope_length) != r.frequencies(length) for r in ropes):
-        raise CacheError(
-            f"this model's rotary frequencies change between {cache.rope_length} and {length} tokens, so the "
-            "cached keys no longer fit; run the whole sequence in one pass, without a cache"
-        )
     if cache is not None:
-        cache.rope_length = length
-    return {rope: rope.table(pos, length) for rope in ropes}
+        cache.grow_to(length)
+    return {rope: rope.table(pos, length) for rope in cfg.ropes if rope is not None}
 
 
-def block(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
+def block(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     """One layer: (b, s, d_model) -> (b, s, d_model)."""
     cfg, hooks = run.cfg, run.hooks
     x = hooks.fire("resid_pre", layer, x)
@@ -134,7 +137,7 @@ def block(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
     return hooks.fire("resid_post", layer, (x + a if cfg.parallel else mid) + m)
 
 
-def attention(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
+def attention(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     """Grouped-query causal attention: (b, s, d_model) -> (b, s, d_model)."""
     cfg, hooks = run.cfg, run.hooks
 
@@ -147,20 +150,29 @@ def attention(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
     rope = cfg.ropes[layer]
     if rope is not None:
         q, k = rotate(q, *run.tables[rope]), rotate(k, *run.tables[rope])
-    key_pos = run.pos
-    if run.cache is not None:
-        k, v, key_pos = run.cache.append(layer, k, v, run.pos)
-    z = attend(
-        q, k, v, run.pos, key_pos, scale=cfg.attn_scales[layer], window=cfg.windows[layer], cap=cfg.attn_softcap,
-        on_weights=(lambda w: hooks.fire("attn_pattern", layer, w, key_pos))
-        if hooks.wanted("attn_pattern", layer) else None,
-    )  # fmt: skip
-    z = hooks.fire("z", layer, z)  # (b, s, heads, d_head)
+    z = hooks.fire("z", layer, run.attend(layer, q, k, v))  # (b, s, heads, d_head)
     out = linear(z.reshape(*z.shape[:2], -1), p.o.weight, p.o.bias)
     return hooks.fire("attn_proj", layer, out)
 
 
-def mlp(x: Array, p: LayerParams, layer: int, run: _Pass) -> Array:
+def masked_attention(
+    cfg: Config,
+    layer: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    pos: IntArray,
+    key_pos: IntArray,
+    on_weights: Callable[[Array], Array] | None,
+) -> Array:
+    """`ops.attend` with the layer's scale, window and softcap."""
+    return attend(
+        q, k, v, pos, key_pos, scale=cfg.attn_scales[layer], window=cfg.windows[layer], cap=cfg.attn_softcap,
+        on_weights=on_weights,
+    )  # fmt: skip
+
+
+def mlp(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     """act(gate) * up, or act(up), then down: (b, s, d_model) -> (b, s, d_model)."""
     activation = ACTIVATIONS[run.cfg.activation]
     up = linear(x, p.up.weight, p.up.bias)  # (b, s, d_mlp)
@@ -251,7 +263,7 @@ def _logit_rows(logits_at: LogitsAt, pos: IntArray) -> IntArray:
     return rows
 
 
-def _finish(model: Network, x: Array, rows: IntArray, run: _Pass) -> Array:
+def _finish(model: Network, x: Array, rows: IntArray, run: Pass) -> Array:
     """Final norm and unembedding of the wanted rows; a listener at `final_norm` sees every row."""
     last = run.cfg.n_layers - 1
     if not run.hooks.wanted("final_norm", last):

@@ -1,4 +1,4 @@
-"""Next-token distributions: `softmax_of`, `log_softmax`, `kl_divergence`, `top_k`, `rank_of`."""
+"""Next-token distributions: `softmax_of`, `log_softmax`, `kl_divergence`, `kl_rows`, `top_k`, `rank_of`."""
 
 import numpy as np
 
@@ -19,8 +19,14 @@ def log_softmax(logits: Array) -> Array:
 
 def kl_divergence(p_logits: Array, q_logits: Array) -> float:
     """KL(p || q) in nats for two (d_vocab,) rows of logits; rounding below zero reads as zero."""
+    return float(kl_rows(p_logits[None], q_logits)[0])
+
+
+def kl_rows(p_logits: Array, q_logits: Array) -> Array:
+    """KL of each (n, d_vocab) row from one (d_vocab,) row of logits: (n,), computed in float64."""
     log_p, log_q = (log_softmax(x.astype(np.float64)) for x in (p_logits, q_logits))
-    return max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum()))
+    divergence: Array = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    return np.maximum(divergence, 0).astype(np.float32)
 
 
 def top_k(scores: Array, k: int) -> list[tuple[int, float]]:

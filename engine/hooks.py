@@ -2,7 +2,7 @@
 
 LayerHook       the callbacks, all no-ops: override what you need
 RecordHook      snapshots of any points
-EditHook        a list of `Edit`s: one point, one layer, some rows and heads, one function
+EditHook        a list of `edits.Edit`s
 ZeroAblateHook, SteerHook, PatchHook, ScaleHook    EditHooks for `resid_post`
 CompositeHook   several hooks, in order
 NoopHook        listens to nothing
@@ -13,19 +13,14 @@ the same shape, or None for "unchanged". Arrays are read-only except at `resid_m
 Arrays have the batch axis (see `points.POINTS` for all axes).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from engine.errors import HookError, PointError, PositionError
+from engine.edits import Edit, Scope, plus, replaced_by, rows_in_scope, times, zeroed
+from engine.errors import HookError
 from engine.ops import Array, IntArray
 from engine.points import ONCE, POINTS, RESIDUAL_STREAM, point
-
-Scope = Literal["last", "all", "prompt", "generated"] | Sequence[int]
-"""Which rows: `last` is every row that emits a token (the prompt's last, then each generated one), `prompt` and
-`generated` split at the prompt's end, a list holds absolute positions, negative ones from the prompt's end."""
 
 
 class LayerHook:
@@ -110,34 +105,6 @@ class Listeners:
             found = f"{replaced.dtype} {replaced.shape}" if isinstance(replaced, np.ndarray) else repr(replaced)
             raise HookError(f"the hook at {name}, layer {layer}, returned {found}; it must be float32 {x.shape}")
         return replaced
-
-
-def resolve_positions(positions: Iterable[int], length: int) -> list[int]:
-    """Absolute positions; negative ones count from `length`, the prompt's end. Raises `PositionError`."""
-    resolved = []
-    for position in positions:
-        absolute = position + length if position < 0 else position
-        if absolute < 0:
-            raise PositionError(f"position {position} is before a prompt of {length} tokens; valid: -{length} and up")
-        resolved.append(absolute)
-    return resolved
-
-
-def rows_in_scope(scope: Scope, pos: IntArray, prompt_length: int) -> IntArray:
-    """The indices of the rows of `pos` that lie in `scope`."""
-    if scope == "all":
-        chosen = np.ones(len(pos), bool)
-    elif scope == "last":
-        chosen = pos >= prompt_length - 1
-    elif scope == "prompt":
-        chosen = pos < prompt_length
-    elif scope == "generated":
-        chosen = pos >= prompt_length
-    elif isinstance(scope, str):
-        raise PositionError(f"scope {scope!r} does not exist; use last, all, prompt, generated or a list of positions")
-    else:
-        chosen = np.isin(pos, resolve_positions(scope, prompt_length))
-    return np.flatnonzero(chosen)
 
 
 class RecordHook(LayerHook):
@@ -245,43 +212,6 @@ def _same_width(rows: list[Array], point: str) -> list[Array]:
     return [np.pad(row, [(0, 0)] * 3 + [(0, width - row.shape[-1])]) for row in rows]
 
 
-EditFunction = Callable[[Array, IntArray, IntArray | None], Array]
-"""(rows (batch, rows, [heads,] ...), their positions, the keys' positions at `attn_pattern`) -> the same shape."""
-
-
-@dataclass
-class Edit:
-    """Replace some rows (and heads) at one point of one layer by a function of them. `fired` counts rows."""
-
-    point: str
-    layer: int
-    function: EditFunction
-    scope: Scope = "all"
-    heads: tuple[int, ...] | None = None
-    fired: int = 0
-
-    def __post_init__(self) -> None:
-        if self.heads is not None and point(self.point).head_axis is None:
-            raise PointError(f"{self.point} has no heads; points with heads are q, k, v, attn_pattern and z")
-
-    def __call__(self, x: Array, pos: IntArray, key_pos: IntArray | None, prompt_length: int) -> Array | None:
-        rows = rows_in_scope(self.scope, pos, prompt_length)
-        if not len(rows):
-            return None
-        where = POINTS[self.point]
-        edited = x.copy()  # x may be an array that another hook returned and still holds
-        head_axis = where.head_axis
-        if head_axis is None:
-            edited[:, rows] = self.function(edited[:, rows], pos[rows], key_pos)
-        else:
-            by_row = np.moveaxis(edited, (where.seq_axis, head_axis), (1, 2))  # a view: (b, s, heads, ...)
-            heads = range(by_row.shape[2]) if self.heads is None else self.heads
-            chosen = np.ix_(np.arange(x.shape[0]), rows, np.array(heads))
-            by_row[chosen] = self.function(by_row[chosen], pos[rows], key_pos)
-        self.fired += len(rows)
-        return edited
-
-
 class EditHook(LayerHook):
     """Applies `edits` in order."""
 
@@ -375,48 +305,3 @@ class CompositeHook(LayerHook):
                 replaced = hook.at(point, layer, current, pos, key_pos)
                 current = current if replaced is None else replaced
         return None if current is x else current
-
-
-def zeroed(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
-    """An edit function: zeros."""
-    return np.zeros_like(rows)
-
-
-def plus(vec: Array, alpha: float) -> EditFunction:
-    """An edit function: rows + alpha * vec."""
-    step = np.float32(alpha) * vec
-    return lambda rows, pos, key_pos: rows + step
-
-
-def times(factor: float) -> EditFunction:
-    """An edit function: rows * factor."""
-    return lambda rows, pos, key_pos: rows * np.float32(factor)
-
-
-def replaced_by(row: Array) -> EditFunction:
-    """An edit function: every row becomes `row`; a row without a head axis, the same in every head."""
-
-    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
-        wanted = rows.shape[2:]
-        if row.shape not in (wanted, wanted[1:]):
-            raise HookError(f"a row of shape {row.shape} cannot take the place of rows of shape {wanted}")
-        return np.broadcast_to(row, rows.shape)
-
-    return function
-
-
-def knocked_out(keys: Sequence[int]) -> EditFunction:
-    """An edit function for `attn_pattern`: no attention to these absolute positions; the rest is renormalised.
-
-    Equal to minus infinity before the softmax. A row with nothing left attends to nothing.
-    """
-
-    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
-        if key_pos is None:
-            raise HookError("attention can only be knocked out at attn_pattern")
-        left = rows * ~np.isin(key_pos, keys)
-        total = left.sum(-1, keepdims=True)
-        out: Array = np.divide(left, total, out=np.zeros_like(left), where=total > 0)
-        return out
-
-    return function

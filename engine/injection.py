@@ -16,8 +16,10 @@ from engine.decoder import Tick, forward
 from engine.distribution import kl_divergence, softmax_of
 from engine.errors import PromptError
 from engine.generate import Generation, generate
+from engine.metrics import Metric
 from engine.network import Network
 from engine.ops import Array
+from engine.sweep import Read, Variant, sweep
 
 LEAST_GAP = 0.05
 """`recovered` is not reported when donor and baseline probabilities differ by less."""
@@ -140,32 +142,45 @@ def kv_inject_test(
     from `seed`. recovered = (injected - baseline) / (donor - baseline), of probabilities.
     """
     token = model.check_token(target)
+    chosen = sorted(model.resolve_layers(range(model.config.n_layers) if layers is None else layers))
     mine, theirs = prefilled(model, recipient, tick), prefilled(model, donor, tick)
     random = [int(i) for i in np.random.default_rng(seed).integers(0, model.config.d_vocab, len(donor))]
-    unrelated = prefilled(model, random, tick)
     rows = (0, min(mine.length, theirs.length))
-    base = next_logits(model, mine, recipient[-1], tick)
-    baseline = float(softmax_of(base)[token])
+    mine.grow_to(len(recipient))
+    moved, own, unrelated = (
+        _transplanted(mine, cache, chosen, rows) for cache in (theirs, mine, prefilled(model, random, tick))
+    )
     carried = float(softmax_of(next_logits(model, theirs, donor[-1], tick))[token])
+    spans = [[layer] for layer in chosen]
+    spans += [chosen[i:] for i in reversed(range(len(chosen)))] + [chosen[: i + 1] for i in range(len(chosen))]
+    variants = [Variant(kv={layer: moved[layer] for layer in span}) for span in spans]
+    run = sweep(model, recipient, [*variants, Variant(kv=own), Variant(kv=unrelated)], _read(token), tick=tick)
+    baseline = float(run.baseline[0])
 
-    def cell(chosen: list[int], source: KVCache) -> InjectionCell:
-        edited = mine.fork()
-        edited.transplant(source, chosen, rows, 0)
-        logits = next_logits(model, edited, recipient[-1], tick)
-        probability = float(softmax_of(logits)[token])
+    def cell(span: list[int], values: Array) -> InjectionCell:
+        probability, kl = map(float, values)
         gap = carried - baseline
         recovered = (probability - baseline) / gap if abs(gap) >= LEAST_GAP else None
-        return InjectionCell(chosen, probability, recovered, kl_divergence(logits, base))
+        return InjectionCell(span, probability, recovered, kl)
 
-    chosen = sorted(model.resolve_layers(range(model.config.n_layers) if layers is None else layers))
+    cells = [cell(span, values) for span, values in zip([*spans, chosen, chosen], run.values, strict=True)]
+    n = len(chosen)
     return InjectionScan(
-        baseline=baseline,
-        donor=carried,
-        source=rows,
-        dest=0,
-        per_layer=[cell([layer], theirs) for layer in chosen],
-        from_last=[cell(chosen[i:], theirs) for i in reversed(range(len(chosen)))],
-        from_first=[cell(chosen[: i + 1], theirs) for i in range(len(chosen))],
-        self_control=cell(chosen, mine),
-        unrelated_control=cell(chosen, unrelated),
+        baseline, carried, rows, 0, cells[:n], cells[n : 2 * n], cells[2 * n : 3 * n], cells[-2], cells[-1]
     )
+
+
+def _transplanted(
+    recipient: KVCache, donor: KVCache, layers: Iterable[int], rows: tuple[int, int]
+) -> dict[int, tuple[Array, Array]]:
+    """{layer: (keys, values)} of the recipient with the donor's rows in their place, from position 0 on."""
+    edited = recipient.fork()
+    edited.transplant(donor, layers, rows, 0)
+    filled = {layer: edited.layer(layer).filled() for layer in layers}
+    return {layer: (k[0], v[0]) for layer, (k, v, _) in filled.items()}
+
+
+def _read(token: int) -> Read:
+    """The token's probability, and KL(injected || baseline)."""
+    metrics = Metric("probability", token), Metric("kl")
+    return lambda logits, baseline: np.stack([metric(logits, baseline) for metric in metrics], -1)

@@ -1,50 +1,61 @@
 """An intervention as data -> edits of a run: `Intervention`, `compile_interventions`.
 
-The same description means the same in a forward pass and at every step of generation. Kinds:
+One description means the same in a forward pass, at every step of generation and in a sweep. Kinds:
 
     zero            rows become zeros
-    mean            rows become the vector `rows` (a mean over other prompts)
-    scale           rows * factor
-    steer           rows + alpha * vector
-    set_component   h += (c - h.u) u for the unit vector u along `vector`
-    project_out     set_component with c = 0
-    patch           rows become the vector `rows` (a donor's)
+    mean            rows become `vector`, a mean over other prompts (`patching.pooled_rows`)
+    resample        rows become rows of `vector` (n, ...), taken from other prompts, drawn by `seed` and position
+    scale           rows * value
+    steer           rows + value * vector, in one of three units (`edits.Unit`)
+    set_component   h += (value - h.u) u for the unit vector u along `vector`
+    project_out     set_component with value 0
+    patch           rows become a donor's: `rows` {position: row}, or `vector` everywhere in `positions`
     knockout        attention from the rows to `keys` is cut, the rest renormalised (point attn_pattern)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
-from engine.errors import InputError, PointError, VectorError
-from engine.hooks import (
+from engine.edits import (
     Edit,
     EditFunction,
-    EditHook,
     Scope,
+    Unit,
+    component_set,
     knocked_out,
+    placed,
     plus,
     replaced_by,
+    resampled,
     resolve_positions,
     times,
     zeroed,
 )
+from engine.errors import InputError, PointError, VectorError, clipped
+from engine.hooks import EditHook
 from engine.network import Network
-from engine.ops import Array, IntArray
+from engine.ops import Array
 from engine.points import ONCE, point
 
-Kind = Literal["zero", "mean", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
+Kind = Literal["zero", "mean", "resample", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
 KINDS: tuple[str, ...] = get_args(Kind)
+UNITS: tuple[str, ...] = get_args(Unit)
+
+BY_HEAD = ("mean", "resample", "patch")
+"""Kinds whose rows may differ between heads."""
 
 
 @dataclass(frozen=True)
 class Intervention:
     """One intervention at one point of some layers.
 
-    `positions` is a `Scope`; `heads` limits it to some heads (key-value heads at k and v). `value` is the factor,
-    alpha or component; `vector` the direction or replacement; `keys` the absolute positions a knockout hides.
+    `positions` is a `Scope`. `heads` limits it to some heads (key-value heads at k and v), `neurons` to some neurons
+    (point mlp_act). `value` is the factor, alpha or component; `vector` the direction or replacement, as wide as a row
+    of the point; `rows` a patch's rows by absolute position, which then need no `positions`; `keys` the absolute
+    positions that a knockout hides.
     """
 
     kind: Kind
@@ -52,9 +63,13 @@ class Intervention:
     point: str = "resid_post"
     positions: Scope = "all"
     heads: tuple[int, ...] | None = None
+    neurons: tuple[int, ...] | None = None
     value: float = 0.0
+    unit: Unit = "raw"
     vector: Array | None = None
+    rows: Mapping[int, Array] | None = None
     keys: tuple[int, ...] = ()
+    seed: int = 0
 
 
 def compile_interventions(
@@ -69,21 +84,36 @@ def compile_interventions(
         name = point(item.point).name
         model.check_point(name)
         heads = None if item.heads is None else _heads(model, name, item.heads)
-        scope = _scope(item.positions, prompt_length, new_tokens)
+        neurons = None if item.neurons is None else _neurons(model, item.neurons)
+        scope = _scope(item.positions if item.rows is None else list(item.rows), prompt_length, new_tokens)
         function = _function(model, item, prompt_length, new_tokens)
-        layers = model.resolve_layers(item.layers)
-        if not layers:
-            raise InputError(f"the intervention {item.kind!r} names no layer")
-        if name in ONCE:
-            layers = [0 if name == "embed" else model.config.n_layers - 1]
-        edits += [Edit(name, layer, function, scope, heads) for layer in layers]
+        layers = _layers(model, item, name)
+        edits += [Edit(name, layer, function, scope, heads, neurons, kind=item.kind) for layer in layers]
     return EditHook(edits)
+
+
+def _layers(model: Network, item: Intervention, name: str) -> list[int]:
+    layers = model.resolve_layers(item.layers)
+    if not layers:
+        raise InputError(f"the intervention {item.kind!r} names no layer")
+    if name in ONCE:
+        return [0 if name == "embed" else model.config.n_layers - 1]
+    return layers
 
 
 def _heads(model: Network, name: str, heads: Sequence[int]) -> tuple[int, ...]:
     if not heads:
         raise InputError("heads is an empty list; leave it out to mean all heads")
     return tuple(dict.fromkeys(model.resolve_head(head, key_value=name in ("k", "v")) for head in heads))
+
+
+def _neurons(model: Network, neurons: Sequence[int]) -> tuple[int, ...]:
+    n = model.config.d_mlp
+    wrong = [i for i in neurons if isinstance(i, bool) or not isinstance(i, int | np.integer) or not -n <= i < n]
+    if wrong or not neurons:
+        named = f"neuron {wrong[0]!r} does not exist" if wrong else "neurons is an empty list"
+        raise InputError(f"{named}; valid: 0 to {n - 1}, or leave it out to mean all")
+    return tuple(dict.fromkeys(int(i) % n for i in neurons))
 
 
 def _scope(positions: Scope, prompt_length: int, new_tokens: int) -> Scope:
@@ -97,22 +127,40 @@ def _scope(positions: Scope, prompt_length: int, new_tokens: int) -> Scope:
 
 
 def _function(model: Network, item: Intervention, prompt_length: int, new_tokens: int) -> EditFunction:
+    if item.kind not in KINDS:
+        raise InputError(f"there is no intervention {clipped(item.kind)}; valid: {', '.join(KINDS)}")
     if not np.isfinite(item.value):
         raise InputError(f"{item.kind}: the number {item.value} is not finite")
-    if item.kind == "zero":
-        return zeroed
-    if item.kind == "scale":
-        return times(item.value)
-    if item.kind in ("mean", "patch"):
-        return replaced_by(_vector(model, item))
-    if item.kind == "knockout":
-        return knocked_out(_hidden_keys(item, prompt_length, new_tokens))
-    if item.kind not in KINDS:
-        raise InputError(f"there is no intervention {item.kind!r}; valid: {', '.join(KINDS)}")
-    vector = _vector(model, item)
-    if item.kind == "steer":
-        return plus(vector, item.value)
-    return component_set(vector, item.value if item.kind == "set_component" else 0.0)
+    match item.kind:
+        case "zero":
+            return zeroed
+        case "scale":
+            return times(item.value)
+        case "knockout":
+            return knocked_out(_hidden_keys(item, prompt_length, new_tokens))
+        case "resample":
+            return resampled(_pool(model, item), item.seed)
+        case "patch" if item.rows is not None:
+            places = resolve_positions(item.rows, prompt_length)
+            return placed(dict(zip(places, [_vector(model, item, row) for row in item.rows.values()], strict=True)))
+    return _with_vector(item, _vector(model, item, item.vector))
+
+
+def _with_vector(item: Intervention, vector: Array) -> EditFunction:
+    match item.kind:
+        case "steer":
+            return plus(vector, item.value, _unit(item.unit))
+        case "set_component":
+            return component_set(vector, item.value)
+        case "project_out":
+            return component_set(vector, 0.0)
+    return replaced_by(vector)
+
+
+def _unit(unit: Unit) -> Unit:
+    if unit not in UNITS:
+        raise InputError(f"unit is {clipped(unit)}; valid: {', '.join(UNITS)}")
+    return unit
 
 
 def _hidden_keys(item: Intervention, prompt_length: int, new_tokens: int) -> list[int]:
@@ -121,30 +169,28 @@ def _hidden_keys(item: Intervention, prompt_length: int, new_tokens: int) -> lis
     return [int(key) for key in _scope(item.keys, prompt_length, new_tokens)]
 
 
-def _vector(model: Network, item: Intervention) -> Array:
-    """The vector, as wide as a row of the point; `mean` and `patch` also take one for each of the heads."""
+def _pool(model: Network, item: Intervention) -> Array:
+    """The rows that resample draws from, (n, [heads,] width)."""
+    pool = np.asarray(() if item.vector is None else item.vector, np.float32)
+    if pool.ndim < 2 or not len(pool):
+        raise VectorError(f"resample needs rows to draw from, (n, width), not {pool.shape}")
+    _vector(model, item, pool[0])
+    if not np.isfinite(pool).all():
+        raise VectorError("resample: the rows hold NaN or infinity; every feature must be finite")
+    return pool
+
+
+def _vector(model: Network, item: Intervention, given: Array | None) -> Array:
+    """A vector as wide as a row of the point; kinds in `BY_HEAD` also take one for each of the heads."""
     feature = point(item.point).axes[-1]
     if feature == "key":
         raise PointError(f"{item.kind} does not act at {item.point}; zero, scale and knockout do")
     width: int = getattr(model.config, feature)
-    vector: Array = np.asarray(() if item.vector is None else item.vector, np.float32)
+    vector: Array = np.asarray(() if given is None else given, np.float32)
     shapes: list[tuple[int, ...]] = [(width,)]
-    if item.kind in ("mean", "patch") and point(item.point).head_axis is not None:
+    if item.kind in BY_HEAD and point(item.point).head_axis is not None:
         all_heads = model.config.n_kv_heads if item.point in ("k", "v") else model.config.n_heads
         shapes.append((all_heads if item.heads is None else len(item.heads), width))
     if vector.shape not in shapes or not np.isfinite(vector).all():
         raise VectorError(f"{item.kind} at {item.point} needs a vector of {width} finite numbers, not {vector.shape}")
     return vector
-
-
-def component_set(vec: Array, component: float) -> EditFunction:
-    """An edit function: the component along vec's direction becomes `component`, h += (c - h.u) u."""
-    length = float(np.linalg.norm(vec))
-    if length == 0:
-        raise VectorError("a zero vector has no direction")
-    unit = vec / np.float32(length)
-
-    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
-        return rows + (np.float32(component) - rows @ unit)[..., None] * unit
-
-    return function

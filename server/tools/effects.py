@@ -9,8 +9,9 @@ from pydantic import Field
 
 from engine import Intervention, Model, RecordHook, capture_donor_state, compile_interventions, forward
 from engine.distribution import kl_divergence, softmax_of
+from engine.edits import Edit, Scope
 from engine.errors import InputError
-from engine.hooks import Edit, EditHook, Scope
+from engine.hooks import EditHook
 from engine.ops import Array
 from engine.patching import patch_hook
 from schemas.arguments import Layers, ModelRef, PointName, Prompt, Steer, Target, TokenRef

@@ -7,7 +7,8 @@ from recording import everything, uneven
 from tolerances import assert_close, assert_moved, assert_same
 
 from engine import POINTS
-from engine.hooks import Edit, EditHook
+from engine.edits import Edit
+from engine.hooks import EditHook
 
 P = 2
 

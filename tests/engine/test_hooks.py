@@ -7,8 +7,8 @@ from recording import Calls, Replace, uneven
 from tolerances import assert_close, assert_moved, assert_same
 
 from engine import POINTS, CompositeHook, EngineError, KVCache, LayerHook, NoopHook, RecordHook, SteerHook, forward
+from engine.edits import Edit, times
 from engine.errors import HookError, LayerError, PointError, PositionError
-from engine.hooks import Edit, times
 
 IN_PLACE = ("resid_mid", "resid_post")
 

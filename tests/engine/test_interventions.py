@@ -204,7 +204,7 @@ def test_points_that_exist_once_fire_whatever_layers_are_named(model, ids, clean
         (Intervention("knockout", (0,), "attn_pattern"), InputError, "needs `keys`"),
         (Intervention("knockout", (0,), keys=(0,)), InputError, "attn_pattern"),
         (Intervention("knockout", (0,), "attn_pattern", keys=(3,)), InputError, "positions 0 to 2"),
-        (Intervention("erase", (0,)), InputError, "valid: zero, mean, scale"),
+        (Intervention("erase", (0,)), InputError, "valid: zero, mean, resample, scale"),
     ],
 )
 def test_what_cannot_be_done_is_refused_naming_what_can(synthetic, item, error, message):

@@ -1,0 +1,196 @@
+"""One change to some rows of one point: `Edit`, the scopes that choose rows, and the functions that change them.
+
+Scope, resolve_positions, rows_in_scope    which rows
+Edit                                       a point, a layer, rows, heads or neurons, and a function
+zeroed, times, plus, replaced_by, placed, resampled, component_set, knocked_out    what becomes of the rows
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from engine.errors import HookError, PointError, PositionError, VectorError
+from engine.ops import Array, IntArray
+from engine.points import POINTS, point
+
+Scope = Literal["last", "all", "prompt", "generated"] | Sequence[int]
+"""Which rows: `last` is every row that emits a token (the prompt's last, then each generated one), `prompt` and
+`generated` split at the prompt's end, a list holds absolute positions, negative ones from the prompt's end."""
+
+
+def resolve_positions(positions: Iterable[int], length: int) -> list[int]:
+    """Absolute positions; negative ones count from `length`, the prompt's end. Raises `PositionError`."""
+    resolved = []
+    for position in positions:
+        absolute = position + length if position < 0 else position
+        if absolute < 0:
+            raise PositionError(f"position {position} is before a prompt of {length} tokens; valid: -{length} and up")
+        resolved.append(absolute)
+    return resolved
+
+
+def rows_in_scope(scope: Scope, pos: IntArray, prompt_length: int) -> IntArray:
+    """The indices of the rows of `pos` that lie in `scope`."""
+    if scope == "all":
+        chosen = np.ones(len(pos), bool)
+    elif scope == "last":
+        chosen = pos >= prompt_length - 1
+    elif scope == "prompt":
+        chosen = pos < prompt_length
+    elif scope == "generated":
+        chosen = pos >= prompt_length
+    elif isinstance(scope, str):
+        raise PositionError(f"scope {scope!r} does not exist; use last, all, prompt, generated or a list of positions")
+    else:
+        chosen = np.isin(pos, resolve_positions(scope, prompt_length))
+    return np.flatnonzero(chosen)
+
+
+EditFunction = Callable[[Array, IntArray, IntArray | None], Array]
+"""(rows (batch, rows, [heads,] ...), their positions, the keys' positions at `attn_pattern`) -> the same shape."""
+
+
+@dataclass
+class Edit:
+    """Replace some rows (and of them some heads or neurons) at one point of one layer by a function of them.
+
+    `fired` counts the rows it has changed; `kind` is its name in reports.
+    """
+
+    point: str
+    layer: int
+    function: EditFunction
+    scope: Scope = "all"
+    heads: tuple[int, ...] | None = None
+    neurons: tuple[int, ...] | None = None
+    fired: int = 0
+    kind: str = "edit"
+
+    def __post_init__(self) -> None:
+        if self.heads is not None and point(self.point).head_axis is None:
+            raise PointError(f"{self.point} has no heads; points with heads are q, k, v, attn_pattern and z")
+        if self.neurons is not None and point(self.point).axes[-1] != "d_mlp":
+            raise PointError(f"{self.point} has no neurons; the point with neurons is mlp_act")
+
+    def __call__(self, x: Array, pos: IntArray, key_pos: IntArray | None, prompt_length: int) -> Array | None:
+        """`x` with the rows in scope changed, or None if it holds none of them."""
+        rows = rows_in_scope(self.scope, pos, prompt_length)
+        if not len(rows):
+            return None
+        where = POINTS[self.point]
+        edited = x.copy()  # x may be an array that another hook returned and still holds
+        if where.head_axis is None:
+            edited[:, rows] = self._changed(edited[:, rows], pos[rows], key_pos)
+        else:
+            by_row = np.moveaxis(edited, (where.seq_axis, where.head_axis), (1, 2))  # a view: (b, s, heads, ...)
+            heads = range(by_row.shape[2]) if self.heads is None else self.heads
+            chosen = np.ix_(np.arange(x.shape[0]), rows, np.array(heads))
+            by_row[chosen] = self._changed(by_row[chosen], pos[rows], key_pos)
+        self.fired += len(rows)
+        return edited
+
+    def _changed(self, rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        if self.neurons is None:
+            return self.function(rows, pos, key_pos)
+        changed = rows.copy()
+        changed[..., self.neurons] = self.function(rows, pos, key_pos)[..., self.neurons]
+        return changed
+
+
+def zeroed(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+    """An edit function: zeros."""
+    return np.zeros_like(rows)
+
+
+Unit = Literal["raw", "unit", "row"]
+"""What alpha counts in: the vector as it is, its unit vector, or its unit vector times the norm of each row."""
+
+
+def plus(vec: Array, alpha: float, unit: Unit = "raw") -> EditFunction:
+    """An edit function: rows + alpha * vec, in one of the units."""
+    if unit != "raw":
+        vec = unit_vector(vec)
+    step = np.float32(alpha) * vec
+    if unit == "row":
+        return lambda rows, pos, key_pos: rows + np.linalg.norm(rows, axis=-1, keepdims=True) * step
+    return lambda rows, pos, key_pos: rows + step
+
+
+def times(factor: float) -> EditFunction:
+    """An edit function: rows * factor."""
+    return lambda rows, pos, key_pos: rows * np.float32(factor)
+
+
+def replaced_by(row: Array) -> EditFunction:
+    """An edit function: every row becomes `row`; a row without a head axis, the same in every head."""
+
+    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        wanted = rows.shape[2:]
+        if row.shape not in (wanted, wanted[1:]):
+            raise HookError(f"a row of shape {row.shape} cannot take the place of rows of shape {wanted}")
+        return np.broadcast_to(row, rows.shape)
+
+    return function
+
+
+def knocked_out(keys: Sequence[int]) -> EditFunction:
+    """An edit function for `attn_pattern`: no attention to these absolute positions; the rest is renormalised.
+
+    Equal to minus infinity before the softmax. A row with nothing left attends to nothing.
+    """
+
+    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        if key_pos is None:
+            raise HookError("attention can only be knocked out at attn_pattern")
+        left = rows * ~np.isin(key_pos, keys)
+        total = left.sum(-1, keepdims=True)
+        out: Array = np.divide(left, total, out=np.zeros_like(left), where=total > 0)
+        return out
+
+    return function
+
+
+def component_set(vec: Array, component: float) -> EditFunction:
+    """An edit function: the component along vec's direction becomes `component`, h += (c - h.u) u."""
+    unit = unit_vector(vec)
+
+    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        return rows + (np.float32(component) - rows @ unit)[..., None] * unit
+
+    return function
+
+
+def placed(rows: Mapping[int, Array]) -> EditFunction:
+    """An edit function: the row at each position becomes `rows[position]`, ([heads,] width)."""
+
+    def function(x: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        chosen = np.stack([np.broadcast_to(rows[int(p)], x.shape[2:]) for p in pos])
+        return np.broadcast_to(chosen, x.shape)
+
+    return function
+
+
+def resampled(pool: Array, seed: int) -> EditFunction:
+    """An edit function: every row becomes a row of `pool` (n, [heads,] width), drawn by the seed and its position.
+
+    The draw does not depend on which rows come together, so decoding draws what one pass draws (resample ablation,
+    Chan et al. 2022, "Causal scrubbing").
+    """
+
+    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        drawn = [np.random.default_rng((seed, int(p))).integers(len(pool)) for p in pos]
+        chosen = pool[drawn]  # (rows, [heads,] width)
+        return np.broadcast_to(chosen if chosen.ndim == rows.ndim - 1 else chosen[:, None], rows.shape)
+
+    return function
+
+
+def unit_vector(vec: Array) -> Array:
+    """Vec / |vec|; raises `VectorError` for zero."""
+    length = np.linalg.norm(vec)
+    if length == 0:
+        raise VectorError("a zero vector has no direction")
+    out: Array = vec / np.float32(length)
+    return out

@@ -1,0 +1,288 @@
+"""The named sweeps: what is varied, as lists of variants for `sweep`.
+
+patching_grid     a donor's activations into a run, cell by cell (Meng et al. 2022; Heimersheim & Nanda 2024)
+ablation_scan     zero, mean or resample ablation by layer, component or head
+knockout_scan     attention cut, by layer and head or key (Geva et al. 2023)
+alpha_sweep       one steering vector at many strengths
+Scan              the result: one number per cell
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.decoder import Tick, forward
+from engine.edits import Scope, Unit
+from engine.errors import InputError, PointError, PromptError, clipped
+from engine.hooks import RecordHook
+from engine.interventions import Intervention
+from engine.metrics import Metric
+from engine.network import Network, Tokens
+from engine.ops import Array
+from engine.patching import by_position, pooled_rows
+from engine.points import ONCE
+from engine.points import point as point_named
+from engine.sweep import BUDGET, Variant, sweep
+
+GridBy = Literal["position", "head", "head_position"]
+AblateBy = Literal["layer", "component", "head"]
+AblateMode = Literal["zero", "mean", "resample"]
+KnockoutBy = Literal["key", "head"]
+
+Axes = dict[str, Sequence[Any]]
+
+COMPONENTS = ("attn_out", "mlp_out")
+"""What a layer adds to the residual."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One number per cell of a grid.
+
+    `axes` is {name: what it runs over}, such as {"layer": (0, 1), "position": (0, 1, 2)}; values: the metric in each
+    cell, an array with these axes. `baseline` is the metric of the unchanged run, `donor` the donor's, where there is
+    one. identical: True where donor and recipient are the same by construction, so that nothing was run. `applied`
+    counts the rows that interventions changed; `layer_rows` the rows that went through a layer in the sweep.
+    """
+
+    axes: dict[str, tuple[Any, ...]]
+    values: Array
+    baseline: float
+    donor: float | None
+    identical: npt.NDArray[np.bool_]
+    applied: int
+    layer_rows: int
+    slices: int
+
+    def recovered(self) -> Array | None:
+        """(value - baseline) / (donor - baseline) of each cell; None without a donor that differs."""
+        if self.donor is None or self.donor == self.baseline:
+            return None
+        out: Array = (self.values - np.float32(self.baseline)) / np.float32(self.donor - self.baseline)
+        return out
+
+    def largest(self, k: int) -> list[tuple[tuple[Any, ...], float]]:
+        """The k cells that lie farthest from the baseline, as (labels, value), farthest first."""
+        distance = np.abs(self.values - np.float32(self.baseline)).ravel()
+        order = np.argsort(-distance, kind="stable")[:k]
+        cells = list(product(*self.axes.values()))
+        return [(cells[i], float(self.values.flat[i])) for i in order]
+
+
+def patching_grid(
+    model: Network,
+    donor: Tokens,
+    recipient: Tokens,
+    metric: Metric,
+    point: str = "resid_post",
+    by: GridBy = "position",
+    layers: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+    budget: int = BUDGET,
+    tick: Tick | None = None,
+) -> Scan:
+    """Put the donor's rows of a point into the recipient's run, one cell at a time.
+
+    `by` says what a cell is: one position of a layer (all its heads), one head (at all `positions` together), or one
+    head at one position; heads are key-value heads at k and v. Both prompts must have the same number of tokens; cells
+    before the first token that differs are answered without a run.
+    """
+    ids, theirs = model.token_batch(recipient)[0], model.token_batch(donor)[0]
+    if len(ids) != len(theirs):
+        raise PromptError(
+            f"the donor has {len(theirs)} tokens, the recipient {len(ids)}: a grid patches each position from the same "
+            "position, so both need the same number; reword one, or patch chosen pairs of positions instead"
+        )
+    places = [model.resolve_position(p, len(ids)) for p in (range(len(ids)) if positions is None else positions)]
+    axes = _grid_axes(model, point, by, _grid_layers(model, point, layers), places)
+    record = RecordHook.for_layers(axes["layer"], points=[point])
+    logits = forward(model, theirs.tolist(), hook=record, tick=tick).logits
+    assert logits is not None
+    rows = {layer: by_position(array, point) for layer, array in record.get(point).items()}
+    first = next((i for i, (mine, other) in enumerate(zip(ids, theirs, strict=True)) if mine != other), len(ids))
+
+    def cell(layer: int, head: int | None = None, position: int | None = None) -> Variant | None:
+        moved = [p for p in (places if position is None else [position]) if p >= first]
+        which = {p: rows[layer][p] if head is None else rows[layer][p, [head]] for p in moved}
+        only = None if head is None else (head,)
+        return Variant((Intervention("patch", (layer,), point, heads=only, rows=which),)) if moved else None
+
+    cells = [cell(**dict(zip(axes, place, strict=True))) for place in product(*axes.values())]
+    return _scan(model, recipient, metric, axes, cells, budget, tick, logits[0, -1])
+
+
+def ablation_scan(
+    model: Network,
+    prompt: Tokens,
+    metric: Metric,
+    by: AblateBy = "component",
+    mode: AblateMode = "zero",
+    over: Iterable[Tokens] | None = None,
+    layers: Iterable[int] | None = None,
+    positions: Scope = "all",
+    seed: int = 0,
+    budget: int = BUDGET,
+    tick: Tick | None = None,
+) -> Scan:
+    """Take parts of the model away, one at a time.
+
+    A part is a layer (what its attention and its MLP add), a component (one of the two), or a head (its z). `mode`
+    says what takes its place: zeros, the mean over all tokens of the prompts `over`, or rows drawn from them.
+    """
+    _one_of("by", by, AblateBy)
+    chosen = _layers(model, layers)
+    names = ("z",) if by == "head" else COMPONENTS
+    pools = _pools(model, mode, over, chosen, names, tick)
+
+    def away(layer: int, name: str, head: int | None = None) -> Intervention:
+        only = None if head is None else (head,)
+        if mode == "zero":
+            return Intervention("zero", (layer,), name, positions, only)
+        pool = pools[name][layer] if head is None else pools[name][layer][:, head]
+        vector = pool.mean(0) if mode == "mean" else pool
+        return Intervention(mode, (layer,), name, positions, only, vector=vector, seed=seed)
+
+    axes: Axes = {"layer": chosen}
+    if by == "layer":
+        variants = [Variant(tuple(away(layer, name) for name in COMPONENTS)) for layer in chosen]
+    elif by == "component":
+        axes["component"] = COMPONENTS
+        variants = [Variant((away(layer, name),)) for layer, name in product(*axes.values())]
+    else:
+        axes["head"] = range(model.config.n_heads)
+        variants = [Variant((away(layer, "z", head),)) for layer, head in product(*axes.values())]
+    return _scan(model, prompt, metric, axes, variants, budget, tick)
+
+
+def knockout_scan(
+    model: Network,
+    prompt: Tokens,
+    metric: Metric,
+    keys: Iterable[int] | None = None,
+    queries: Scope = "last",
+    by: KnockoutBy = "key",
+    layers: Iterable[int] | None = None,
+    width: int = 1,
+    budget: int = BUDGET,
+    tick: Tick | None = None,
+) -> Scan:
+    """Cut attention from the rows `queries` to `keys`: one key of all heads at a time, or all keys of one head.
+
+    `keys` are all positions by default. A cell cuts `width` layers from its own upwards, as far as there are any.
+    """
+    _one_of("by", by, KnockoutBy)
+    n, length = model.config.n_layers, model.token_batch(prompt).shape[1]
+    hidden = [model.resolve_position(key, length) for key in (range(length) if keys is None else keys)]
+    if width < 1:
+        raise InputError(f"width is {width}; it must be at least 1 layer")
+
+    def cut(layer: int, key: int | None = None, head: int | None = None) -> Variant:
+        span, only = tuple(range(layer, min(layer + width, n))), None if head is None else (head,)
+        which = tuple(hidden) if key is None else (key,)
+        return Variant((Intervention("knockout", span, "attn_pattern", queries, only, keys=which),))
+
+    axes: Axes = {"layer": _layers(model, layers), by: hidden if by == "key" else range(model.config.n_heads)}
+    variants = [cut(**dict(zip(axes, place, strict=True))) for place in product(*axes.values())]
+    return _scan(model, prompt, metric, axes, variants, budget, tick)
+
+
+def alpha_sweep(
+    model: Network,
+    prompt: Tokens,
+    layer: int,
+    vector: Array,
+    alphas: Sequence[float],
+    metric: Metric,
+    unit: Unit = "raw",
+    positions: Scope = "last",
+    point: str = "resid_post",
+    budget: int = BUDGET,
+    tick: Tick | None = None,
+) -> Scan:
+    """Steer with alpha * vector for each of `alphas`."""
+    at = (model.resolve_layer(layer),)
+    steer = partial(Intervention, "steer", at, point, positions, unit=unit, vector=vector)
+    variants = [Variant((steer(value=alpha),)) for alpha in alphas]
+    return _scan(model, prompt, metric, {"alpha": alphas}, variants, budget, tick)
+
+
+# --- shared ---------------------------------------------------------------------------------------------------
+
+
+def _scan(
+    model: Network,
+    prompt: Tokens,
+    metric: Metric,
+    axes: Axes,
+    cells: Sequence[Variant | None],
+    budget: int,
+    tick: Tick | None,
+    donor_logits: Array | None = None,
+) -> Scan:
+    """Sweep the cells that need a run; the others have the baseline's value."""
+    metric.check(model)
+    if not cells:
+        empty = next(name for name, labels in axes.items() if not len(labels))
+        raise InputError(f"the grid has no cells; name at least one {empty}")
+    run = sweep(model, prompt, [v for v in cells if v is not None], metric, budget=budget, tick=tick)
+    identical = np.array([v is None for v in cells])
+    values = np.full(len(cells), run.baseline, np.float32)
+    values[~identical] = run.values
+    shape = [len(labels) for labels in axes.values()]
+    return Scan(
+        axes={name: tuple(labels) for name, labels in axes.items()},
+        values=values.reshape(shape),
+        baseline=float(run.baseline),
+        donor=None if donor_logits is None else float(metric(donor_logits[None], run.logits)[0]),
+        identical=identical.reshape(shape),
+        applied=sum(edit.fired for edits in run.edits for edit in edits),
+        layer_rows=run.layer_rows,
+        slices=run.slices,
+    )
+
+
+def _one_of(name: str, value: str, valid: Any) -> None:
+    if value not in get_args(valid):
+        raise InputError(f"{name} is {clipped(value)}; valid: {', '.join(get_args(valid))}")
+
+
+def _layers(model: Network, layers: Iterable[int] | None) -> list[int]:
+    return model.resolve_layers(range(model.config.n_layers) if layers is None else layers)
+
+
+def _grid_layers(model: Network, point: str, layers: Iterable[int] | None) -> list[int]:
+    """The layers asked for; the one layer of a point that exists once."""
+    model.check_point(point_named(point).name)
+    only = {"embed": 0, "final_norm": model.config.n_layers - 1}
+    return [only[point]] if point in ONCE else _layers(model, layers)
+
+
+def _grid_axes(model: Network, point: str, by: GridBy, layers: list[int], places: list[int]) -> Axes:
+    _one_of("by", by, GridBy)
+    heads = range(model.config.n_kv_heads if point in ("k", "v") else model.config.n_heads)
+    if by == "position":
+        return {"layer": layers, "position": places}
+    if point_named(point).head_axis is None:
+        raise PointError(f"{point} has no heads; points with heads are q, k, v and z")
+    return {"layer": layers, "head": heads} | ({"position": places} if by == "head_position" else {})
+
+
+def _pools(
+    model: Network,
+    mode: AblateMode,
+    over: Iterable[Tokens] | None,
+    layers: list[int],
+    points: Iterable[str],
+    tick: Tick | None,
+) -> dict[str, dict[int, Array]]:
+    """{point: {layer: the rows of the prompts `over`}}; empty for zero ablation."""
+    _one_of("mode", mode, AblateMode)
+    prompts = list(over or ())
+    if (mode == "zero") == bool(prompts):
+        raise InputError(f"mode {mode} {'takes no' if prompts else 'needs'} prompts in `over`")
+    return {name: pooled_rows(model, prompts, layers, name, tick) for name in points} if prompts else {}

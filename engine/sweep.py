@@ -1,0 +1,382 @@
+"""Many variants of one run in one pass: `sweep`.
+
+A variant equals the base run up to the first layer it changes, and a causal model leaves the rows before its first
+changed row alone for ever. So the base run is computed once; each variant forks from it at its first changed layer and
+carries only the rows from its first changed row on. Earlier keys and values are the base run's. All living variants of
+a layer go through it as one batch of rows.
+
+Variant     what one variant changes: interventions, or keys and values that its last row reads
+sweep       base run and variants -> what `read` takes from each one's next-token logits
+Sweep       the result
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from engine.cache import KVCache
+from engine.config import Config, Rope
+from engine.decoder import Pass, Tick, block, forward, masked_attention, norm, unembed
+from engine.edits import Edit, rows_in_scope
+from engine.errors import InputError, LayerError
+from engine.hooks import LayerHook, Listeners, RecordHook
+from engine.interventions import Intervention, compile_interventions
+from engine.network import Network, Tokens
+from engine.ops import QUERY_BLOCK, Array, IntArray
+from engine.points import POINTS
+
+Read = Callable[[Array, Array], Array]
+"""(n, d_vocab) next-token logits of variants, (d_vocab,) of the base run -> (n, ...): what is kept of each variant."""
+
+BUDGET = 256 * 2**20
+"""Bytes that the variants of one slice may need together, about."""
+
+READ_AT_ONCE = 64
+"""Variants whose logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One changed run.
+
+    `kv` is {layer: (keys, values)}, each (kv_heads, seq - 1, d_head) after rotary: what the last row reads there in
+    place of the base run's. Interventions beside it may change the last row only.
+    """
+
+    interventions: tuple[Intervention, ...] = ()
+    kv: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """values: (variants, ...) and baseline: (...), as `read` made them; logits: (d_vocab,) of the base run.
+
+    edits: each variant's, whose `fired` counts the rows they changed. layer_rows: rows that went through a layer, the
+    base run's included; slices: batches of variants.
+    """
+
+    baseline: Array
+    values: Array
+    logits: Array
+    edits: list[list[Edit]]
+    layer_rows: int
+    slices: int
+
+
+def logits_of(logits: Array, baseline: Array) -> Array:
+    """The `Read` that keeps the logits themselves."""
+    return logits
+
+
+def sweep(
+    model: Network,
+    tokens: Tokens,
+    variants: Sequence[Variant],
+    read: Read = logits_of,
+    *,
+    budget: int = BUDGET,
+    tick: Tick | None = None,
+) -> Sweep:
+    """Run `tokens` once unchanged and once for each variant, and read the logits after the last token.
+
+    Results equal runs one by one. `budget` bounds the bytes of a slice of variants; more than fit run one slice after
+    another. Raises `InputError` for an intervention that no row of the prompt meets.
+    """
+    ids = model.token_batch(tokens)
+    if len(ids) != 1:
+        raise InputError(f"a sweep varies one prompt, not {len(ids)}")
+    forks = [_fork(model, index, variant, ids.shape[1]) for index, variant in enumerate(variants)]
+    slices = _slices(model.config, forks, ids.shape[1], budget)
+    progress = _Progress(tick, model.config.n_layers * (1 + len(slices)) - sum(part[0].layer for part in slices))
+    base = _base_run(model, tokens, min((fork.layer for fork in forks), default=model.config.n_layers), progress)
+    baseline = read(base.logits[None], base.logits)[0]
+    values = np.empty((len(forks), *np.shape(baseline)), np.float32)
+    rows = model.config.n_layers * ids.shape[1]
+    for part in slices:
+        rows += _Slice(model, base, part).run(read, values, progress)
+    return Sweep(np.asarray(baseline), values, base.logits, [fork.edits for fork in forks], rows, len(slices))
+
+
+# --- what forks where -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """A variant: the first layer that it runs itself, and its first row."""
+
+    index: int
+    edits: list[Edit]
+    kv: Mapping[int, tuple[Array, Array]]
+    layer: int
+    start: int
+
+    def made_at_entry(self) -> Iterable[Edit]:
+        """Edits between the layer before the first and the first: they change what the fork copies."""
+        return (e for e in self.edits if e.point == "embed" or (_enters(e) == self.layer and e.point == "resid_post"))
+
+
+def _fork(model: Network, index: int, variant: Variant, length: int) -> _Fork:
+    edits = compile_interventions(model, variant.interventions, length).edits
+    layers = [*map(_enters, edits), *variant.kv]
+    starts = [_first_row(edit, length) for edit in edits]
+    if variant.kv:
+        _check_kv(model, variant.kv, length)
+        if any(start < length - 1 for start in starts):
+            raise InputError("interventions beside a changed cache may only change the last row")
+        starts.append(length - 1)
+    return _Fork(index, edits, variant.kv, min(layers, default=model.config.n_layers), min(starts, default=length - 1))
+
+
+def _enters(edit: Edit) -> int:
+    """The first layer whose computation differs; the number of layers when only what follows them does."""
+    return edit.layer + (edit.point in ("resid_post", "final_norm"))
+
+
+def _first_row(edit: Edit, length: int) -> int:
+    rows = rows_in_scope(edit.scope, np.arange(length), length)
+    if not len(rows):
+        raise InputError(
+            f"the intervention {edit.kind} at {edit.point}, layer {edit.layer}, never fires: positions {edit.scope} "
+            f"are not in a prompt with positions 0 to {length - 1}"
+        )
+    return int(rows[0])
+
+
+def _check_kv(model: Network, kv: Mapping[int, tuple[Array, Array]], length: int) -> None:
+    cfg = model.config
+    wanted = (cfg.n_kv_heads, length - 1, cfg.d_head)
+    for layer, (keys, values) in kv.items():
+        if not 0 <= layer < cfg.n_layers:
+            raise LayerError(f"layer {layer} does not exist; valid: 0 to {cfg.n_layers - 1}")
+        if keys.shape != wanted or values.shape != wanted:
+            raise InputError(f"layer {layer}: keys {keys.shape} and values {values.shape} must both be {wanted}")
+
+
+def _slices(cfg: Config, forks: Sequence[_Fork], length: int, budget: int) -> list[list[_Fork]]:
+    """Forks by first layer, cut where the budget is full."""
+    slices: list[list[_Fork]] = []
+    held = 0
+    for fork in sorted(forks, key=lambda fork: (fork.layer, fork.start)):
+        needed = _bytes(cfg, length - fork.start, length)
+        if not slices or held + needed > budget:
+            slices.append([])
+            held = 0
+        slices[-1].append(fork)
+        held += needed
+    return slices
+
+
+def _bytes(cfg: Config, rows: int, length: int) -> int:
+    """About what a variant of so many rows needs inside a block: activations, all its keys and values, a pattern."""
+    heads = cfg.n_heads * cfg.d_head
+    by_row = 6 * cfg.d_model + 3 * cfg.d_mlp + 4 * heads
+    keys = 3 * length * cfg.n_kv_heads * cfg.d_head
+    return 4 * (rows * by_row + keys + 2 * cfg.n_heads * min(rows, QUERY_BLOCK) * length)
+
+
+# --- the base run ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Base:
+    """inputs: {layer: (seq, d_model)}, and under n_layers the last layer's output. tables: of every position."""
+
+    inputs: dict[int, Array]
+    cache: KVCache
+    logits: Array
+    pos: IntArray
+    tables: dict[Rope, tuple[Array, Array]]
+
+
+def _base_run(model: Network, tokens: Tokens, first: int, progress: "_Progress") -> _Base:
+    n = model.config.n_layers
+    record = RecordHook(range(first, n), ["resid_pre"])
+    cache = KVCache.with_layers(n)
+    result = forward(model, tokens, hook=record, cache=cache, tick=progress)
+    assert result.logits is not None
+    pos = np.arange(result.residual.shape[1])
+    tables = {rope: rope.table(pos, len(pos)) for rope in model.config.ropes if rope is not None}
+    return _Base(record.get("resid_pre") | {n: result.residual[0]}, cache, result.logits[0, -1], pos, tables)
+
+
+class _Progress:
+    """Counts the layers of all passes for the caller's tick."""
+
+    def __init__(self, tick: Tick | None, total: int) -> None:
+        self._tick, self._total, self._done = tick, total, 0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self._tick is not None:
+            self._tick(self._done, self._total, what)
+        self._done += 1
+
+
+# --- the variants ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Group:
+    """The living variants that start at one row. x: (members, rows, d_model); `at`: their rows in the batch."""
+
+    start: int
+    members: list[_Fork]
+    x: Array
+    at: slice = field(default_factory=lambda: slice(0))
+
+    def join(self, fork: _Fork, x: Array) -> None:
+        self.members.append(fork)
+        self.x = np.concatenate([self.x, x])
+
+    def rows_of(self, place: int) -> slice:
+        """The rows of one member in the batch."""
+        n = self.x.shape[1]
+        return slice(self.at.start + place * n, self.at.start + (place + 1) * n)
+
+    def split(self, x: Array) -> Array:
+        """(1, heads, batch rows, d_head) -> this group's (members, heads, rows, d_head)."""
+        heads = x.shape[1]
+        return x[0, :, self.at].reshape(heads, *self.x.shape[:2], -1).swapaxes(0, 1)
+
+
+@dataclass(frozen=True)
+class _VariantPass(Pass):
+    """One layer of all living variants: rows of many runs side by side, each attending within its own."""
+
+    groups: Sequence[_Group] = ()
+    base: _Base | None = None
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        assert self.base is not None
+        z = np.empty((1, len(self.pos), q.shape[1], v.shape[-1]), np.float32)
+        for group in self.groups:
+            keys, values = self._all_keys(layer, group, group.split(k), group.split(v))
+            on_weights = partial(_edit_patterns, layer, group, self.base.pos) if _knocks(layer, group) else None
+            pos = self.base.pos[group.start :]
+            mixed = masked_attention(self.cfg, layer, group.split(q), keys, values, pos, self.base.pos, on_weights)
+            z[0, group.at] = mixed.reshape(-1, *mixed.shape[2:])
+        return z
+
+    def _all_keys(self, layer: int, group: _Group, k: Array, v: Array) -> tuple[Array, Array]:
+        """The base run's rows before the group's first, or what a member reads in their place, then its own."""
+        assert self.base is not None
+        early = self.base.cache.layer(layer).filled()[:2]
+        out = []
+        for which, own in enumerate((k, v)):
+            full = np.empty((*own.shape[:2], len(self.base.pos), own.shape[3]), np.float32)
+            full[:, :, : group.start] = early[which][:, :, : group.start]
+            full[:, :, group.start :] = own
+            for place, fork in enumerate(group.members):
+                if layer in fork.kv:
+                    full[place, :, : group.start] = fork.kv[layer][which]
+            out.append(full)
+        return out[0], out[1]
+
+
+def _knocks(layer: int, group: _Group) -> bool:
+    return any(e.point == "attn_pattern" and e.layer == layer for fork in group.members for e in fork.edits)
+
+
+def _edit_patterns(layer: int, group: _Group, pos: IntArray, weights: Array) -> Array:
+    """Each member's edits of its own (1, heads, rows, keys) pattern."""
+    edited = weights.copy()
+    for place, fork in enumerate(group.members):
+        for edit in fork.edits:
+            if edit.point == "attn_pattern" and edit.layer == layer:
+                one = slice(place, place + 1)
+                changed = edit(edited[one], pos[group.start :], pos, len(pos))
+                edited[one] = edited[one] if changed is None else changed
+    return edited
+
+
+class _VariantEdits(LayerHook):
+    """The edits of all variants of a slice; each changes its own variant's rows of the batch."""
+
+    def __init__(self, forks: Iterable[_Fork], length: int) -> None:
+        self._length = length
+        self._edits: dict[tuple[str, int], list[tuple[int, Edit]]] = {}
+        for fork in forks:
+            for edit in fork.edits:
+                if edit.point not in ("attn_pattern", "embed", "final_norm"):
+                    self._edits.setdefault((edit.point, edit.layer), []).append((fork.index, edit))
+        self.rows: dict[int, slice] = {}
+
+    def wants(self, point: str, layer: int) -> bool:
+        return any(index in self.rows for index, _ in self._edits.get((point, layer), ()))
+
+    def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array:
+        out = x.copy()
+        for index, edit in self._edits[point, layer]:
+            if index in self.rows:
+                mine = (*[slice(None)] * POINTS[point].seq_axis, self.rows[index])
+                changed = edit(out[mine], pos[self.rows[index]], key_pos, self._length)
+                out[mine] = out[mine] if changed is None else changed
+        return out
+
+
+class _Slice:
+    """Variants that run together, from the first one's first layer to the logits."""
+
+    def __init__(self, model: Network, base: _Base, forks: Sequence[_Fork]) -> None:
+        self._model, self._base, self._forks = model, base, forks
+        self._hook = _VariantEdits(forks, len(base.pos))
+        self._groups: dict[int, _Group] = {}
+
+    def run(self, read: Read, values: Array, progress: _Progress) -> int:
+        """Fill the variants' places in `values`; returns how many rows went through a layer."""
+        n, rows = self._model.config.n_layers, 0
+        for layer in range(self._forks[0].layer, n):
+            progress(0, 0, f"layer {layer}")
+            self._join(layer)
+            rows += self._layer(layer)
+        self._join(n)
+        for group in self._groups.values():
+            for start in range(0, len(group.members), READ_AT_ONCE):
+                some = slice(start, start + READ_AT_ONCE)
+                logits = unembed(self._model, self._normed(group.members[some], group.x[some]))
+                values[[fork.index for fork in group.members[some]]] = read(logits, self._base.logits)
+        return rows
+
+    def _join(self, layer: int) -> None:
+        for fork in self._forks:
+            if fork.layer == layer:
+                x = self._base.inputs[layer][None, fork.start :]
+                for edit in fork.made_at_entry():
+                    changed = edit(x, self._base.pos[fork.start :], None, len(self._base.pos))
+                    x = x if changed is None else changed
+                group = self._groups.setdefault(fork.start, _Group(fork.start, [], x[:0]))
+                group.join(fork, x)
+
+    def _layer(self, layer: int) -> int:
+        """All living variants through one layer, as one batch of rows."""
+        base, groups = self._base, list(self._groups.values())
+        self._place(groups)
+        which = np.concatenate([np.tile(base.pos[group.start :], len(group.members)) for group in groups])
+        hooks = Listeners(self._hook, range(layer, layer + 1), self._model.config.n_layers - 1, which)
+        tables = {rope: (cos[which], sin[which]) for rope, (cos, sin) in base.tables.items()}
+        run = _VariantPass(self._model.config, hooks, which, tables, None, groups, base)
+        x = np.concatenate([group.x.reshape(1, -1, group.x.shape[2]) for group in groups], 1)
+        x = block(x, self._model.params.layer(layer), layer, run)
+        for group in groups:
+            group.x = x[0, group.at].reshape(group.x.shape)
+        return len(which)
+
+    def _place(self, groups: Iterable[_Group]) -> None:
+        """Say where in the batch each group's and each variant's rows are."""
+        start = 0
+        for group in groups:
+            group.at = slice(start, start + group.x.shape[0] * group.x.shape[1])
+            start = group.at.stop
+            self._hook.rows |= {fork.index: group.rows_of(place) for place, fork in enumerate(group.members)}
+
+    def _normed(self, forks: Sequence[_Fork], x: Array) -> Array:
+        """(n, d_model): the final norm of each variant's last row, as its edits at `final_norm` leave it."""
+        cfg, gain = self._model.config, self._model.params.final_norm
+        last = norm(x[:, -1], gain, cfg)
+        for place, fork in enumerate(forks):
+            for edit in (e for e in fork.edits if e.point == "final_norm"):
+                rows = norm(x[place : place + 1], gain, cfg)
+                changed = edit(rows, self._base.pos[fork.start :], None, len(self._base.pos))
+                last[place] = rows[0, -1] if changed is None else changed[0, -1]
+        return last

@@ -1,0 +1,228 @@
+"""A sweep's variants equal runs one by one, and cost only the layers and rows that can differ."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from tolerances import SAME, assert_close, assert_moved, assert_same
+
+import engine.decoder
+import engine.sweep
+from engine import POINTS, Intervention, KVCache, compile_interventions, forward
+from engine.errors import InputError, LayerError
+from engine.sweep import Variant, sweep
+
+SCOPES = ("all", "last", (1,), (2, -2), (-1,))
+
+
+def solo(model, ids, variant):
+    """The next-token logits of one variant in a run of its own."""
+    hook = compile_interventions(model, variant.interventions, len(ids))
+    return forward(model, ids, hook=hook).logits[0, -1], [edit.fired for edit in hook.edits]
+
+
+def points(model):
+    return [name for name in POINTS if not (name == "resid_mid" and model.config.parallel)]
+
+
+def vector(model, point, seed=0):
+    width = {"d_model": model.config.d_model, "d_mlp": model.config.d_mlp, "d_head": model.config.d_head}
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(width[POINTS[point].axes[-1]]).astype(np.float32)
+
+
+def everywhere(model):
+    """A change at every point, in the first, a middle and the last layer, of every kind of row."""
+    last = model.config.n_layers - 1
+    return [
+        Variant((Intervention("scale", (layer,), name, scope, value=0.5),))
+        for i, name in enumerate(points(model))
+        for layer, scope in zip((0, last // 2, last), (SCOPES[(i + j) % len(SCOPES)] for j in range(3)), strict=True)
+    ]
+
+
+def kinds(model):
+    """Every kind of intervention, and several together."""
+    n = model.config.n_kv_heads - 1
+    wide, mlp, head = (vector(model, name) for name in ("resid_post", "mlp_act", "z"))
+    pool = np.stack([vector(model, "attn_out", seed) for seed in range(4)])
+    steer = Intervention("steer", (1,), positions=(2, -1), value=0.3, unit="row", vector=wide)
+    return [
+        Variant((Intervention("zero", (2,), "z", (3,), heads=(1,)),)),
+        Variant((Intervention("mean", (1,), "attn_out", (-2,), vector=wide),)),
+        Variant((Intervention("resample", (1,), "attn_out", "all", vector=pool, seed=3),)),
+        Variant((Intervention("scale", (0,), "mlp_act", (1, 2), neurons=(0, 5), value=4.0),)),
+        Variant((Intervention("patch", (2,), "mlp_act", (-2,), vector=mlp),)),
+        Variant((Intervention("patch", (1,), "v", heads=(n,), rows={1: head, -2: -head}),)),
+        Variant((Intervention("set_component", (1,), value=9.0, vector=wide, positions=(1,)),)),
+        Variant((Intervention("project_out", (0, 2), vector=wide),)),
+        Variant((Intervention("knockout", (1, 2), "attn_pattern", (-1,), heads=(0,), keys=(0, 1)),)),
+        Variant((steer,)),
+        Variant((steer, Intervention("zero", (2,), "mlp_out", (-1,)), Intervention("scale", (1,), "q", value=0.5))),
+        Variant(
+            (Intervention("scale", (0,), "embed", (2,), value=2.0), Intervention("zero", (1,), "resid_post", (-2,)))
+        ),
+    ]
+
+
+@pytest.mark.parametrize("variants", [everywhere, kinds])
+def test_variants_equal_runs_one_by_one(model, ids, variants):
+    chosen = variants(model)
+    run = sweep(model, ids, chosen)
+    assert_close(run.baseline, forward(model, ids).logits[0, -1])
+    assert_close(run.logits, run.baseline)
+    for variant, found, edits in zip(chosen, run.values, run.edits, strict=True):
+        logits, fired = solo(model, ids, variant)
+        assert_close(found, logits)
+        assert [edit.fired for edit in edits] == fired
+    assert_moved(run.values, np.broadcast_to(run.baseline, run.values.shape))
+
+
+def test_no_variants_give_the_base_run(synthetic):
+    run = sweep(synthetic, [1, 2, 3], [])
+    assert run.values.shape == (0, synthetic.config.d_vocab)
+    assert_close(run.baseline, forward(synthetic, [1, 2, 3]).logits[0, -1])
+
+
+def test_a_variant_without_changes_is_the_base_run(model, ids):
+    run = sweep(model, ids, [Variant()])
+    assert_close(run.values[0], run.baseline)
+
+
+def counted(monkeypatch):
+    """A list that receives the number of rows of every layer computed."""
+    rows: list[int] = []
+    block = engine.decoder.block
+
+    def counting(x, *rest):
+        rows.append(x.shape[0] * x.shape[1])
+        return block(x, *rest)
+
+    monkeypatch.setattr(engine.decoder, "block", counting)
+    monkeypatch.setattr(engine.sweep, "block", counting)
+    return rows
+
+
+@pytest.mark.parametrize(("point", "own"), [("resid_post", 0), ("resid_pre", 1), ("z", 1), ("mlp_out", 1)])
+def test_a_grid_computes_the_rows_from_the_patch_on_in_the_layers_above_it(monkeypatch, synthetic, point, own):
+    rows, ids, n = counted(monkeypatch), list(range(7)), synthetic.config.n_layers
+    cells = [(layer, p) for layer in range(n) for p in range(len(ids))]
+    run = sweep(synthetic, ids, [Variant((Intervention("zero", (layer,), point, (p,)),)) for layer, p in cells])
+    needed = n * len(ids) + sum((n - 1 - layer + own) * (len(ids) - p) for layer, p in cells)
+    assert sum(rows) == run.layer_rows == needed
+    assert needed < 0.4 * n * len(ids) * len(cells)
+
+
+def test_a_change_of_the_cache_costs_one_row_of_each_layer_above_it(monkeypatch, synthetic):
+    ids, n = list(range(7)), synthetic.config.n_layers
+    cache = KVCache.with_layers(n)
+    forward(synthetic, ids[:-1], cache=cache)
+    kv = {layer: tuple(x[0] for x in cache.layer(layer).filled()[:2]) for layer in range(n)}
+    rows = counted(monkeypatch)
+    run = sweep(synthetic, ids, [Variant(kv={layer: kv[layer]}) for layer in range(n)])
+    assert sum(rows) == run.layer_rows == n * len(ids) + sum(n - layer for layer in range(n))
+
+
+def test_the_variants_of_a_layer_go_through_it_in_one_batch(monkeypatch, synthetic):
+    rows, n = counted(monkeypatch), synthetic.config.n_layers
+    sweep(synthetic, list(range(6)), [Variant((Intervention("zero", (0,), "z", (p,)),)) for p in range(6)])
+    assert len(rows) == 2 * n
+
+
+def test_slices_change_nothing(synthetic):
+    ids, variants = list(range(20)), everywhere(synthetic)
+    whole, cut = sweep(synthetic, ids, variants), sweep(synthetic, ids, variants, budget=200_000)
+    assert whole.slices == 1
+    assert 4 < cut.slices < len(variants)
+    assert whole.layer_rows == cut.layer_rows
+    assert_close(cut.values, whole.values)
+
+
+def test_memory_stays_within_the_budget(synthetic):
+    ids = np.random.default_rng(0).integers(0, 256, 100).tolist()
+    cells = [(layer, p) for layer in range(synthetic.config.n_layers) for p in range(0, 100, 4)]
+    variants = [Variant((Intervention("zero", (layer,), "z", (p,)),)) for layer, p in cells]
+
+    def peak(budget):
+        tracemalloc.start()
+        sweep(synthetic, ids, variants, lambda logits, base: logits[:, 0], budget=budget)
+        return tracemalloc.get_traced_memory()[1], tracemalloc.stop()
+
+    idle = peak(1)[0]
+    small, large = 4 * 2**20, 16 * 2**20
+    assert peak(small)[0] < idle + small
+    assert small < peak(large)[0] < idle + large
+
+
+def test_progress_counts_every_layer_of_every_pass(synthetic):
+    seen = []
+    variants = [Variant((Intervention("zero", (layer,), "z", (1,)),)) for layer in range(4)]
+    run = sweep(synthetic, [1, 2, 3], variants, budget=1, tick=lambda done, total, what: seen.append((done, total)))
+    assert run.slices == 4
+    total = 4 + 4 + 3 + 2 + 1
+    assert seen == [(i, total) for i in range(total)]
+
+
+def test_raising_from_tick_stops_a_sweep_before_its_next_layer(monkeypatch, synthetic):
+    rows = counted(monkeypatch)
+
+    def stop(done, total, what):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(synthetic, [1, 2, 3], [Variant((Intervention("zero", (0,), "z", (1,)),))], tick=stop)
+    assert len(rows) == 6
+
+
+def test_what_is_read_is_all_that_is_kept(synthetic):
+    run = sweep(synthetic, [1, 2, 3], everywhere(synthetic), lambda logits, base: logits[:, [7, 8]] - base[7])
+    assert run.values.shape == (len(everywhere(synthetic)), 2)
+    assert run.baseline[0] == 0
+
+
+def test_the_weights_are_left_as_they_were(synthetic):
+    before = [array.copy() for _, array in synthetic.params.layer(1).arrays()]
+    sweep(synthetic, [1, 2, 3], everywhere(synthetic))
+    for old, (_, new) in zip(before, synthetic.params.layer(1).arrays(), strict=True):
+        assert_same(old, new)
+
+
+def test_an_edited_cache_gives_what_decoding_over_it_gives(model, ids, donor):
+    n = model.config.n_layers
+    mine, theirs = KVCache.with_layers(n), KVCache.with_layers(n)
+    forward(model, ids[:-1], cache=mine)
+    forward(model, donor[:-1], cache=theirs)
+    for layers in ([0], [n - 1], list(range(n))):
+        edited = mine.fork()
+        edited.transplant(theirs, layers, (0, len(ids) - 1), 0)
+        kv = {layer: tuple(x[0] for x in edited.layer(layer).filled()[:2]) for layer in layers}
+        run = sweep(model, ids, [Variant(kv=kv)])
+        decoded = forward(model, ids[-1:], cache=edited).logits[0, -1]
+        assert_close(run.values[0], decoded)
+        if len(layers) > 1:
+            assert_moved(run.values[0], run.baseline, SAME / 10)
+
+
+@pytest.mark.parametrize(
+    ("variant", "error", "message"),
+    [
+        (Variant((Intervention("zero", (0,), "z", "generated"),)), InputError, "never fires"),
+        (Variant((Intervention("zero", (9,), "z"),)), LayerError, "valid: 0 to 3"),
+        (Variant(kv={0: (np.zeros((2, 2, 16), "f4"), np.zeros((2, 1, 16), "f4"))}), InputError, r"\(2, 2, 16\)"),
+        (Variant(kv={4: (np.zeros((2, 2, 16), "f4"),) * 2}), LayerError, "valid: 0 to 3"),
+        (
+            Variant((Intervention("zero", (1,), "z", (0,)),), {0: (np.zeros((2, 2, 16), "f4"),) * 2}),
+            InputError,
+            "last row",
+        ),
+    ],
+)
+def test_variants_that_cannot_be_run_are_refused(synthetic, variant, error, message):
+    with pytest.raises(error, match=message):
+        sweep(synthetic, [1, 2, 3], [variant])
+
+
+def test_a_sweep_takes_one_prompt(synthetic):
+    with pytest.raises(InputError, match="one prompt, not 2"):
+        sweep(synthetic, [[1, 2], [3, 4]], [])
