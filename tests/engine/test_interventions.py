@@ -6,7 +6,7 @@ from declared import has, points_of, refuses
 from recording import everything
 from tolerances import assert_close, assert_moved, assert_same
 
-from engine import POINTS, Intervention, compile_interventions, forward, generate
+from engine import POINTS, EngineError, Intervention, KVCache, compile_interventions, forward, generate
 from engine.errors import InputError, LayerError, PointError, PositionError, VectorError
 
 
@@ -49,6 +49,93 @@ def test_each_kind_follows_its_formula_at_the_rows_it_names(model, ids, clean, l
         found = run(model, ids, item)["resid_post", layer]
         assert_close(found[[0, -1]], rows)
         assert_same(found[1:-1], clean["resid_post", layer][1:-1])
+
+
+def test_steering_counts_in_raw_unit_or_row_norms(model, ids, clean, layer):
+    h, vec = clean["resid_post", layer], vector(model.config.d_model)
+    u = vec / np.linalg.norm(vec)
+    steps = {"raw": vec, "unit": u, "row": np.linalg.norm(h, axis=-1, keepdims=True) * u}
+    for unit, step in steps.items():
+        item = Intervention("steer", (layer,), value=0.5, unit=unit, vector=vec)
+        assert_close(run(model, ids, item)["resid_post", layer], h + np.float32(0.5) * step)
+
+
+def test_a_patch_may_bring_a_row_for_each_position(model, ids, clean, layer):
+    vec, other = vector(model.config.d_model), vector(model.config.d_model, 1)
+    item = Intervention("patch", (layer,), rows={1: vec, -1: other})
+    found = run(model, ids, item)["resid_post", layer]
+    expected = clean["resid_post", layer].copy()
+    expected[[1, -1]] = vec, other
+    assert_same(found, expected)
+
+
+def test_resampling_draws_rows_of_the_pool_and_depends_on_the_seed(model, ids, clean, layer):
+    pool = np.stack([vector(model.config.d_model, i) for i in range(5)])
+
+    def drawn(seed):
+        item = Intervention("resample", (layer,), positions="all", vector=pool, seed=seed)
+        return run(model, ids, item)["resid_post", layer]
+
+    first = drawn(0)
+    assert all(any(np.array_equal(row, one) for one in pool) for row in first)
+    assert len({row.tobytes() for row in first}) > 1
+    assert_same(first, drawn(0))
+    assert not np.array_equal(first, drawn(1))
+
+
+def test_resampling_may_keep_heads_apart(model, ids, clean):
+    heads = model.config.n_heads
+    pool = np.stack([[vector(model.config.d_head, 10 * i + h) for h in range(heads)] for i in range(3)])
+    found = run(model, ids, Intervention("resample", (1,), "z", vector=pool))["z", 1]
+    assert all(any(np.array_equal(row, one) for one in pool) for row in found)
+    narrow = run(model, ids, Intervention("resample", (1,), "z", heads=(1,), vector=pool[:, 1]))["z", 1]
+    assert_same(narrow[:, 0], clean["z", 1][:, 0])
+    assert all(any(np.array_equal(row, one) for one in pool[:, 1]) for row in narrow[:, 1])
+
+
+def test_every_kind_means_the_same_in_one_pass_and_token_by_token(model, ids):
+    width, pool = model.config.d_model, np.stack([vector(model.config.d_model, i) for i in range(4)])
+    items = [
+        Intervention("steer", (1,), positions=(2, -1), value=0.1, unit="row", vector=vector(width)),
+        Intervention("resample", (0,), "attn_out", positions=(0, 1, -2), vector=pool, seed=2),
+        Intervention("patch", (1,), "mlp_out", rows={2: pool[0], -1: pool[1]}),
+        Intervention("scale", (2,), "mlp_act", neurons=(0, 3), value=-3.0),
+        Intervention("knockout", (1,), "attn_pattern", "last", keys=(0, -1)),
+    ]
+    whole = forward(model, ids, hook=compile_interventions(model, items, len(ids)), logits_at="all").logits[0]
+    cache, hook = KVCache.with_layers(model.config.n_layers), compile_interventions(model, items, len(ids))
+    steps = [forward(model, [t], hook=hook, cache=cache, prompt_length=len(ids)).logits[0, -1] for t in ids]
+    assert_close(np.stack(steps), whole)
+    assert_moved(whole, forward(model, ids, logits_at="all").logits[0])
+    assert [edit.fired for edit in hook.edits] == [2, 3, 2, len(ids), 1]
+
+
+def test_neurons_are_changed_alone(model, ids, clean):
+    found = run(model, ids, Intervention("zero", (1,), "mlp_act", positions=[-1], neurons=(0, -1)))["mlp_act", 1]
+    expected = clean["mlp_act", 1].copy()
+    expected[-1, [0, -1]] = 0
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (Intervention("zero", (1,), "mlp_act", neurons=(160,)), "neuron 160 does not exist; valid: 0 to 159"),
+        (Intervention("zero", (1,), "mlp_act", neurons=()), "neurons is an empty list"),
+        (Intervention("zero", (1,), "resid_post", neurons=(1,)), "resid_post has no neurons"),
+        (Intervention("steer", (1,), vector=np.ones(64, "f4"), unit="feet"), "valid: raw, unit, row"),
+        (Intervention("steer", (1,), vector=np.zeros(64, "f4"), unit="row"), "zero vector has no direction"),
+        (Intervention("resample", (1,), vector=np.ones(64, "f4")), "rows to draw from"),
+        (Intervention("resample", (1,), vector=np.ones((2, 63), "f4")), "vector of 64 finite numbers"),
+        (Intervention("resample", (1,), vector=np.full((2, 64), np.inf, "f4")), "finite"),
+        (Intervention("patch", (1,), rows={}), "this run computes positions 0 to 2"),
+        (Intervention("patch", (1,), rows={3: np.ones(64, "f4")}), "this run computes positions 0 to 2"),
+        (Intervention("patch", (1,), rows={0: np.ones(63, "f4")}), "vector of 64 finite numbers"),
+    ],
+)
+def test_details_that_do_not_fit_are_refused(synthetic, item, message):
+    with pytest.raises(EngineError, match=message):
+        compile_interventions(synthetic, [item], 3)
 
 
 def test_setting_a_component_gives_that_component_and_no_other_change(model, ids, clean, layer):

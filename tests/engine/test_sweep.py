@@ -1,13 +1,12 @@
 """A sweep's variants equal runs one by one, and cost only the layers and rows that can differ."""
 
+import importlib
 import tracemalloc
 
 import numpy as np
 import pytest
 from tolerances import SAME, assert_close, assert_moved, assert_same
 
-import engine.decoder
-import engine.sweep
 from engine import POINTS, Intervention, KVCache, compile_interventions, forward
 from engine.errors import InputError, LayerError
 from engine.sweep import Variant, sweep
@@ -59,9 +58,7 @@ def kinds(model):
         Variant((Intervention("knockout", (1, 2), "attn_pattern", (-1,), heads=(0,), keys=(0, 1)),)),
         Variant((steer,)),
         Variant((steer, Intervention("zero", (2,), "mlp_out", (-1,)), Intervention("scale", (1,), "q", value=0.5))),
-        Variant(
-            (Intervention("scale", (0,), "embed", (2,), value=2.0), Intervention("zero", (1,), "resid_post", (-2,)))
-        ),
+        Variant((Intervention("scale", (0,), "embed", (2,), value=2.0), Intervention("zero", (1,), positions=(-2,)))),
     ]
 
 
@@ -92,14 +89,15 @@ def test_a_variant_without_changes_is_the_base_run(model, ids):
 def counted(monkeypatch):
     """A list that receives the number of rows of every layer computed."""
     rows: list[int] = []
-    block = engine.decoder.block
+    decoder, sweeps = map(importlib.import_module, ("engine.decoder", "engine.sweep"))
+    block = decoder.block
 
     def counting(x, *rest):
         rows.append(x.shape[0] * x.shape[1])
         return block(x, *rest)
 
-    monkeypatch.setattr(engine.decoder, "block", counting)
-    monkeypatch.setattr(engine.sweep, "block", counting)
+    monkeypatch.setattr(decoder, "block", counting)
+    monkeypatch.setattr(sweeps, "block", counting)
     return rows
 
 
