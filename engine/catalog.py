@@ -80,8 +80,8 @@ def locate(name: str, progress: Progress | None = None) -> Path:
     if is_hub_id(name):
         return _from_hub(name)
     raise UnknownModel(
-        f"there is no model {clipped(name)}; give one of {', '.join([*CATALOGUE, SYNTHETIC])}, a directory, "
-        "a .gguf file, or a hub id such as owner/name"
+        f"there is no model {clipped(name)}; give one of {', '.join([*CATALOGUE, SYNTHETIC])}, a planted "
+        "circuit such as synthetic:induction, a directory, a .gguf file, or a hub id such as owner/name"
     )
 
 

@@ -12,6 +12,7 @@ from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
 from engine.model import Model
 from engine.params import Params
+from engine.planted import planted
 from engine.synthetic import synthetic
 from engine.weights import Counted, SafetensorsDir, Tensors, read_json
 
@@ -23,14 +24,17 @@ def load_model(
 ) -> Model:
     """Load a model for study.
 
-    `model` is a catalogue name, "synthetic", a directory with config.json and safetensors, a .gguf file, or a hub
-    id. `weights`: "dense" keeps float32 in memory; "scoped" keeps the file's form and makes one layer dense at a
-    time. `progress` follows a download, `tick` the layers. Raises `ModelError`s.
+    `model` is a catalogue name, "synthetic", a planted circuit such as "synthetic:induction", a directory with
+    config.json and safetensors, a .gguf file, or a hub id. `weights`: "dense" keeps float32 in memory; "scoped" keeps
+    the file's form and makes one layer dense at a time. `progress` follows a download, `tick` the layers. Raises
+    `ModelError`s.
     """
     if weights not in WEIGHTS:
         raise InputError(f"weights is {clipped(weights)}; valid: {', '.join(WEIGHTS)}")
-    if str(model) == catalog.SYNTHETIC:
+    if (name := str(model)) == catalog.SYNTHETIC:
         return synthetic()
+    if name.startswith(f"{catalog.SYNTHETIC}:"):
+        return planted(name.removeprefix(f"{catalog.SYNTHETIC}:"))
     path = catalog.locate(str(model), progress)
     name = _name(str(model), path)
     try:

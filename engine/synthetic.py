@@ -7,6 +7,7 @@ import hashlib
 
 import numpy as np
 
+from engine.catalog import SYNTHETIC
 from engine.config import Config, Rope
 from engine.model import Model
 from engine.ops import Array
@@ -39,7 +40,7 @@ def synthetic(seed: int = 0, config: Config = CONFIG) -> Model:
     layers = [_layer(rng, config) for _ in range(config.n_layers)]
     unembed = embed if config.tied else _normal(rng, config.d_vocab, config.d_model) * np.float32(4)
     params = Params(Ends(embed, unembed, _gain(rng, config.d_model)), layers.__getitem__, keep=config.n_layers)
-    return Model("synthetic", config, params, byte_level(), _fingerprint(layers, embed, unembed), "dense", True)
+    return Model(SYNTHETIC, config, params, byte_level(), fingerprint(layers, embed, unembed), "dense", True)
 
 
 def _layer(rng: np.random.Generator, cfg: Config) -> LayerParams:
@@ -66,7 +67,8 @@ def _gain(rng: np.random.Generator, width: int) -> Norm:
     return Norm(rng.uniform(0.5, 1.5, width).astype(np.float32))
 
 
-def _fingerprint(layers: list[LayerParams], *ends: Array) -> str:
+def fingerprint(layers: list[LayerParams], *ends: Array) -> str:
+    """The sha256 of weights that never were in a file."""
     digest = hashlib.sha256()
     for array in [*(array for layer in layers for _, array in layer.arrays()), *ends]:
         digest.update(array.tobytes())

@@ -12,6 +12,7 @@ from engine.errors import UnknownModel
 from server.store import MemoryStore, SessionStore, mint
 
 SYNTHETIC_NOTICE = "synthetic weights: the arithmetic is real, the numbers mean nothing about language"
+"""Of random weights and of planted circuits."""
 
 
 @dataclass(eq=False)
