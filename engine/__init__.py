@@ -49,6 +49,7 @@ from engine.patching import (
 from engine.points import POINTS
 from engine.scans import Scan, ablation_scan, alpha_sweep, knockout_scan, patching_grid
 from engine.sweep import Sweep, Variant, sweep
+from engine.trace import StoredTrace, export_trace, load_trace
 
 __all__ = [
     "POINTS",
@@ -70,6 +71,7 @@ __all__ = [
     "ScaleHook",
     "Scan",
     "SteerHook",
+    "StoredTrace",
     "Sweep",
     "Trace",
     "Variant",
@@ -81,11 +83,13 @@ __all__ = [
     "embedding_neighbors",
     "embedding_row",
     "embedding_row_scaled",
+    "export_trace",
     "forward",
     "generate",
     "knockout_scan",
     "kv_inject_test",
     "load_model",
+    "load_trace",
     "logit_lens_topk",
     "map_pre_o_head",
     "patch_and_trace",

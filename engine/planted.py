@@ -27,10 +27,10 @@ PARTS = ("token", "before", "hop", "out", "decoy")
 D_MODEL = len(PARTS) * WIDTH + 1
 """The parts, and one feature that is the same in every row."""
 
-ONE = 4.0
+ONE = 8.0
 """The constant feature; it makes the norm of a row depend little on what the row holds."""
 
-SHARP = 5.0
+SHARP = 8.0
 """What query and key are multiplied by: a match then outweighs every other key by at least e^10."""
 
 QUIET = np.float32(0.2)

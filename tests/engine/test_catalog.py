@@ -412,10 +412,7 @@ def test_a_name_that_is_no_model_is_refused_with_what_is_valid(
     with pytest.raises(UnknownModel) as refusal:
         engine.load_model(name)
     message = str(refusal.value)
-    assert (
-        "give one of smollm2-135m-instruct, synthetic, a planted circuit such as synthetic:induction, a directory, a .gguf file, or a hub id"
-        in message
-    )
+    assert "a planted circuit such as synthetic:induction, a directory, a .gguf file, or a hub id" in message
     assert len(message) < 400
 
 

@@ -9,7 +9,7 @@ from engine.distribution import softmax_of
 from engine.errors import UnknownModel
 from engine.planted import CIRCUITS, N_HEADS, N_LAYERS, planted
 
-MARGIN = 1.5
+MARGIN = 5
 """The faintest head of a circuit counts at least this many times what the loudest decoy does."""
 
 
@@ -32,7 +32,7 @@ def named(scan, heads):
 def test_the_circuit_says_the_answer_and_not_after_the_corrupted_prompt(case):
     model, _, prompt, corrupt, answer = case
     assert softmax_of(forward(model, prompt).logits[0, -1])[answer] > 0.9
-    assert softmax_of(forward(model, corrupt).logits[0, -1])[answer] < 0.01
+    assert softmax_of(forward(model, corrupt).logits[0, -1])[answer] < 0.2
 
 
 def test_ablating_heads_names_the_circuit(case):
