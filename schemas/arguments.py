@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from schemas.base import Number, Strict
 
@@ -47,6 +47,10 @@ Scope = Annotated[
     Literal["last", "all", "prompt", "generated"] | list[int],
     Field(description='"last" (rows that emit a token), "all", "prompt", "generated", or absolute positions'),
 ]
+MetricName = Annotated[
+    Literal["probability", "logit", "logit_difference", "kl"],
+    Field(description="of token; logit_difference: logit(token) - logit(against); kl: to the unchanged run, no token"),
+]
 TopK = Annotated[int, Field(ge=1, le=50, description="how many tokens to list")]
 
 
@@ -86,13 +90,17 @@ class DifferenceVector(Strict):
     minus: Annotated[list[PlainVector], Field(min_length=2, max_length=2)]
 
 
+_VECTOR = (
+    '{"handle", "layer"?, "position"?}, {"token", "space": "embed"|"unembed"}, {"values": [numbers]}, {"random_seed"}, '
+    'or {"minus": [vector, vector]}'
+)
+
 Vector = Annotated[
     PlainVector | DifferenceVector,
-    Field(
-        description='{"handle", "layer"?, "position"?}, {"token", "space": "embed"|"unembed"}, {"values"}, '
-        '{"random_seed"}, or {"minus": [vector, vector]}'
-    ),
+    Field(description=_VECTOR),
+    WithJsonSchema({"type": "object", "description": _VECTOR, "minProperties": 1}),
 ]
+"""The published schema is its description: written out, the five forms would cost an agent 2 kB wherever they occur."""
 
 
 class Steer(Strict):

@@ -98,3 +98,46 @@ class VocabularyView(Result):
     norm: Number
     score: str = Field(description="what the scores are")
     top: list[ScoredToken]
+
+
+class Source(Token):
+    """A position that is attended to, and its weight."""
+
+    position: int
+    weight: Number
+
+
+class AttentionRow(Strict):
+    """Where one head attends from one position."""
+
+    layer: int
+    head: int
+    position: int
+    entropy: Number = Field(description="in nats; 0 is a single source")
+    top: list[Source]
+
+
+class Attention(Result):
+    """Attention patterns, the largest weights of each row."""
+
+    rows: list[AttentionRow]
+
+
+class LayerComparison(Strict):
+    """The two residuals after one layer."""
+
+    layer: int
+    cosine: Number | None = Field(description="null between models of different width")
+    distance: Number | None = Field(description="|a - b| / |a|; null between models of different width")
+    kl: Number = Field(description="KL(b || a) in nats of what the lens reads")
+
+
+class Comparison(Result):
+    """Two runs, layer by layer, at one position each."""
+
+    a: str
+    b: str
+    rows: list[LayerComparison]
+    top_a: list[TokenProbability] = Field(description="of the last layer compared")
+    top_b: list[TokenProbability]
+    first_divergence: int | None = Field(description="the first layer whose lens differs by more than 0.1 nats")

@@ -46,8 +46,9 @@ class Call:
         self.expected = passes * model.config.n_layers
 
     def tick(self, done: int, total: int, what: str) -> None:
-        """Engine progress, at least once per layer."""
+        """Engine progress, at least once per layer. A sweep that needs more passes than expected moves the total."""
         self._ticks += 1
+        self.expected = None if self.expected is None else max(self.expected, self._ticks)
         self._report(self._ticks, self.expected, what)
 
     def progress(self, done: int, total: int, what: str) -> None:
@@ -73,18 +74,27 @@ class Call:
             raise InputError(f"{handle!r} is not a {kind}: handle")
         return record
 
-    def vector(self, model: Model, spec: Any) -> Array:
-        """The (d_model,) vector a vector argument stands for."""
+    def vector(self, model: Model, spec: Any, width: int | None = None) -> Array:
+        """The vector a vector argument stands for: (width,), d_model unless said otherwise."""
+        width = model.config.d_model if width is None else width
+        made = self._vector(model, spec, width)
+        if made.shape != (width,):
+            raise VectorError(f"the vector has {made.shape[-1]} features; it must have {width}")
+        if not np.isfinite(made).all():
+            raise VectorError("the vector holds NaN or infinity; every feature must be finite")
+        return made
+
+    def _vector(self, model: Model, spec: Any, width: int) -> Array:
         match spec:
             case DifferenceVector(minus=[first, second]):
-                return self.vector(model, first) - self.vector(model, second)
+                return self.vector(model, first, width) - self.vector(model, second, width)
             case TokenVector(token=token, space=space):
                 row = embedding_row if space == "embed" else unembedding_row
                 return row(model, token_id(model, token))
             case ValuesVector(values=values):
-                return model.check_vector(np.array(values))
+                return np.array(values, np.float32)
             case RandomVector(random_seed=seed):
-                drawn = np.random.default_rng(seed).standard_normal(model.config.d_model).astype(np.float32)
+                drawn = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
                 return drawn / np.linalg.norm(drawn)
             case HandleVector():
                 return self._stored_vector(model, spec)
@@ -93,15 +103,15 @@ class Call:
     def _stored_vector(self, model: Model, spec: HandleVector) -> Array:
         record = self.record(spec.handle)
         if spec.handle.startswith("vec:"):
-            return model.check_vector(record.tensors["vector"])
-        if not spec.handle.startswith("act:"):
-            raise VectorError(f"{spec.handle!r} holds no vectors; give a vec: or act: handle")
+            return record.tensors["vector"]
+        if not spec.handle.startswith("act:") or "rows" not in record.provenance:
+            raise VectorError(f"{spec.handle!r} holds no vectors; give a vec: handle, or the act: handle of a capture")
         rows = record.provenance["rows"]
         point = "resid_post" if "resid_post" in rows["points"] else rows["points"][0]
         layer = _one_of(spec.layer, rows["layers"], model.config.n_layers, "layer", LayerError)
         position = _one_of(spec.position, rows["positions"], rows["prompt_length"], "position", PositionError)
-        stored = record.tensors[f"{point}.{layer}"]
-        return model.check_vector(stored[rows["positions"].index(position)])
+        stored: Array = record.tensors[f"{point}.{layer}"][rows["positions"].index(position)]
+        return stored
 
 
 def _one_of(asked: int | None, held: Sequence[int], length: int, what: str, error: type[InputError]) -> int:

@@ -137,6 +137,11 @@ async def _investigate(call: Callable[..., Any], story: Story, n_layers: int) ->
         token=story.donor_answer,
         against=story.answer,
     )
+    trace = {"clean": donor, "corrupt": prompt, "token": story.donor_answer, "k": 5}
+    await call("causal_trace", **trace)
+    await call("causal_trace", **trace, point="z", by="head", metric="logit_difference", against=story.answer)
+    await call("attention_pattern", prompt=prompt, layers=[story.patch_layer], k=2)
+    await call("compare", a=prompt, b=donor)
     await call("generate_with_hooks", prompt=prompt, max_new_tokens=12, steers=[steer])
     await call("prefill_inject", recipient=prompt, donor=donor, max_new_tokens=12, keep=True)
     await call("kv_inject_test", recipient=prompt, donor=donor, target=story.donor_answer)

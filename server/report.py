@@ -121,6 +121,36 @@ def _applied(a: Answer) -> str:
     return f"[dim]{'; '.join(rows)}[/]"
 
 
+def _trace(a: Answer) -> list[RenderableType]:
+    table = _table(*a["axes"], "value", "recovered")
+    for cell in a["top"]:
+        recovered = "-" if cell["recovered"] is None else f"{100 * cell['recovered']:.0f}%"
+        table.add_row(*(str(cell[axis]) for axis in a["axes"]), f"{cell['value']:.3f}", recovered)
+    differs = "; ".join(f"position {d['position']}: {_text(d['clean'])}, {_text(d['corrupt'])}" for d in a["differs"])
+    return [
+        f"{escape(a['metric'])}: {a['clean']:.3f} clean, {a['corrupt']:.3f} corrupt; the prompts differ at {differs}",
+        table,
+        f"{a['cells']} cells, {a['identical_cells']} of them identical by construction; {a['layer_rows']} layer rows",
+        f"[dim]{a['handle']}[/]",
+    ]
+
+
+def _attention(a: Answer) -> list[RenderableType]:
+    table = _table("layer", "head", "entropy", "attends to")
+    for row in a["rows"]:
+        sources = "   ".join(f"{_text(s['text'])} [green]{_percent(s['weight'])}[/]" for s in row["top"])
+        table.add_row(str(row["layer"]), str(row["head"]), f"{row['entropy']:.2f}", sources)
+    return [table]
+
+
+def _comparison(a: Answer) -> list[RenderableType]:
+    table = _table("layer", "cosine", "KL of the lens")
+    for row in _thinned(a["rows"]):
+        cosine = "-" if row["cosine"] is None else f"{row['cosine']:.3f}"
+        table.add_row(str(row["layer"]), cosine, f"{row['kl']:.3f}")
+    return [table, f"a  {_tops(a['top_a'])}", f"b  {_tops(a['top_b'])}"]
+
+
 def _generation(a: Answer) -> list[RenderableType]:
     texts = [f"{name:<9} {_text(a[name]['text'])}" for name in ("baseline", "hooked")]
     return [*texts, _applied(a)]
@@ -170,12 +200,15 @@ _RENDERERS: dict[str, Callable[[Answer], list[RenderableType]]] = {
     "logit_lens": _lens,
     "track_token": _track,
     "track_race": _race,
+    "attention_pattern": _attention,
     "forward_ablate": _effect,
     "forward_steer": _effect,
     "patch_activations": _effect,
+    "causal_trace": _trace,
     "generate_with_hooks": _generation,
     "prefill_inject": _injection,
     "kv_inject_test": _scan,
+    "compare": _comparison,
     "embedding_neighbors": _view,
     "project_through_unembed": _view,
     "read_tensor": _page,

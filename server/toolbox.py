@@ -9,6 +9,7 @@ import inspect
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio.to_thread
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.errors import EngineError
 from server.call import Call
 from server.complaints import explain
-from server.lab import Lab
+from server.lab import Lab, LoadedModel
 from server.store import UnknownHandle
 
 log = logging.getLogger("mechscope")
@@ -38,8 +39,10 @@ def instrument(lab: Lab, function: ToolFunction) -> Tool:
         call = Call(lab, ctx)
         work = functools.partial(function, call, **arguments)
         try:
-            limiter = lab.model(arguments["model"]).limiter if uses_model else None
-            return await anyio.to_thread.run_sync(work, limiter=limiter)
+            async with AsyncExitStack() as turns:
+                for item in _worked_with(lab, arguments) if uses_model else ():
+                    await turns.enter_async_context(item.limiter)
+                return await anyio.to_thread.run_sync(work)
         except (EngineError, UnknownHandle) as error:
             raise ToolError(str(error)) from error
         except Exception as error:
@@ -56,6 +59,13 @@ def instrument(lab: Lab, function: ToolFunction) -> Tool:
     run.__name__, run.__doc__ = function.__name__, inspect.getdoc(function)
     made = Tool.from_function(run, context_kwarg="ctx", annotations=_annotations(function), title=_title(function))
     return StrictTool.of(made)
+
+
+def _worked_with(lab: Lab, arguments: dict[str, Any]) -> list[LoadedModel]:
+    """The models a call works with, in an order of their own: those it names, or else the only one loaded."""
+    sides = [side for side in (arguments.get("a"), arguments.get("b")) if str(side).startswith("model:")]
+    named = [*sides, *([] if arguments["model"] is None else [arguments["model"]])]
+    return sorted({lab.model(name) for name in named or [None]}, key=lambda item: item.handle)
 
 
 def _title(function: ToolFunction) -> str:

@@ -1,9 +1,12 @@
 """The tools agents see, in the order they see them. One file per tight group."""
 
+from server.tools.attention import attention_pattern
+from server.tools.comparing import compare
 from server.tools.effects import forward_ablate, forward_steer, patch_activations
 from server.tools.injection import kv_inject_test, prefill_inject
 from server.tools.reading import capture_residuals, logit_lens, track_race, track_token
 from server.tools.session import list_session, load_model, read_tensor, release, tokenize
+from server.tools.tracing import causal_trace
 from server.tools.vocabulary import embedding_neighbors, project_through_unembed
 from server.tools.writing import generate_with_hooks
 
@@ -16,12 +19,15 @@ TOOLS = (
     logit_lens,
     track_token,
     track_race,
+    attention_pattern,
     forward_ablate,
     forward_steer,
     patch_activations,
+    causal_trace,
     generate_with_hooks,
     prefill_inject,
     kv_inject_test,
+    compare,
     embedding_neighbors,
     project_through_unembed,
     read_tensor,

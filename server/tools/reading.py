@@ -1,7 +1,8 @@
 """Looking without touching: capture_residuals, logit_lens, track_token, track_race."""
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -16,6 +17,10 @@ from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, To
 from schemas.reading import Capture, Crossing, Lens, LensRow, PointNorm, Race, RaceRow, Track, TrackRow
 from server.call import Call, layer_list, position_list, ranked, require_one, token_id, token_ids, token_shown
 from server.lab import LoadedModel
+from server.store import Record
+
+RESIDUALS = ("resid_post", "resid_mid", "resid_pre", "embed")
+"""The points of a capture that the lens can read, best first."""
 
 MOST_ENTRIES = 500
 """Tokens listed in one answer; more would not fit an agent's context."""
@@ -92,7 +97,7 @@ def _norms(point: str, by_layer: dict[int, Array]) -> list[PointNorm]:
 
 
 def _lens_of_capture(model: Model, kept: dict[str, dict[int, Array]], rows: list[int], k: int) -> list[LensRow]:
-    readable = next((name for name in ("resid_post", "resid_mid", "resid_pre", "embed") if name in kept), None)
+    readable = next((name for name in RESIDUALS if name in kept), None)
     if readable is None:
         raise InputError(f"the lens reads the residual stream; {', '.join(kept)} is not part of it")
     return _lens_rows(model, kept[readable], rows, k)
@@ -150,28 +155,48 @@ def _lens_of_handle(
     call: Call, loaded: LoadedModel, handle: str, layers: list[int] | str, positions: str | list[int], k: int
 ) -> Lens:
     record = call.record(handle, "act")
-    held = record.provenance["rows"]
-    point = next((name for name in ("resid_post", "resid_mid", "resid_pre", "embed") if name in held["points"]), None)
-    if point is None:
-        raise InputError(f"{handle} holds {', '.join(held['points'])}; the lens reads the residual stream")
-    chosen = held["layers"] if layers == "all" else layer_list(loaded.model, layers)
+    held = _held_rows(record)
     asked = position_list(loaded.model, positions, held["prompt_length"])
     rows = held["positions"] if positions == "all" else asked
-    missing = [f"layer {x}" for x in chosen if x not in held["layers"]]
-    missing += [f"position {x}" for x in rows if x not in held["positions"]]
-    if missing:
-        raise InputError(
-            f"{', '.join(missing[:5])} not in {handle}, which holds layers {held['layers']}, "
-            f"positions {held['positions']}"
-        )
-    where = [held["positions"].index(row) for row in rows]
-    kept = {layer: record.tensors[f"{point}.{layer}"][where] for layer in chosen}
+    kept = held_residuals(record, layers, rows, loaded.model)
     return Lens(
         model=loaded.handle,
         notice=loaded.notice,
         rows=_lens_rows(loaded.model, kept, rows, k),
         identity_error=None,
     )
+
+
+def _held_rows(record: Record) -> dict[str, Any]:
+    """Which points, layers and positions a capture holds."""
+    if "rows" not in record.provenance:
+        raise InputError(f"{record.handle} holds {record.provenance['about']}, not activations; use read_tensor")
+    held: dict[str, Any] = record.provenance["rows"]
+    return held
+
+
+def held_residuals(record: Record, layers: list[int] | str, rows: Sequence[int], model: Model) -> dict[int, Array]:
+    """{layer: (rows, d_model)} residuals of a capture; raises `InputError` for what it does not hold."""
+    held = _held_rows(record)
+    point = next((name for name in RESIDUALS if name in held["points"]), None)
+    if point is None:
+        raise InputError(f"{record.handle} holds {', '.join(held['points'])}; the lens reads the residual stream")
+    chosen = held["layers"] if layers == "all" else layer_list(model, layers)
+    missing = [f"layer {x}" for x in chosen if x not in held["layers"]]
+    missing += [f"position {x}" for x in rows if x not in held["positions"]]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing[:5])} not in {record.handle}, which holds layers {held['layers']}, "
+            f"positions {held['positions']}"
+        )
+    where = [held["positions"].index(row) for row in rows]
+    return {layer: record.tensors[f"{point}.{layer}"][where] for layer in chosen}
+
+
+def residuals_at(record: Record, layers: list[int] | str, position: int, model: Model) -> dict[int, Array]:
+    """{layer: (d_model,)} residuals of a capture at one position of its prompt."""
+    place = model.resolve_position(position, _held_rows(record)["prompt_length"])
+    return {layer: rows[0] for layer, rows in held_residuals(record, layers, [place], model).items()}
 
 
 def _layer_logits(call: Call, model: Model, ids: list[int], layers: list[int], position: int) -> dict[int, Array]:

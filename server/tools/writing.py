@@ -9,7 +9,9 @@ from engine import Generation, Intervention, KVCache, Model, compile_interventio
 from engine.errors import InputError
 from schemas.arguments import Layers, ModelRef, Prompt, Steer
 from schemas.effects import Continuation, HookedGeneration
+from schemas.interventions import Interventions
 from server.call import Call, layer_list, token_ids
+from server.interventions import described_interventions
 from server.tools.effects import applied, steering
 
 
@@ -19,15 +21,17 @@ def generate_with_hooks(
     max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
     ablate_layers: Annotated[Layers | None, Field(description="layers whose resid_post is zeroed, all rows")] = None,
     steers: Annotated[list[Steer] | None, Field(max_length=64)] = None,
+    interventions: Interventions = None,
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0,
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
     seed: Annotated[int, Field(ge=0)] = 0,
     cache: Annotated[str | None, Field(description="a kv: handle; the prompt's tokens follow what it holds")] = None,
     model: ModelRef = None,
 ) -> HookedGeneration:
-    """Generate text without and with ablation and steering, the hooks active at every step.
+    """Generate text without and with ablation, steering and other interventions, the hooks active at every step.
 
-    Ablation comes first, then steering, at each layer. Greedy unless temperature is above 0; both runs use the seed.
+    At each layer ablation comes first, then steering, then interventions. Greedy unless temperature is above 0; both
+    runs use the seed.
     """
     loaded = call.loaded(model)
     engine = loaded.model
@@ -35,22 +39,22 @@ def generate_with_hooks(
     start = None if cache is None else held_cache(call, engine, cache)
     length = len(ids) + (0 if start is None else start.next_position)
     ablated = () if ablate_layers is None else tuple(layer_list(engine, ablate_layers))
-    interventions = [Intervention("zero", ablated)] if ablated else []
-    interventions += steering(call, engine, steers or (), "last")
-    hook = compile_interventions(engine, interventions, length, max_new_tokens)
+    made = [Intervention("zero", ablated)] if ablated else []
+    made += steering(call, engine, steers or (), "last")
+    made += described_interventions(call, engine, interventions, length)
+    hook = compile_interventions(engine, made, length, max_new_tokens)
     call.expect(2 * max_new_tokens, engine)
     run = partial(generate, engine, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     baseline, hooked = (
         run(hook=h, cache=None if start is None else start.fork(), tick=call.tick) for h in (None, hook)
     )
-    kinds = ["zero"] * len(ablated) + ["steer"] * len(steers or ())
     return HookedGeneration(
         model=loaded.handle,
         notice=loaded.notice,
         baseline=continuation(baseline),
         hooked=continuation(hooked),
         first_difference=_first_difference(baseline.ids, hooked.ids),
-        applied=applied(hook.edits, kinds, length),
+        applied=applied(hook.edits, length),
     )
 
 

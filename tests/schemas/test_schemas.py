@@ -9,9 +9,12 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import schemas
+from engine.interventions import KINDS, UNITS
+from engine.metrics import METRICS
 from engine.points import POINTS
-from schemas.arguments import PointName, Steer, Vector
+from schemas.arguments import MetricName, PointName, Steer, Vector
 from schemas.base import Number
+from schemas.interventions import NEEDS, TAKES, Intervention, Kind
 
 
 def models() -> list[type[BaseModel]]:
@@ -24,6 +27,38 @@ def models() -> list[type[BaseModel]]:
 
 def test_the_point_names_are_the_engines() -> None:
     assert get_args(PointName) == tuple(POINTS)
+
+
+def test_the_kinds_units_and_metrics_are_the_engines() -> None:
+    assert get_args(Kind) == KINDS == tuple(NEEDS)
+    units, _ = get_args(Intervention.model_fields["unit"].annotation)
+    assert get_args(units) == UNITS
+    assert get_args(get_args(MetricName)[0]) == METRICS
+
+
+GIVEN = {
+    "over": ["a"],
+    "value": 1.0,
+    "vector": {"random_seed": 1},
+    "unit": "raw",
+    "seed": 1,
+    "donor": "a",
+    "pairs": [[0, 0]],
+    "keys": [0],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_intervention_has_the_fields_its_kind_needs_and_no_idle_ones(kind: str) -> None:
+    needed = {name: GIVEN[name] for name in NEEDS[kind]}
+    Intervention.model_validate({"kind": kind, "layers": [0], **needed})
+    for name in needed:
+        fewer = {key: value for key, value in needed.items() if key != name}
+        with pytest.raises(ValidationError, match=f"{kind} needs {name}"):
+            Intervention.model_validate({"kind": kind, "layers": [0], **fewer})
+    for name in GIVEN.keys() - needed.keys() - set(TAKES.get(kind, ())):
+        with pytest.raises(ValidationError, match=f"{kind} takes no {name}"):
+            Intervention.model_validate({"kind": kind, "layers": [0], **needed, name: GIVEN[name]})
 
 
 @pytest.mark.parametrize("model", models(), ids=lambda m: m.__name__)

@@ -16,6 +16,10 @@ def steers(**changes: object) -> dict:
     return P | {"steers": [STEER | changes]}
 
 
+def change(kind, **fields):
+    return P | {"interventions": [{"kind": kind, "layers": [1]} | fields]}
+
+
 CASES = {
     "unknown model": ("load_model", {"model": "gpt-7"}, ["gpt-7", "smollm2-135m-instruct", "directory"]),
     "model not loaded": ("logit_lens", P | {"model": "other"}, ["other", "load_model"]),
@@ -102,6 +106,47 @@ CASES = {
         "prefill_inject",
         {"recipient": "hello", "donor": "world", "heads": [2]},
         ["2", "0 to 1"],
+    ),
+    "prompts of different lengths": (
+        "causal_trace",
+        {"clean": "abc", "corrupt": "ab", "token": "a"},
+        ["3", "2", "same"],
+    ),
+    "metric without its token": ("causal_trace", {"clean": "ab", "corrupt": "cd"}, ["probability needs token"]),
+    "metric with a token too many": (
+        "causal_trace",
+        {"clean": "ab", "corrupt": "cd", "metric": "kl", "token": "a"},
+        ["kl takes no token"],
+    ),
+    "unknown metric": ("causal_trace", {"clean": "ab", "corrupt": "cd", "metric": "beauty"}, ["metric", "probability"]),
+    "grid by head where there are none": (
+        "causal_trace",
+        {"clean": "ab", "corrupt": "cd", "token": "a", "by": "head"},
+        ["resid_post has no heads"],
+    ),
+    "too many patterns": (
+        "attention_pattern",
+        {"prompt": "x" * 100, "layers": "all", "positions": "all"},
+        ["500", "fewer"],
+    ),
+    "no such head to look at": ("attention_pattern", P | {"layers": [0], "heads": [9]}, ["head 9", "0 to 3"]),
+    "models without a prompt": ("compare", {"a": "model:synthetic", "b": "model:synthetic"}, ["no model"]),
+    "prompts with a prompt": ("compare", {"a": "ab", "b": "cd", "prompt": "ef"}, ["model: handles"]),
+    "stale capture to compare": ("compare", {"a": "ab", "b": "act:gone-00"}, ["no such handle"]),
+    "nothing to change": ("forward_ablate", P, ["nothing would be changed"]),
+    "unknown kind": ("forward_ablate", change("erase"), ["interventions.0.kind", "zero"]),
+    "scale without a factor": ("forward_ablate", change("scale"), ["interventions.0", "scale needs value"]),
+    "zero with a factor": ("forward_ablate", change("zero", value=1.0), ["zero takes no value"]),
+    "patch with positions": ("forward_ablate", change("patch", donor="ab", positions=[1]), ["pairs"]),
+    "patch from another length": ("forward_ablate", change("patch", donor="ab"), ["2 tokens", "5", "pairs"]),
+    "knock-out elsewhere": ("forward_ablate", change("knockout", keys=[0], point="z"), ["attn_pattern"]),
+    "knock-out of no key": ("forward_ablate", change("knockout", keys=[]), ["interventions.0.keys"]),
+    "neurons of the residual": ("forward_ablate", change("zero", neurons=[1]), ["no neurons", "mlp_act"]),
+    "unknown field in an intervention": ("forward_ablate", change("zero", when="now"), ["interventions.0.when"]),
+    "vector narrower than the point": (
+        "forward_ablate",
+        change("steer", value=1.0, vector={"values": [1.0] * 64}, point="z"),
+        ["64 features", "16"],
     ),
     "too many new tokens": ("generate_with_hooks", P | {"max_new_tokens": 501}, ["max_new_tokens", "500"]),
 }

@@ -5,18 +5,25 @@ import pytest
 from clients import ERAS, ask, connected
 
 from engine import (
+    Intervention,
     KVCache,
+    Metric,
     Model,
     RecordHook,
     SteerHook,
     ZeroAblateHook,
+    compile_interventions,
     forward,
     generate,
     kv_inject_test,
+    patching_grid,
+    pooled_rows,
     prefill_inject,
     trace_forward,
 )
 from engine.distribution import kl_divergence, softmax_of
+from engine.lens import lens_logits
+from engine.planted import CIRCUITS
 from server.app import build_server
 from server.lab import Lab
 
@@ -267,6 +274,160 @@ async def test_kv_inject_test_scans_layers_both_ways_with_its_controls(lab: Lab,
     assert answer["unrelated_control"]["kl"] > 1e-3
 
 
+async def test_a_causal_trace_is_the_engines_grid(lab: Lab, synthetic: Model) -> None:
+    clean, corrupt = synthetic.encode(DONOR), synthetic.encode(PROMPT)
+    metrics = {
+        "probability": ({"token": "d"}, Metric("probability", ord("d"))),
+        "logit_difference": ({"token": "d", "against": "c"}, Metric("logit_difference", ord("d"), ord("c"))),
+        "kl": ({}, Metric("kl")),
+    }
+    async with connected(build_server(lab)) as client:
+        for name, (tokens, metric) in metrics.items():
+            asked = {"clean": DONOR, "corrupt": PROMPT, "metric": name, "point": "attn_out", "k": 3} | tokens
+            answer = await ask(client, "causal_trace", **asked)
+            grid = patching_grid(synthetic, clean, corrupt, metric, "attn_out")
+            assert [(cell["layer"], cell["position"]) for cell in answer["top"]] == [c for c, _ in grid.largest(3)]
+            assert close(answer["top"][0]["value"], grid.largest(1)[0][1])
+            assert close(answer["clean"], grid.donor)
+            assert close(answer["corrupt"], grid.baseline)
+            assert (answer["cells"], answer["identical_cells"]) == (44, 8)
+            page = await ask(client, "read_tensor", handle=answer["handle"], count=44)
+            np.testing.assert_allclose(page["values"], grid.values.ravel(), rtol=1e-5, atol=1e-7)
+        assert answer["differs"][0] == {"position": 2, "clean": "d", "corrupt": "c"}
+        by_head = await ask(client, "causal_trace", **(asked | {"point": "z", "by": "head", "layers": [1]}))
+    assert by_head["axes"] == {"layer": [1], "head": [0, 1, 2, 3]}
+    assert {cell["head"] for cell in by_head["top"]} <= {0, 1, 2, 3}
+
+
+async def test_a_trace_of_the_planted_circuit_names_its_heads() -> None:
+    circuit = CIRCUITS["induction"]
+    asked = {"clean": circuit.prompt, "corrupt": circuit.corrupt, "token": circuit.answer, "point": "z", "by": "head"}
+    async with connected(build_server()) as client:
+        await ask(client, "load_model", model="synthetic:induction")
+        answer = await ask(client, "causal_trace", **asked, metric="logit", k=2)
+    assert {(cell["layer"], cell["head"]) for cell in answer["top"]} == set(circuit.heads.values())
+    assert all(cell["recovered"] > 0.9 for cell in answer["top"])
+
+
+async def test_attention_patterns_show_the_largest_weights_and_the_entropy(lab: Lab, synthetic: Model) -> None:
+    record = RecordHook.for_layers([2], capture_attention=True)
+    forward(synthetic, synthetic.encode(PROMPT), hook=record)
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "attention_pattern", prompt=PROMPT, layers=[2], heads=[3], positions=[4, -1], k=11)
+    weights = record.attention_weights[2][3]
+    assert [row["position"] for row in answer["rows"]] == [4, 10]
+    for row in answer["rows"]:
+        seen = weights[row["position"], : row["position"] + 1]
+        assert [source["weight"] for source in row["top"]] == pytest.approx(sorted(seen, reverse=True), rel=1e-4)
+        assert all(close(source["weight"], seen[source["position"]]) for source in row["top"])
+        assert all(source["text"] == PROMPT[source["position"]] for source in row["top"])
+        assert close(row["entropy"], -(seen * np.log(seen)).sum())
+
+
+async def test_prompts_captures_and_models_are_compared_layer_by_layer(lab: Lab, synthetic: Model) -> None:
+    lab.load("synthetic:induction", "dense")
+    handles = {item.model.name: item.handle for item in lab.models}
+    traces = [trace_forward(synthetic, synthetic.encode(p), capture_layers=range(4)).residuals for p in (PROMPT, DONOR)]
+    a, b = ([trace[layer][-1] for layer in range(4)] for trace in traces)
+    async with connected(build_server(lab)) as client:
+        prompts = await ask(client, "compare", a=PROMPT, b=DONOR, model="synthetic")
+        held = await ask(client, "capture_residuals", prompt=DONOR, positions="all", model="synthetic")
+        capture = await ask(client, "compare", a=PROMPT, b=held["handle"], model="synthetic")
+        same = await ask(client, "compare", a=DONOR, b=held["handle"], model="synthetic")
+        sides = {"a": handles["synthetic"], "b": handles["synthetic:induction"]}
+        models = await ask(client, "compare", **sides, prompt=PROMPT, layers=[0, -1])
+    for row in prompts["rows"]:
+        x, y = a[row["layer"]], b[row["layer"]]
+        assert close(row["cosine"], x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+        assert close(row["distance"], np.linalg.norm(x - y) / np.linalg.norm(x))
+        assert close(row["kl"], kl_divergence(lens_logits(synthetic, y), lens_logits(synthetic, x)))
+    assert capture["rows"] == prompts["rows"]
+    assert all(row["kl"] < 1e-9 and row["cosine"] == pytest.approx(1) for row in same["rows"])
+    assert same["first_divergence"] is None
+    assert prompts["first_divergence"] == next(row["layer"] for row in prompts["rows"] if row["kl"] > 0.1)
+    assert [row["layer"] for row in models["rows"]] == [0, 3]
+    assert all(row["cosine"] is None and row["kl"] > 0 for row in models["rows"])
+
+
+INTERVENTIONS = {
+    "zero": ({"layers": [1], "point": "z", "heads": [1]}, Intervention("zero", (1,), "z", heads=(1,))),
+    "scale": (
+        {"layers": "2:", "point": "mlp_act", "neurons": [3, -1], "value": 2.0},
+        Intervention("scale", (2, 3), "mlp_act", neurons=(3, -1), value=2.0),
+    ),
+    "steer": (
+        {"layers": [1], "vector": {"values": [1.0] * 64}, "value": 0.5, "unit": "row"},
+        Intervention("steer", (1,), positions="last", value=0.5, unit="row", vector=np.ones(64, "f4")),
+    ),
+    "set_component": (
+        {"layers": [2], "vector": {"values": [1.0] * 16}, "value": 3.0, "point": "z", "heads": [0]},
+        Intervention("set_component", (2,), "z", heads=(0,), value=3.0, vector=np.ones(16, "f4")),
+    ),
+    "project_out": (
+        {"layers": [2], "vector": {"values": [1.0] * 64}, "positions": [-1, 4]},
+        Intervention("project_out", (2,), positions=(-1, 4), vector=np.ones(64, "f4")),
+    ),
+    "knockout": (
+        {"layers": [1, 2], "keys": [0, -2], "heads": [2], "positions": "last"},
+        Intervention("knockout", (1, 2), "attn_pattern", "last", (2,), keys=(0, -2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", INTERVENTIONS)
+async def test_an_intervention_means_the_same_in_every_tool(lab: Lab, synthetic: Model, kind: str) -> None:
+    described, meant = INTERVENTIONS[kind]
+    item, ids = {"kind": kind} | described, synthetic.encode(PROMPT)
+    own = {"layer": 0, "vector": {"random_seed": 1}, "alpha": 0}
+    hook = compile_interventions(synthetic, [meant], len(ids))
+    effect = probabilities(synthetic, PROMPT, hook)
+    written = generate(synthetic, ids, 4, hook=compile_interventions(synthetic, [meant], len(ids), 4))
+    calls = {
+        "forward_ablate": {"prompt": PROMPT},
+        "forward_steer": {"prompt": PROMPT, "steers": [own]},
+        "patch_activations": {"donor": PROMPT, "recipient": PROMPT, "targets": [{"layer": 0, "position": 0}]},
+    }
+    async with connected(build_server(lab)) as client:
+        for tool, arguments in calls.items():
+            answer = await ask(client, tool, **arguments, interventions=[item], token=5)
+            assert close(answer["token"]["probability"], effect[5]), tool
+            reported = answer["applied"][-len(hook.edits) :]
+            assert [(row["kind"], row["fired"]) for row in reported] == [(kind, edit.fired) for edit in hook.edits]
+        text = await ask(client, "generate_with_hooks", prompt=PROMPT, max_new_tokens=4, interventions=[item])
+    assert text["hooked"]["ids"] == written.ids
+
+
+async def test_mean_resample_and_patch_run_the_prompts_they_name(lab: Lab, synthetic: Model) -> None:
+    ids, donor = synthetic.encode(PROMPT), synthetic.encode(DONOR)
+    pool = pooled_rows(synthetic, [donor, synthetic.encode("xyz")], [1], "z")[1][:, [2]]
+    rows = pooled_rows(synthetic, [donor], [1], "attn_out")[1]
+    over = {"layers": [1], "point": "z", "heads": [2], "over": [DONOR, "xyz"]}
+    meant = [
+        (over | {"kind": "mean"}, Intervention("mean", (1,), "z", heads=(2,), vector=pool.mean(0))),
+        (
+            over | {"kind": "resample", "seed": 4},
+            Intervention("resample", (1,), "z", heads=(2,), vector=pool, seed=4),
+        ),
+        (
+            {"kind": "patch", "layers": [1], "point": "attn_out", "donor": DONOR, "pairs": [[-1, 3], [2, -1]]},
+            Intervention("patch", (1,), "attn_out", rows={3: rows[-1], 10: rows[2]}),
+        ),
+        (
+            {"kind": "patch", "layers": [1], "point": "attn_out", "donor": DONOR},
+            Intervention("patch", (1,), "attn_out", rows=dict(enumerate(rows))),
+        ),
+    ]
+    async with connected(build_server(lab)) as client:
+        for described, item in meant:
+            answer = await ask(client, "forward_ablate", prompt=PROMPT, interventions=[described], token=5)
+            hook = compile_interventions(synthetic, [item], len(ids))
+            assert close(answer["token"]["probability"], probabilities(synthetic, PROMPT, hook)[5])
+        resampled = {"layers": [1], "point": "z", "heads": [2], "mode": "resample", "mean_over": [DONOR, "xyz"]}
+        answer = await ask(client, "forward_ablate", prompt=PROMPT, token=5, **resampled)
+    hook = compile_interventions(synthetic, [Intervention("resample", (1,), "z", heads=(2,), vector=pool)], len(ids))
+    assert close(answer["token"]["probability"], probabilities(synthetic, PROMPT, hook)[5])
+
+
 async def test_vocabulary_views_agree_with_the_engine(lab: Lab, synthetic: Model) -> None:
     async with connected(build_server(lab)) as client:
         near = await ask(client, "embedding_neighbors", token="c", k=4)
@@ -332,6 +493,9 @@ EVERY_TOOL_WITH_A_MODEL = {
     "logit_lens": {"prompt": PROMPT},
     "track_token": {"prompt": PROMPT, "token": "c"},
     "track_race": {"prompt": PROMPT},
+    "attention_pattern": {"prompt": PROMPT, "layers": [1]},
+    "causal_trace": {"clean": DONOR, "corrupt": PROMPT, "token": "d"},
+    "compare": {"a": PROMPT, "b": DONOR},
     "forward_ablate": {"prompt": PROMPT, "layers": [1]},
     "forward_steer": {"prompt": PROMPT, "steers": [{"layer": 1, "vector": {"random_seed": 1}, "alpha": 1}]},
     "patch_activations": {"donor": DONOR, "recipient": PROMPT, "targets": [{"layer": 1, "position": 2}]},

@@ -1,0 +1,94 @@
+"""Interventions as an agent describes them -> the engine's."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from engine import Intervention, Model, capture_donor_state, pooled_rows
+from engine.edits import Scope
+from engine.errors import InputError
+from engine.ops import Array
+from engine.points import point as point_named
+from schemas import interventions as described
+from server.call import Call, layer_list, token_ids
+
+
+def described_interventions(
+    call: Call, model: Model, items: Iterable[described.Intervention] | None, length: int
+) -> list[Intervention]:
+    """The engine's interventions for a prompt of `length` tokens; runs the donors and the prompts that are averaged."""
+    return [made for item in items or () for made in _made(call, model, item, length)]
+
+
+def _made(call: Call, model: Model, item: described.Intervention, length: int) -> Iterator[Intervention]:
+    point = item.point or ("attn_pattern" if item.kind == "knockout" else "resid_post")
+    layers = layer_list(model, item.layers)
+    shared: dict[str, Any] = {
+        "kind": item.kind,
+        "point": point,
+        "positions": scope(item.positions or ("last" if item.kind == "steer" else "all")),
+        "heads": None if item.heads is None else tuple(item.heads),
+        "neurons": None if item.neurons is None else tuple(item.neurons),
+        "value": item.value or 0.0,
+        "unit": item.unit or "raw",
+        "keys": tuple(item.keys or ()),
+        "seed": item.seed or 0,
+    }
+    if item.over is not None:
+        for layer, rows in replacements(call, model, item.kind, item.over, layers, point, item.heads).items():
+            yield Intervention(layers=(layer,), vector=rows, **shared)
+    elif item.donor is not None:
+        for layer, by_position in _donor_rows(call, model, item, point, layers, length).items():
+            yield Intervention(layers=(layer,), rows=by_position, **shared)
+    else:
+        vector = None if item.vector is None else call.vector(model, item.vector, point_width(model, point))
+        yield Intervention(layers=tuple(layers), vector=vector, **shared)
+
+
+def scope(positions: Any) -> Scope:
+    """A positions argument as the engine takes it."""
+    return positions if isinstance(positions, str) else tuple(positions)  # type: ignore[return-value]
+
+
+def point_width(model: Model, point: str) -> int:
+    """The length of a vector at a point; that of the residual where rows have no fixed length."""
+    feature = point_named(point).axes[-1]
+    width: int = model.config.d_model if feature == "key" else getattr(model.config, feature)
+    return width
+
+
+def replacements(
+    call: Call,
+    model: Model,
+    kind: str,
+    prompts: Iterable[Any],
+    layers: list[int],
+    point: str,
+    heads: list[int] | None,
+) -> dict[int, Array]:
+    """{layer: what mean or resample puts in}: the mean of the point's rows over the prompts, or all of them."""
+    pools = pooled_rows(model, [token_ids(model, prompt) for prompt in prompts], layers, point, call.tick)
+    chosen = {layer: pool if heads is None else pool[:, heads] for layer, pool in pools.items()}
+    return {layer: pool.mean(0) for layer, pool in chosen.items()} if kind == "mean" else chosen
+
+
+def _donor_rows(
+    call: Call, model: Model, item: described.Intervention, point: str, layers: list[int], length: int
+) -> dict[int, dict[int, Array]]:
+    """{layer: {position in the recipient: the donor's row}}."""
+    assert item.donor is not None
+    donor = token_ids(model, item.donor)
+    if item.pairs is None and len(donor) != length:
+        raise InputError(
+            f"patch: the donor has {len(donor)} tokens, the prompt {length}; give pairs, such as [[-1, -1]], to say "
+            "which row goes where"
+        )
+    pairs = [(p, p) for p in range(length)] if item.pairs is None else item.pairs
+    places = [(model.resolve_position(a, len(donor)), model.resolve_position(b, length)) for a, b in pairs]
+    targets = [(layer, source) for layer in layers for source, _ in places]
+    rows = capture_donor_state(model, donor, targets, point, call.tick).rows
+    heads = slice(None) if item.heads is None else item.heads
+    by_head = point_named(point).head_axis is not None
+    return {
+        layer: {to: rows[layer, source][heads] if by_head else rows[layer, source] for source, to in places}
+        for layer in layers
+    }

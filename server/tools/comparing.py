@@ -1,0 +1,110 @@
+"""Two runs side by side: compare."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from engine import Model, trace_forward
+from engine.distribution import kl_divergence
+from engine.errors import InputError
+from engine.lens import lens_logits
+from engine.ops import Array
+from schemas.arguments import Layers, ModelRef, Prompt
+from schemas.reading import Comparison, LayerComparison
+from server.call import Call, layer_list, probabilities, token_ids
+from server.tools.effects import SHOWN
+from server.tools.reading import residuals_at
+
+DIVERGED = 0.1
+"""Nats of KL between two lenses from which layers count as different."""
+
+Side = Annotated[Prompt, Field(description="a prompt, an act: handle of a capture, or a model: handle")]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One side: residuals {layer: (d_model,)} at one position, of one model."""
+
+    name: str
+    handle: str
+    notice: str | None
+    model: Model
+    residuals: dict[int, Array]
+
+
+def compare(
+    call: Call,
+    a: Side,
+    b: Side,
+    prompt: Annotated[Prompt | None, Field(description="what both run, when a and b are models")] = None,
+    layers: Layers = "all",
+    position: Annotated[int, Field(description="in each prompt or capture; negative from its end")] = -1,
+    model: ModelRef = None,
+) -> Comparison:
+    """Compare two runs layer by layer: cosine and distance of the residuals, and KL of what the lens reads.
+
+    Two prompts on one model, two captures, or two models on one prompt. To find what makes the difference, patch one
+    into the other with causal_trace.
+    """
+    runs = [_run(call, side, prompt, layers, position, model) for side in (a, b)]
+    if prompt is not None and not all(map(_is_model, (a, b))):
+        raise InputError("prompt is for comparing two models: give a and b as model: handles")
+    first, second = runs
+    if first.model.config.d_vocab != second.model.config.d_vocab:
+        raise InputError("the two models have different vocabularies, so what they say cannot be compared")
+    shared = [layer for layer in first.residuals if layer in second.residuals]
+    if not shared:
+        raise InputError(f"no layer is in both: {sorted(first.residuals)} and {sorted(second.residuals)}")
+    lenses = [{layer: lens_logits(run.model, run.residuals[layer]) for layer in shared} for run in runs]
+    rows = [_row(layer, first, second, lenses[0][layer], lenses[1][layer]) for layer in shared]
+    top_a, top_b = (probabilities(run.model, lens[shared[-1]], SHOWN) for run, lens in zip(runs, lenses, strict=True))
+    return Comparison(
+        model=first.handle,
+        notice=first.notice,
+        a=first.name,
+        b=second.name,
+        rows=rows,
+        top_a=top_a,
+        top_b=top_b,
+        first_divergence=next((row.layer for row in rows if row.kl > DIVERGED), None),
+    )
+
+
+def _is_model(side: str | Sequence[int]) -> bool:
+    return isinstance(side, str) and side.startswith("model:")
+
+
+def _run(call: Call, side: Any, prompt: Any, layers: list[int] | str, position: int, model: str | None) -> _Run:
+    if _is_model(side) and prompt is None:
+        raise InputError("to compare models, give the prompt that both run")
+    loaded = call.loaded(side if _is_model(side) else model)
+    if isinstance(side, str) and side.startswith("act:"):
+        record = call.record(side, "act")
+        if record.provenance["fingerprint"] != loaded.model.fingerprint:
+            raise InputError(f"{side} was made with another model, {record.provenance['model']}")
+        residuals = residuals_at(record, layers, position, loaded.model)
+        return _Run(side, loaded.handle, loaded.notice, loaded.model, residuals)
+    ids = token_ids(loaded.model, prompt if _is_model(side) else side)
+    place = loaded.model.resolve_position(position, len(ids))
+    chosen = sorted(layer_list(loaded.model, layers))
+    trace = trace_forward(
+        loaded.model, ids, capture_layers=chosen, stop=chosen[-1] + 1, positions=[place], tick=call.tick
+    )
+    name = side if _is_model(side) else f"{loaded.model.tokenizer.decode(ids[: place + 1])!r}"
+    residuals = {layer: rows[0] for layer, rows in trace.residuals.items()}
+    return _Run(name, loaded.handle, loaded.notice, loaded.model, residuals)
+
+
+def _row(layer: int, a: _Run, b: _Run, lens_a: Array, lens_b: Array) -> LayerComparison:
+    x, y = a.residuals[layer].astype(np.float64), b.residuals[layer].astype(np.float64)
+    size = float(np.linalg.norm(x))
+    comparable = x.shape == y.shape and size > 0 and np.linalg.norm(y) > 0
+    return LayerComparison(
+        layer=layer,
+        cosine=float(x @ y / size / np.linalg.norm(y)) if comparable else None,
+        distance=float(np.linalg.norm(x - y) / size) if comparable else None,
+        kl=kl_divergence(lens_b, lens_a),
+    )

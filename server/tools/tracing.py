@@ -1,0 +1,120 @@
+"""Where is it computed: causal_trace."""
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from engine import Metric, Model, Scan, patching_grid
+from schemas.arguments import Layers, MetricName, ModelRef, PointName, Prompt, TokenRef
+from schemas.scans import CausalTrace, GridCell, TokenPair
+from server.call import Call, layer_list, token_id, token_ids
+from server.lab import LoadedModel
+from server.tools.effects import LEAST_GAP
+
+MOST_DIFFERENCES = 20
+
+
+def causal_trace(
+    call: Call,
+    clean: Annotated[Prompt, Field(description="the prompt that gives the answer; its rows are put in")],
+    corrupt: Annotated[Prompt, Field(description="as many tokens, another answer; the run that is patched")],
+    token: Annotated[TokenRef | None, Field(description="the clean prompt's answer; not for kl")] = None,
+    against: Annotated[TokenRef | None, Field(description="for logit_difference: the corrupt prompt's answer")] = None,
+    point: PointName = "resid_post",
+    metric: MetricName = "probability",
+    by: Annotated[
+        Literal["position", "head", "head_position"],
+        Field(description="a cell is one position, one head at all positions, or one head at one position"),
+    ] = "position",
+    layers: Layers = "all",
+    positions: Annotated[list[int] | None, Field(min_length=1, description="left out: all")] = None,
+    k: Annotated[int, Field(ge=1, le=50, description="how many cells to list")] = 10,
+    model: ModelRef = None,
+) -> CausalTrace:
+    """Find where an answer is computed: patch a clean run's activations into a corrupt one, cell by cell.
+
+    The prompts need the same number of tokens (check with tokenize): each position is patched from the same position.
+    resid_post shows where the information is; attn_out, mlp_out or z with by=head show which part moves it. Follow up
+    with patch_activations on a single cell.
+    """
+    loaded = call.loaded(model)
+    engine = loaded.model
+    ids, donor = token_ids(engine, corrupt), token_ids(engine, clean)
+    wanted = _metric(engine, metric, token, against)
+    call.expect(3, engine)
+    grid = patching_grid(
+        engine, donor, ids, wanted, point, by, layer_list(engine, layers), positions, tick=call.tick
+    )  # fmt: skip
+    return CausalTrace(
+        model=loaded.handle,
+        notice=loaded.notice,
+        metric=_named(engine, wanted),
+        clean=_of_donor(grid),
+        corrupt=grid.baseline,
+        axes={name: list(labels) for name, labels in grid.axes.items()},
+        top=_cells(grid, k, metric),
+        differs=_pairs(engine, donor, ids)[:MOST_DIFFERENCES],
+        cells=grid.values.size,
+        identical_cells=int(grid.identical.sum()),
+        applied=grid.applied,
+        layer_rows=grid.layer_rows,
+        handle=_kept(call, loaded, grid, point, metric, ids, donor),
+    )
+
+
+def _metric(model: Model, kind: Any, token: str | int | None, against: str | int | None) -> Metric:
+    ids = [None if text is None else token_id(model, text) for text in (token, against)]
+    made = Metric(kind, *ids)
+    made.check(model)
+    return made
+
+
+def _named(model: Model, metric: Metric) -> str:
+    shown = [repr(model.tokenizer.piece(t)) for t in (metric.token, metric.against) if t is not None]
+    return f"{metric.kind} of {' against '.join(shown)}" if shown else "KL(patched || corrupt) in nats"
+
+
+def _of_donor(grid: Scan) -> float:
+    assert grid.donor is not None
+    return grid.donor
+
+
+def _cells(grid: Scan, k: int, metric: str) -> list[GridCell]:
+    gap = _of_donor(grid) - grid.baseline
+    told = abs(gap) >= LEAST_GAP if metric == "probability" else gap != 0
+    return [
+        GridCell(
+            **dict(zip(grid.axes, place, strict=True)),
+            value=value,
+            recovered=(value - grid.baseline) / gap if told else None,
+        )
+        for place, value in grid.largest(k)
+    ]
+
+
+def _pairs(model: Model, clean: list[int], corrupt: list[int]) -> list[TokenPair]:
+    return [
+        TokenPair(position=i, clean=model.tokenizer.piece(a), corrupt=model.tokenizer.piece(b))
+        for i, (a, b) in enumerate(zip(clean, corrupt, strict=True))
+        if a != b
+    ]
+
+
+def _kept(
+    call: Call, loaded: LoadedModel, grid: Scan, point: str, metric: str, ids: list[int], donor: list[int]
+) -> str:
+    return call.lab.store.put(
+        "act",
+        f"trace-{point}-{metric}",
+        call.owner,
+        {"grid": np.ascontiguousarray(grid.values)},
+        {
+            "about": f"{metric} after patching {point}, by {' and '.join(grid.axes)}",
+            "model": loaded.handle,
+            "fingerprint": loaded.model.fingerprint,
+            "prompt_ids": ids,
+            "donor_ids": donor,
+            "axes": {name: list(labels) for name, labels in grid.axes.items()},
+        },
+    )
