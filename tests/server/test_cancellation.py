@@ -43,6 +43,7 @@ def slow(lab: Lab) -> Entered:
 LONG = {
     "generate_with_hooks": {"prompt": "hello", "max_new_tokens": 200},
     "kv_inject_test": {"recipient": "hello", "donor": "world", "target": "d"},
+    "causal_trace": {"clean": "hello", "corrupt": "jelly", "token": "o"},
     "prefill_inject": {"recipient": "hello", "donor": "world", "max_new_tokens": 200},
 }
 
