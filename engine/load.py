@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from engine import catalog, tokenizer
+from engine import catalog, gguf_tokenizer, tokenizer
 from engine.config import Config
 from engine.decoder import Tick
 from engine.errors import DamagedFile, InputError, ModelError, UnknownModel, clipped
@@ -69,7 +69,7 @@ def _from_directory(path: Path, name: str, weights: str, tick: Tick | None) -> M
 def _from_gguf(path: Path, name: str, weights: str, tick: Tick | None) -> Model:
     file = GgufFile.open(path)
     raw = config_json(file)
-    words = tokenizer.from_gguf(file.metadata)
+    words = gguf_tokenizer.from_gguf(file.metadata)
     return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], weights, tick)
 
 
