@@ -93,7 +93,13 @@ def from_directory(directory: Path, raw: dict[str, Any]) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DamagedFile(f"tokenizer.json cannot be read: {str(error)[:200]}; fetch it again") from None
     has_bos = len(with_special) > len(plain) and with_special[: len(plain)] != plain
-    return Tokenizer(Library(backend), with_special[0] if has_bos else None, eos_ids(raw.get("eos_token_id")))
+    return Tokenizer(Library(backend), with_special[0] if has_bos else None, _eos(raw))
+
+
+def _eos(raw: dict[str, Any]) -> tuple[int, ...]:
+    """In config.json, or in its part about the text model."""
+    inner = raw.get("text_config")
+    return eos_ids(raw.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None))
 
 
 def eos_ids(value: object) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from family_mutants import FAMILY_MUTANTS
+from family_mutants import FAMILY_MUTANTS, MULTIMODAL_MUTANTS
 from gguf_mutants import GGUF_MUTANTS, TOKENIZER_MUTANTS
 from rich.box import SIMPLE
 from rich.console import Console
@@ -243,6 +243,7 @@ MUTANTS = (
     ),
     # --- architectures
     *(Mutant(*mutant, at="test_families.py") for mutant in FAMILY_MUTANTS),
+    *(Mutant(*mutant, at="test_multimodal.py") for mutant in MULTIMODAL_MUTANTS),
     *(Mutant(f"GGUF: {name}", *rest, at="test_gguf_families.py") for name, *rest in GGUF_MUTANTS),
     *(Mutant(f"GGUF ids: {name}", *rest, at="test_gguf_tokenizers.py") for name, *rest in TOKENIZER_MUTANTS),
 )
