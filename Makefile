@@ -2,17 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 ORACLE := .oracle
+ORACLE_GGUF := .oracle-gguf
 BIN := $(VENV)/bin
 # Where torch comes from; elsewhere on Linux the plain index gives a CUDA build:
 #   make oracle TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# How llama.cpp is built: for no particular processor, since one built natively crashed elsewhere.
+LLAMA_CMAKE ?= -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8765
 
-.PHONY: help demo test lint format serve mutants oracle dockerfile docs snapshot clean
+.PHONY: help demo test lint format serve mutants oracle oracle-gguf dockerfile docs snapshot clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +28,12 @@ $(ORACLE)/.ready: pyproject.toml
 	$(ORACLE)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(ORACLE)/bin/python -m pip install --quiet $(TORCH_INDEX) torch==2.13.0
 	$(ORACLE)/bin/python -m pip install --quiet --editable . --group oracle
+	touch $@
+
+$(ORACLE_GGUF)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(ORACLE_GGUF)
+	$(ORACLE_GGUF)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	CMAKE_ARGS="$(LLAMA_CMAKE)" $(ORACLE_GGUF)/bin/python -m pip install --quiet --editable . --group oracle-gguf
 	touch $@
 
 demo: $(VENV)/.ready  ## fetch the default model, start the server and drive it through one investigation
@@ -51,6 +60,9 @@ oracle: $(ORACLE)/.ready  ## compare with transformers and torch on the same wei
 	$(ORACLE)/bin/mechscope fetch smollm2-135m-instruct
 	OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(ORACLE)/bin/python -m oracle.run $(ORACLE_ARGS)
 
+oracle-gguf: $(ORACLE_GGUF)/.ready  ## compare GGUF files and tokenizers with llama.cpp (builds it: minutes)
+	OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(ORACLE_GGUF)/bin/python -m oracle.llama_cpp $(ORACLE_ARGS)
+
 dockerfile: $(VENV)/.ready  ## follow the Dockerfile in an empty directory, without Docker
 	$(BIN)/python tests/dockerfile.py MODEL=$(MODEL)
 
@@ -64,4 +76,4 @@ serve: $(VENV)/.ready  ## serve MCP over HTTP on localhost
 	$(BIN)/mechscope serve --http --port $(PORT)
 
 clean:  ## remove environments and caches
-	rm -rf $(VENV) $(ORACLE) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ORACLE) $(ORACLE_GGUF) dist .pytest_cache .mypy_cache .ruff_cache

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from engine import catalog, tokenizer
+from engine import catalog, gguf_tokenizer, tokenizer
 from engine.config import Config
 from engine.decoder import Tick
 from engine.errors import DamagedFile, InputError, ModelError, UnknownModel, clipped
-from engine.families import Family, family
+from engine.families import Family, family, part_read
 from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
 from engine.model import Model
@@ -73,7 +73,7 @@ def _from_directory(path: Path, name: str, weights: str, tick: Tick | None) -> M
 def _from_gguf(path: Path, name: str, weights: str, tick: Tick | None) -> Model:
     file = GgufFile.open(path)
     raw = config_json(file)
-    words = tokenizer.from_gguf(file.metadata)
+    words = gguf_tokenizer.from_gguf(file.metadata)
     return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], weights, tick)
 
 
@@ -90,7 +90,7 @@ def _assembled(
     cfg = reader.config(raw)
     if words.vocabulary > cfg.d_vocab:
         raise DamagedFile(f"the tokenizer has {words.vocabulary} tokens, the model only {cfg.d_vocab} embeddings")
-    source = Counted(tensors)
+    source = Counted(part_read(reader, tensors))
     params = Params(reader.ends(source, cfg, raw), lambda i: reader.layer(source, i, cfg, raw), _kept(cfg, weights))
     for layer in range(cfg.n_layers):  # scoped models too: a file that lacks a tensor fails here, not mid-run
         if tick is not None:

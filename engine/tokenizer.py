@@ -1,12 +1,12 @@
-"""Text to ids and back: from tokenizer.json, or rebuilt from GGUF metadata with the `tokenizers` library.
+"""Text to ids and back: from tokenizer.json, or one token per byte (`gguf_tokenizer.py` has those of GGUF files).
 
-`Tokenizer` wraps the library's with the model's own BOS rule. Special tokens written in a prompt's text are read
-as special tokens.
+`Tokenizer` adds the model's own BOS rule to a `Backend`. Special tokens written in a prompt's text are read as special
+tokens.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -14,19 +14,40 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from engine.errors import DamagedFile, TokenError, UnknownModel, clipped
 from engine.weights import read_json
 
-_CONTROL, _USER_DEFINED = 3, 4
-"""`tokenizer.ggml.token_type` values (ggml-org/ggml, docs/gguf.md)."""
+
+class Backend(Protocol):
+    """Text and ids, without any rule about BOS."""
+
+    def size(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Library:
+    """A `Backend`: a tokenizer of the `tokenizers` library."""
+
+    def __init__(self, library: tokenizers.Tokenizer) -> None:
+        self._library = library
+
+    def size(self) -> int:
+        return int(self._library.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._library.decode(list(ids), skip_special_tokens=False))
 
 
 class Tokenizer:
     """encode, decode, piece, single. `vocabulary` is the number of ids the tokenizer knows."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos: int | None, eos: Sequence[int]) -> None:
+    def __init__(self, backend: Backend, bos: int | None, eos: Sequence[int]) -> None:
         """`bos` is put in front of every prompt unless None; generation stops at any of `eos`."""
         self._backend = backend
         self.bos = bos
         self.eos = tuple(eos)
-        self.vocabulary = backend.get_vocab_size()
+        self.vocabulary = backend.size()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, BOS included where the model wants one."""
@@ -34,13 +55,12 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._backend.encode(text)
         return ids if self.bos is None else [self.bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
-        return text
+        return self._backend.decode(ids)
 
     def piece(self, token_id: int) -> str:
         """The text of one token; bytes that are only part of a character show as U+FFFD."""
@@ -48,7 +68,7 @@ class Tokenizer:
 
     def single(self, text: str) -> int:
         """The id of text that is exactly one token; raises `TokenError` showing the pieces otherwise."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._backend.encode(text)
         if len(ids) != 1:
             pieces = ", ".join(f"{self.piece(i)!r} ({i})" for i in ids) or "nothing"
             hint = " (a word inside a sentence usually starts with a space)" if not text.startswith(" ") else ""
@@ -73,10 +93,17 @@ def from_directory(directory: Path, raw: dict[str, Any]) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DamagedFile(f"tokenizer.json cannot be read: {str(error)[:200]}; fetch it again") from None
     has_bos = len(with_special) > len(plain) and with_special[: len(plain)] != plain
-    return Tokenizer(backend, with_special[0] if has_bos else None, _eos_ids(raw.get("eos_token_id")))
+    return Tokenizer(Library(backend), with_special[0] if has_bos else None, _eos(raw))
 
 
-def _eos_ids(value: object) -> tuple[int, ...]:
+def _eos(raw: dict[str, Any]) -> tuple[int, ...]:
+    """In config.json, or in its part about the text model."""
+    inner = raw.get("text_config")
+    return eos_ids(raw.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None))
+
+
+def eos_ids(value: object) -> tuple[int, ...]:
+    """An id, a list of ids or nothing."""
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
@@ -85,86 +112,18 @@ def _eos_ids(value: object) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
-    """A byte-level BPE rebuilt from `tokenizer.ggml.*`; raises `UnknownModel` for other kinds."""
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
-        raise UnknownModel(
-            f"the file's tokenizer is {clipped(kind)} with pre-tokenizer {clipped(pre)}; supported: 'gpt2' with "
-            + ", ".join(map(repr, _PRE_TOKENIZERS))
-        )
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    if not tokens:
-        raise DamagedFile("tokenizer.ggml.tokens is empty")
-    merges = [tuple(merge.split(" ", 1)) for merge in _strings(metadata, "tokenizer.ggml.merges")]
-    try:
-        backend = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))  # type: ignore[arg-type]
-    except Exception as error:  # the library raises bare Exception
-        raise DamagedFile(f"the file's vocabulary and merges do not fit together: {str(error)[:200]}") from None
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    types = _types(metadata, len(tokens))
-    backend.add_tokens(_added(tokens, types, _USER_DEFINED))
-    backend.add_special_tokens(_added(tokens, types, _CONTROL))
-    return Tokenizer(backend, _bos(metadata, len(tokens)), _eos_ids(metadata.get("tokenizer.ggml.eos_token_id")))
-
-
-def _bos(metadata: dict[str, Any], n_tokens: int) -> int | None:
-    """The BOS id, when the file wants one in front of every prompt."""
-    wanted, bos = metadata.get("tokenizer.ggml.add_bos_token", False), metadata.get("tokenizer.ggml.bos_token_id")
-    if not isinstance(wanted, bool):
-        raise DamagedFile(f"tokenizer.ggml.add_bos_token is {clipped(wanted)}; it must be true or false")
-    if not wanted:
-        return None
-    if isinstance(bos, bool) or not isinstance(bos, int) or not 0 <= bos < n_tokens:
-        raise DamagedFile(f"tokenizer.ggml.bos_token_id is {clipped(bos)}; it must be an id from 0 to {n_tokens - 1}")
-    return bos
-
-
-def _types(metadata: dict[str, Any], n_tokens: int) -> list[int]:
-    """`tokenizer.ggml.token_type`, one per token; empty when the file has none."""
-    types = metadata.get("tokenizer.ggml.token_type")
-    if types is None:
-        return []
-    if not isinstance(types, list) or len(types) != n_tokens:
-        raise DamagedFile(f"tokenizer.ggml.token_type is {clipped(types)}; it must hold a number for each token")
-    return types
-
-
-def _added(tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:
-    chosen = [token for token, found in zip(tokens, types, strict=False) if found == kind]
-    return [AddedToken(token, normalized=False, special=kind == _CONTROL) for token in chosen]
-
-
-def _strings(metadata: dict[str, Any], key: str) -> list[str]:
-    value = metadata.get(key)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise DamagedFile(f"{key} is missing or not a list of texts")
-    return value
-
-
-def _smollm() -> Any:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-_PRE_TOKENIZERS = {"smollm": _smollm}
-"""`tokenizer.ggml.pre` -> how text is split before merging."""
-
-
 def byte_level() -> Tokenizer:
     """One token per byte (ids 0-255) and an end-of-text token (256): the synthetic models' tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    by_byte = {_byte_of(char): char for char in alphabet}
+    by_byte = {byte: char for char, byte in byte_alphabet().items()}
     backend = tokenizers.Tokenizer(models.BPE({by_byte[b]: b for b in range(256)} | {"<|end|>": 256}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|end|>", normalized=False, special=True)])
-    return Tokenizer(backend, None, (256,))
+    return Tokenizer(Library(backend), None, (256,))
 
 
-def _byte_of(char: str) -> int:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable alphabet: a byte that prints stands for itself, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
-    return ord(char) if ord(char) in printable else others[ord(char) - 0x100]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

@@ -97,10 +97,11 @@ SMALLER = {"gpt_neo": 0.5}
 class Seeded:
     """Makes the tensor of any name and shape; norms near 1 (stored as gain - 1 where a family does that)."""
 
-    def __init__(self, row: str) -> None:
+    def __init__(self, row: str, raw: Raw | None = None, size: float | None = None) -> None:
+        """`raw` and `size` for a row that is not in ROWS."""
         self._row = row
-        self._size = SMALLER.get(row, 1.0)
-        self._gain = 0.0 if ROWS[row]["model_type"].startswith("gemma") else 1.0
+        self._size = SMALLER.get(row, 1.0) if size is None else size
+        self._gain = 0.0 if (raw or ROWS[row])["model_type"].startswith("gemma") else 1.0
 
     def __contains__(self, name: str) -> bool:
         return True

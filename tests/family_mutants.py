@@ -2,7 +2,9 @@
 
 FAMILY_MUTANTS   (name, file in engine/, text that is there exactly once, what it becomes)
 
-The golden logits in `tests/engine/test_families.py` must notice each.
+MULTIMODAL_MUTANTS   of the checkpoints that hold a text model among others
+
+The golden logits in `tests/engine/test_families.py` must notice each; `test_multimodal.py` those of the second list.
 """
 
 FAMILY_MUTANTS = (
@@ -103,4 +105,12 @@ FAMILY_MUTANTS = (
     ("starcoder2: no window", "families/starcoder2.py", 'else "sliding_attention"', 'else "full_attention"'),
     ("starcoder2: biases not read", "families/starcoder2.py", 'flag(raw, "use_bias", True)', "False"),
     ("starcoder2: RMS norms", "families/starcoder2.py", 'norm="layer"', 'norm="rms"'),
+)  # fmt: skip
+
+MULTIMODAL_MUTANTS = (
+    ("gemma3: anything may be left unread", "families/gemma3.py", "if not stored.startswith(VISION):",
+     'if "language" in stored:'),
+    ("gemma3: nothing may be left unread", "families/gemma3.py", "if not stored.startswith(VISION):", "if True:"),
+    ("gemma3: defaults before what is stated", "families/gemma3.py", "{**DEFAULTS, **inner}", "{**inner, **DEFAULTS}"),
+    ("gemma3: older names not known", "families/gemma3.py", '"model.language_model.": "model."', '"x.": "model."'),
 )  # fmt: skip

@@ -22,7 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from family_mutants import FAMILY_MUTANTS
+from family_mutants import FAMILY_MUTANTS, MULTIMODAL_MUTANTS
+from gguf_mutants import GGUF_MUTANTS, TOKENIZER_MUTANTS
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -223,9 +224,6 @@ MUTANTS = (
         "no tick", "decoder.py", '            tick(layer - start, stop - start, f"layer {layer}")', "            pass"
     ),
     # --- files
-    Mutant(
-        "query and key rows stay interleaved", "families/_gguf.py", "dense if heads is None else", "dense if True else"
-    ),
     Mutant("an untied head is read as tied", "families/_parts.py", "w_e if cfg.tied else", "w_e if True else"),
     Mutant(
         "bf16 read as f16",
@@ -238,13 +236,16 @@ MUTANTS = (
     ),
     Mutant(
         "digits are not split off",
-        "tokenizer.py",
+        "gguf_tokenizer.py",
         "[digits, pre_tokenizers.ByteLevel(",
         "[pre_tokenizers.ByteLevel(",
         "test_tokenizer.py",
     ),
     # --- architectures
     *(Mutant(*mutant, at="test_families.py") for mutant in FAMILY_MUTANTS),
+    *(Mutant(*mutant, at="test_multimodal.py") for mutant in MULTIMODAL_MUTANTS),
+    *(Mutant(f"GGUF: {name}", *rest, at="test_gguf_families.py") for name, *rest in GGUF_MUTANTS),
+    *(Mutant(f"GGUF ids: {name}", *rest, at="test_gguf_tokenizers.py") for name, *rest in TOKENIZER_MUTANTS),
 )
 
 

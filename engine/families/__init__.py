@@ -5,6 +5,10 @@
     config(raw)                   config.json as a dict -> Config
     layer(tensors, i, cfg, raw)   the tensors of layer i -> LayerParams
     ends(tensors, cfg, raw)       embedding, unembedding and what else is not in a layer
+
+and, if only a part of its checkpoints is read, on purpose,
+
+    view(tensors)                 that part, under the names the others ask for
 """
 
 import importlib
@@ -24,6 +28,12 @@ class Family(Protocol):
     def config(self, raw: Mapping[str, Any]) -> Config: ...
     def layer(self, tensors: Tensors, i: int, cfg: Config, raw: Mapping[str, Any]) -> LayerParams: ...
     def ends(self, tensors: Tensors, cfg: Config, raw: Mapping[str, Any]) -> Ends: ...
+
+
+def part_read(reader: Family, tensors: Tensors) -> Tensors:
+    """The tensors that a family reads: all, unless it has a view of its own."""
+    view = getattr(reader, "view", None)
+    return tensors if view is None else cast(Tensors, view(tensors))
 
 
 def known() -> tuple[str, ...]:

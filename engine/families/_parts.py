@@ -124,6 +124,11 @@ def has_bias(raw: Raw, key: str) -> bool | None:
     return None if raw.get("gguf") else flag(raw, key, False)
 
 
+def gain_minus_one(raw: Raw) -> bool:
+    """Whether a Gemma checkpoint stores gain - 1; GGUF files carry the 1 already."""
+    return not raw.get("gguf")
+
+
 def linear(tensors: Tensors, name: str, d_in: int, d_out: int, bias: bool | None = False) -> Linear:
     """`name.weight`, and `name.bias` if the architecture has one (None: if it is stored)."""
     bias = f"{name}.bias" in tensors if bias is None else bias

@@ -3,6 +3,7 @@
 default    Su et al. 2021            linear     positions divided by a factor (Chen et al. 2023)
 llama3     Llama 3.1, by wavelength  yarn       Peng et al. 2023
 dynamic    base grows with length    longrope   Ding et al. 2024, other factors beyond the original context
+divided    by a divisor for each frequency, as GGUF files store llama3's scaling
 """
 
 import math
@@ -109,6 +110,11 @@ def _longrope(settings: Settings, width: int, n_ctx: int) -> Rope:
     return Rope(short, real(settings, "attention_factor", scale), long=(context, long))
 
 
+def _divided(settings: Settings, width: int, n_ctx: int) -> Rope:
+    plain = _default(settings, width, n_ctx).inv_freq
+    return Rope(tuple(f / d for f, d in zip(plain, _factors(settings, "divisors", width), strict=True)))
+
+
 def _factors(settings: Settings, key: str, width: int) -> list[float]:
     values = settings.get(key)
     if not isinstance(values, list) or len(values) != width // 2:
@@ -123,4 +129,5 @@ _KINDS: dict[str, Callable[[Settings, int, int], Rope]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "divided": _divided,
 }

@@ -34,14 +34,14 @@ def gemma_config(raw: Raw, family: str, **changes: Any) -> Config:
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
     at = f"model.layers.{i}"
-    bias = flag(raw, "attention_bias", False)
+    bias, plus_one = flag(raw, "attention_bias", False), _parts.gain_minus_one(raw)
     return LayerParams(
         **_parts.attention(tensors, f"{at}.self_attn", cfg, bias, bias),
         **_parts.gated_mlp(tensors, f"{at}.mlp", cfg),
-        attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model, plus_one=True),
-        mlp_norm=_parts.norm(tensors, f"{at}.post_attention_layernorm", cfg.d_model, plus_one=True),
+        attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model, plus_one=plus_one),
+        mlp_norm=_parts.norm(tensors, f"{at}.post_attention_layernorm", cfg.d_model, plus_one=plus_one),
     )
 
 
 def ends(tensors: Tensors, cfg: Config, raw: Raw) -> Ends:
-    return _parts.ends(tensors, cfg, plus_one=True)
+    return _parts.ends(tensors, cfg, plus_one=_parts.gain_minus_one(raw))

@@ -36,12 +36,12 @@ def optional_cap(raw: Raw, key: str) -> float | None:
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
     at = f"model.layers.{i}"
-    bias = flag(raw, "attention_bias", False)
+    bias, plus_one = flag(raw, "attention_bias", False), _parts.gain_minus_one(raw)
     return LayerParams(
         **_parts.attention(tensors, f"{at}.self_attn", cfg, bias, bias),
         **_parts.gated_mlp(tensors, f"{at}.mlp", cfg),
-        attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model, plus_one=True),
-        attn_post_norm=_parts.norm(tensors, f"{at}.post_attention_layernorm", cfg.d_model, plus_one=True),
-        mlp_norm=_parts.norm(tensors, f"{at}.pre_feedforward_layernorm", cfg.d_model, plus_one=True),
-        mlp_post_norm=_parts.norm(tensors, f"{at}.post_feedforward_layernorm", cfg.d_model, plus_one=True),
+        attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model, plus_one=plus_one),
+        attn_post_norm=_parts.norm(tensors, f"{at}.post_attention_layernorm", cfg.d_model, plus_one=plus_one),
+        mlp_norm=_parts.norm(tensors, f"{at}.pre_feedforward_layernorm", cfg.d_model, plus_one=plus_one),
+        mlp_post_norm=_parts.norm(tensors, f"{at}.post_feedforward_layernorm", cfg.d_model, plus_one=plus_one),
     )

@@ -53,9 +53,9 @@ def _settings(raw: Raw, kind: str) -> dict[str, Any]:
 
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
-    at = f"model.layers.{i}.self_attn"
+    at, plus_one = f"model.layers.{i}.self_attn", _parts.gain_minus_one(raw)
     return replace(
         gemma2.layer(tensors, i, cfg, raw),
-        q_norm=_parts.norm(tensors, f"{at}.q_norm", cfg.d_head, plus_one=True),
-        k_norm=_parts.norm(tensors, f"{at}.k_norm", cfg.d_head, plus_one=True),
+        q_norm=_parts.norm(tensors, f"{at}.q_norm", cfg.d_head, plus_one=plus_one),
+        k_norm=_parts.norm(tensors, f"{at}.k_norm", cfg.d_head, plus_one=plus_one),
     )

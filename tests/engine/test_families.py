@@ -48,7 +48,8 @@ def test_every_row_has_golden_logits_that_differ_from_position_to_position(golde
 
 
 def test_every_family_has_a_row():
-    assert {raw["model_type"] for raw in families.ROWS.values()} == {*known()}
+    wraps_gemma3_text = {"gemma3"}  # test_multimodal.py
+    assert {raw["model_type"] for raw in families.ROWS.values()} == {*known()} - wraps_gemma3_text
 
 
 @pytest.mark.parametrize("name", ["bert", "", "_parts", "../llama", None, 3])

@@ -6,10 +6,13 @@ smollm2.safetensors   last rows of the float64 reference, rounded to float32
 smollm2.json          versions, the weights' sha256, prompts, the allowed error of every array, tokens
 families.safetensors  ROW/PROMPT/logits (positions, d_vocab) of the tiny model of every row of `tests/families.py`
 families.json         versions, prompts, positions, the allowed error of every array
+gguf.safetensors      ROW/PROMPT (positions, d_vocab): llama.cpp's logits for the files of `tests/gguf_rows.py`
+gguf.json             versions, prompts, positions, the allowed error of every array
+gguf_ids.json         small vocabularies of every tokenizer kind, and llama.cpp's ids of awkward text
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +56,15 @@ class Golden:
         (directory / f"{self.stem}.json").write_text(text + "\n", "utf-8")
 
 
-def differences(committed: Golden, fresh: Golden) -> Iterator[str]:
-    """What is not the same, beyond float noise."""
+def differences(committed: Golden, fresh: Golden, noise: Callable[[str], float] = lambda name: NOISE) -> Iterator[str]:
+    """What is not the same, beyond the noise of an array."""
     for key in sorted({*committed.facts, *fresh.facts} - {"allowed"}):
         if committed.facts.get(key) != fresh.facts.get(key):
             yield f"{key}: {committed.facts.get(key)} is committed, {fresh.facts.get(key)} was found"
     for name in sorted({*committed.arrays, *fresh.arrays}):
         if name not in committed.arrays or name not in fresh.arrays:
             yield f"{name}: only in the {'fresh' if name in fresh.arrays else 'committed'} file"
-        elif (found := _difference(committed.arrays[name], fresh.arrays[name])) > NOISE:
+        elif (found := _difference(committed.arrays[name], fresh.arrays[name])) > noise(name):
             yield f"{name}: relative distance {found:.1e}"
         elif name in fresh.facts["allowed"]:
             ratio = np.divide(committed.allowed(name), fresh.allowed(name))

@@ -99,15 +99,16 @@ def distance(changed: Array, baseline: Array) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the report. `control` is None where a check has none."""
+    """One line of the report. `control` is None where a check has none; it must be `far` times what is allowed."""
 
     group: str
     name: str
     measure: Measure
     control: float | None = None
     note: str = ""
+    far: float = CONTROL
 
     @property
     def passed(self) -> bool:
-        moved = self.control is None or self.control >= CONTROL * self.measure.allowed
+        moved = self.control is None or self.control >= self.far * self.measure.allowed
         return self.measure.rows > 0 and self.measure.share <= 1 and moved
