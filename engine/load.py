@@ -62,6 +62,7 @@ def _from_directory(path: Path, name: str, weights: str, tick: Tick | None) -> M
     if not (path / "config.json").exists():
         raise UnknownModel(f"{path} has no config.json; give a directory as Hugging Face writes it, or a .gguf file")
     raw = read_json(path / "config.json")
+    raw.pop("gguf", None)  # readers take it for the mark of a GGUF file
     if raw.get("auto_map"):
         raise UnknownModel(f"{path.name} needs code of its own (auto_map in config.json); code in models is never run")
     reader = family(raw.get("model_type"))
