@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from engine import catalog, tokenizer
-from engine.config import Config
 from engine.decoder import Tick
 from engine.errors import DamagedFile, InputError, ModelError, UnknownModel, clipped
 from engine.families import Family, family
@@ -19,22 +18,28 @@ WEIGHTS = ("dense", "scoped")
 
 
 def load_model(
-    model: str | Path, weights: str = "dense", tick: Tick | None = None, progress: catalog.Progress | None = None
+    model: str | Path,
+    weights: str = "dense",
+    tick: Tick | None = None,
+    progress: catalog.Progress | None = None,
+    dense_layers: int | None = None,
 ) -> Model:
     """Load a model for study.
 
     `model` is a catalogue name, "synthetic", a directory with config.json and safetensors, a .gguf file, or a hub
-    id. `weights`: "dense" keeps float32 in memory; "scoped" keeps the file's form and makes one layer dense at a
-    time. `progress` follows a download, `tick` the layers. Raises `ModelError`s.
+    id. `weights`: "dense" keeps float32 in memory; "scoped" leaves the file as it is, memory-mapped, and makes a
+    layer dense when it runs. `dense_layers` is the budget of "scoped": how many layers stay dense, 1 if left out.
+    `progress` follows a download, `tick` the layers. Raises `ModelError`s, and `InputError` for arguments.
     """
-    if weights not in WEIGHTS:
-        raise InputError(f"weights is {clipped(weights)}; valid: {', '.join(WEIGHTS)}")
+    budget = layer_budget(weights, dense_layers)
     if str(model) == catalog.SYNTHETIC:
+        if dense_layers is not None:
+            raise InputError("the synthetic model has no file, so its weights are always dense; leave dense_layers out")
         return synthetic()
     path = catalog.locate(str(model), progress)
     name = _name(str(model), path)
     try:
-        return _from_directory(path, name, weights, tick) if path.is_dir() else _from_gguf(path, name, weights, tick)
+        return (_from_directory if path.is_dir() else _from_gguf)(path, name, budget, tick)
     except MemoryError:
         hint = (
             'load it with weights="scoped", or choose a smaller model' if weights == "dense" else "choose a smaller one"
@@ -43,6 +48,19 @@ def load_model(
     except OSError as error:
         at = Path(error.filename).name if isinstance(error.filename, str) else path.name
         raise DamagedFile(f"{at} cannot be read: {error.strerror or error}") from None
+
+
+def layer_budget(weights: str, dense_layers: int | None) -> int | None:
+    """How many layers may be dense at a time; None for all of them. Raises `InputError`."""
+    if weights not in WEIGHTS:
+        raise InputError(f"weights is {clipped(weights)}; valid: {', '.join(WEIGHTS)}")
+    if dense_layers is None:
+        return None if weights == "dense" else 1
+    if weights == "dense":
+        raise InputError('dense_layers is for weights="scoped"; in "dense" every layer stays dense: leave it out')
+    if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 1:
+        raise InputError(f"dense_layers is {clipped(dense_layers)}; it must be a whole number of at least 1")
+    return dense_layers
 
 
 def _name(asked: str, path: Path) -> str:
@@ -54,7 +72,7 @@ def _name(asked: str, path: Path) -> str:
     return path.stem.lower()
 
 
-def _from_directory(path: Path, name: str, weights: str, tick: Tick | None) -> Model:
+def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None) -> Model:
     if not (path / "config.json").exists():
         raise UnknownModel(f"{path} has no config.json; give a directory as Hugging Face writes it, or a .gguf file")
     raw = read_json(path / "config.json")
@@ -63,14 +81,14 @@ def _from_directory(path: Path, name: str, weights: str, tick: Tick | None) -> M
     reader = family(raw.get("model_type"))
     tensors = SafetensorsDir(path)
     words = tokenizer.from_directory(path, raw)
-    return _assembled(name, reader, raw, tensors, words, tensors.files, weights, tick)
+    return _assembled(name, reader, raw, tensors, words, tensors.files, budget, tick)
 
 
-def _from_gguf(path: Path, name: str, weights: str, tick: Tick | None) -> Model:
+def _from_gguf(path: Path, name: str, budget: int | None, tick: Tick | None) -> Model:
     file = GgufFile.open(path)
     raw = config_json(file)
     words = tokenizer.from_gguf(file.metadata)
-    return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], weights, tick)
+    return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], budget, tick)
 
 
 def _assembled(
@@ -80,21 +98,21 @@ def _assembled(
     tensors: Tensors,
     words: tokenizer.Tokenizer,
     files: list[Path],
-    weights: str,
+    budget: int | None,
     tick: Tick | None,
 ) -> Model:
     cfg = reader.config(raw)
     if words.vocabulary > cfg.d_vocab:
         raise DamagedFile(f"the tokenizer has {words.vocabulary} tokens, the model only {cfg.d_vocab} embeddings")
+    keep = cfg.n_layers if budget is None else budget
+    if keep > cfg.n_layers:
+        raise InputError(f"dense_layers is {keep}, but {name} has {cfg.n_layers} layers; valid: 1 to {cfg.n_layers}")
     source = Counted(tensors)
-    params = Params(reader.ends(source, cfg, raw), lambda i: reader.layer(source, i, cfg, raw), _kept(cfg, weights))
+    params = Params(reader.ends(source, cfg, raw), lambda i: reader.layer(source, i, cfg, raw), keep)
     for layer in range(cfg.n_layers):  # scoped models too: a file that lacks a tensor fails here, not mid-run
         if tick is not None:
             tick(layer, cfg.n_layers, f"reading layer {layer}")
         params.layer(layer)
     source.check_all_read()
-    return Model(name, cfg, params, words, catalog.sha256(sorted(files)), weights)
-
-
-def _kept(cfg: Config, weights: str) -> int:
-    return cfg.n_layers if weights == "dense" else 1
+    kept = "dense" if budget is None else "scoped"
+    return Model(name, cfg, params, words, catalog.sha256(sorted(files)), kept)
