@@ -1,11 +1,12 @@
 """`load_model`: a name, directory, .gguf file or hub id -> `Model`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine import catalog, tokenizer
 from engine.decoder import Tick
-from engine.errors import DamagedFile, InputError, ModelError, UnknownModel, clipped
+from engine.errors import DamagedFile, EngineError, InputError, ModelError, UnknownModel, clipped
 from engine.families import Family, family
 from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
@@ -76,19 +77,46 @@ def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None
     if not (path / "config.json").exists():
         raise UnknownModel(f"{path} has no config.json; give a directory as Hugging Face writes it, or a .gguf file")
     raw = read_json(path / "config.json")
-    if raw.get("auto_map"):
-        raise UnknownModel(f"{path.name} needs code of its own (auto_map in config.json); code in models is never run")
+    _refuse_code(path, "config.json", raw)
+    if (path / "tokenizer_config.json").exists():
+        _refuse_code(path, "tokenizer_config.json", read_json(path / "tokenizer_config.json"))
     reader = family(raw.get("model_type"))
     tensors = SafetensorsDir(path)
-    words = tokenizer.from_directory(path, raw)
+    words = _tried(lambda: tokenizer.from_directory(path, raw))
     return _assembled(name, reader, raw, tensors, words, tensors.files, budget, tick)
+
+
+def _refuse_code(path: Path, file: str, settings: dict[str, Any]) -> None:
+    if settings.get("auto_map"):
+        raise UnknownModel(f"{path.name} needs code of its own (auto_map in {file}); code in models is never run")
 
 
 def _from_gguf(path: Path, name: str, budget: int | None, tick: Tick | None) -> Model:
     file = GgufFile.open(path)
     raw = config_json(file)
-    words = tokenizer.from_gguf(file.metadata)
+    words = _tried(lambda: tokenizer.from_gguf(file.metadata))
     return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], budget, tick)
+
+
+_TRIAL = "The 12 \t\n(é ☃ \U0001f642)"
+
+
+def _tried(read: Callable[[], tokenizer.Tokenizer]) -> tokenizer.Tokenizer:
+    """The tokenizer, once it has encoded and decoded a text.
+
+    Raises `DamagedFile`: on damaged files the `tokenizers` library may fail only when it is used, and may panic, which
+    is an exception beside `Exception`.
+    """
+    try:
+        words = read()
+        words.decode(words.encode(_TRIAL))
+    except (EngineError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DamagedFile(f"the tokenizer cannot be used: {str(error)[:200]}; fetch it again") from None
+    return words
 
 
 def _assembled(
