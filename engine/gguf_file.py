@@ -2,10 +2,12 @@
 
 `GgufFile.open` maps the file and parses its header; every count and offset is checked against the bytes
 that are really there before anything is allocated. `GgufFile.dense` dequantises one tensor with the `gguf`
-library. The library's own reader is not used: it follows any count a damaged header declares.
+library, a stretch of blocks at a time. The library's own reader is not used: it follows any count a damaged header
+declares.
 """
 
 import math
+import mmap as memory
 import struct
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
@@ -23,6 +25,8 @@ _MOST_DIMENSIONS = 4
 _MOST_ELEMENTS = 1 << 24
 _LEAST_KEY, _LEAST_ROW = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 """Bytes that a metadata entry and a row of the tensor table take at least."""
+_STRETCH = 1 << 18
+"""Elements dequantised at a time: a megabyte of float32, which bounds what the library allocates beside the result."""
 
 
 @dataclass(frozen=True)
@@ -123,23 +127,35 @@ class GgufFile:
         return cls(path, data, metadata, _read_tensor_table(cursor, n_tensors, metadata))
 
     def dense(self, name: str) -> Array:
-        """The tensor as float32, dequantised by the `gguf` library."""
-        from gguf import GGMLQuantizationType
+        """The tensor as float32, a copy in memory, dequantised by the `gguf` library.
+
+        Raises `DamagedFile` for a type that the library cannot dequantise.
+        """
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
-        raw = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
-        rows = raw.reshape(-1, tensor.nbytes // math.prod(tensor.shape[:-1]))
         kind = GGMLQuantizationType(tensor.quantisation)
-        if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            rows = rows.view(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
+        block, size = GGML_QUANT_SIZES[kind]
+        raw = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset).reshape(-1, size)  # (blocks, bytes)
+        dense = np.empty((len(raw), block), np.float32)
+        step = _STRETCH // block
         try:
-            dense: Array = dequantize(rows, kind)
+            for start in range(0, len(raw), step):  # as one row: the library goes through rows 16 at a time
+                row = raw[start : start + step].reshape(1, -1)
+                dense[start : start + step] = dequantize(row, kind).reshape(-1, block)
         except NotImplementedError:
             raise DamagedFile(
                 f"{self.path.name}: {clipped(name)} is stored as {kind.name}, which cannot be read"
             ) from None
+        self._forget(tensor.offset, tensor.nbytes)
         return dense.reshape(tensor.shape)
+
+    def _forget(self, start: int, nbytes: int) -> None:
+        """Take pages that were read out of this process; they stay in the system's cache of the file."""
+        if hasattr(memory, "MADV_DONTNEED"):  # not on Windows
+            before = start % memory.PAGESIZE
+            self._data.madvise(memory.MADV_DONTNEED, start - before, nbytes + before)
 
 
 def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The weights as the decoder reads them: `Linear`, `Norm`, one `LayerParams` per layer, and `Params`.
 
 An absent part is None and means the identity (a norm) or nothing to add (a bias). `Params.layer(i)` gives a
-layer's dense weights: kept in memory (`dense`), or made from the file each time a layer runs (`scoped`).
+layer's dense weights: kept in memory (`dense`), or made from the file when the layer runs (`scoped`), where a budget
+says how many layers stay dense. What lies outside the layers (embedding, unembedding) is dense in both.
 """
 
 from collections import OrderedDict
@@ -80,10 +81,10 @@ class Params:
     """All the weights of a model: the fields of `Ends`, and the layers."""
 
     def __init__(self, ends: Ends, load_layer: Callable[[int], LayerParams], keep: int) -> None:
-        """`keep` layers stay dense in memory once they have run (least recently used go first)."""
+        """At most `keep` layers are dense in memory, pinned ones aside; the least recently used go first."""
         self.embed, self.unembed, self.final_norm, self.positions, self.unembed_bias = ends
         self._load_layer = load_layer
-        self._keep = keep
+        self.keep = keep
         self._dense: OrderedDict[int, LayerParams] = OrderedDict()
         self._pinned: dict[int, LayerParams] = {}
 
@@ -94,20 +95,23 @@ class Params:
         if index in self._dense:
             self._dense.move_to_end(index)
             return self._dense[index]
-        params = self._load_layer(index)
-        self._dense[index] = params
-        while len(self._dense) > self._keep:
+        while self._dense and len(self._dense) >= self.keep:  # before loading: the budget is a peak, not an average
             self._dense.popitem(last=False)
+        params = self._load_layer(index)
+        if self.keep:
+            self._dense[index] = params
         return params
 
     @contextmanager
     def pinned(self, index: int) -> Iterator[LayerParams]:
-        """Keep one layer dense for the length of a `with` block."""
+        """Keep one layer dense for the length of a `with` block; blocks for one layer may lie inside each other."""
+        outer = index in self._pinned
         self._pinned[index] = self.layer(index)
         try:
             yield self._pinned[index]
         finally:
-            self._pinned.pop(index, None)
+            if not outer:
+                self._pinned.pop(index, None)
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +119,8 @@ class Params:
         layers = {**self._dense, **self._pinned}.values()
         total = sum(array.nbytes for layer in layers for _, array in layer.arrays())
         total += self.embed.nbytes + (0 if self.unembed is self.embed else self.unembed.nbytes)
-        total += sum(part.nbytes for part in (self.positions, self.unembed_bias) if part is not None)
+        norm = () if self.final_norm is None else (self.final_norm.weight, self.final_norm.bias)
+        total += sum(part.nbytes for part in (self.positions, self.unembed_bias, *norm) if part is not None)
         return int(total)
 
     @property

@@ -37,7 +37,9 @@ _HARMLESS = re.compile(
 
 
 class Counted:
-    """A source that remembers what was read, so that nothing in a file is ignored silently."""
+    """A source that remembers what was read, so that nothing in a file is ignored silently, and refuses numbers
+    that are not finite.
+    """
 
     def __init__(self, source: Tensors) -> None:
         self._source = source
@@ -51,7 +53,10 @@ class Counted:
 
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
         self._read.add(name)
-        return self._source.get(name, shape)
+        array = self._source.get(name, shape)
+        if not (np.isfinite(array.min()) and np.isfinite(array.max())):  # NaN is both; no array of flags is made
+            raise DamagedFile(f"the tensor {name} holds NaN or infinity; fetch the weights again")
+        return array
 
     def check_all_read(self) -> None:
         """Raise `DamagedFile` for tensors that no part of the architecture uses: it would be another model."""
@@ -91,7 +96,10 @@ class SafetensorsDir:
         path, dtype, found, start, stop = self._entries[name]
         if found != shape:
             raise DamagedFile(f"{path.name}: {name} has shape {clipped(found)}, but the config implies {shape}")
-        raw = np.memmap(path, np.uint8, "r", offset=start, shape=(stop - start,))
+        try:
+            raw = np.memmap(path, np.uint8, "r", offset=start, shape=(stop - start,))
+        except (OSError, ValueError):
+            raise DamagedFile(f"{path.name} has changed or gone since it was loaded; load the model again") from None
         return _to_float32(raw, dtype, name).reshape(shape)
 
 

@@ -11,7 +11,8 @@ class ModelInfo(Result):
     name: str
     family: str
     fingerprint: str = Field(description="sha256 of the weights")
-    weights: str = Field(description="dense (float32 in memory) or scoped (quantised on disk, one layer dense)")
+    weights: str = Field(description="dense (float32 in memory) or scoped (as the file stores them, memory-mapped)")
+    dense_layers: int = Field(description="how many layers may be dense in memory at a time")
     n_layers: int
     d_model: int
     n_heads: int
@@ -20,7 +21,7 @@ class ModelInfo(Result):
     d_mlp: int
     d_vocab: int
     n_ctx: int
-    bytes_in_memory: int
+    bytes_in_memory: int = Field(description="of dense weights now; what is memory-mapped is not counted")
     seconds: Number
 
 

@@ -9,6 +9,7 @@ from engine import Model, load_model
 from engine.catalog import SYNTHETIC, Progress
 from engine.decoder import Tick
 from engine.errors import UnknownModel
+from engine.load import layer_budget
 from server.store import MemoryStore, SessionStore, mint
 
 SYNTHETIC_NOTICE = "synthetic weights: the arithmetic is real, the numbers mean nothing about language"
@@ -34,7 +35,7 @@ class Lab:
 
     def __init__(self, store: SessionStore | None = None) -> None:
         self.store: SessionStore = MemoryStore() if store is None else store
-        self._models: dict[tuple[str, str], LoadedModel] = {}
+        self._models: dict[tuple[str, int | None], LoadedModel] = {}
         self._loading = threading.Lock()
 
     @property
@@ -42,13 +43,18 @@ class Lab:
         return list(self._models.values())
 
     def load(
-        self, source: str, weights: str, tick: Tick | None = None, progress: Progress | None = None
+        self,
+        source: str,
+        weights: str,
+        tick: Tick | None = None,
+        progress: Progress | None = None,
+        dense_layers: int | None = None,
     ) -> LoadedModel:
-        """Load a model, or return it when it is loaded already."""
+        """Load a model, or return it when it is loaded already with the same budget of dense layers."""
         with self._loading:
-            key = (source, weights)
+            key = (source, layer_budget(weights, dense_layers))
             if key not in self._models:
-                model = load_model(source, weights, tick, progress)
+                model = load_model(source, weights, tick, progress, dense_layers)
                 self._models[key] = LoadedModel(mint("model", model.name), source, model)
             return self._models[key]
 

@@ -31,8 +31,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("engine", "schemas", "server", "tests", "pyproject.toml")
-SLOW = ("test_bad_files.py", "test_catalog.py")
-"""Tests of damaged files and downloads run many subprocesses; no mutant here is theirs to catch."""
+SLOW = ("test_bad_files.py", "test_catalog.py", "test_fuzz.py", "test_memory.py")
+"""Tests that run many or heavy subprocesses; no mutant here is theirs to catch."""
 PHASES = ("not real", "real")
 WORKERS = 2
 SECONDS = 900
@@ -232,7 +232,46 @@ MUTANTS = (
         "raw.view(np.float16).astype(np.float32)",
     ),
     Mutant(
-        "a pinned layer is never let go", "params.py", "            self._pinned.pop(index, None)", "            pass"
+        "a pinned layer is never let go",
+        "params.py",
+        "                self._pinned.pop(index, None)",
+        "                pass",
+        at="test_scoped.py",
+    ),
+    Mutant(
+        "one dense layer too many",
+        "params.py",
+        "len(self._dense) >= self.keep",
+        "len(self._dense) > self.keep",
+        at="test_scoped.py",
+    ),
+    Mutant(
+        "the layer used last goes first",
+        "params.py",
+        "self._dense.popitem(last=False)",
+        "self._dense.popitem()",
+        at="test_scoped.py",
+    ),
+    Mutant(
+        "stretches of a tensor overlap",
+        "gguf_file.py",
+        "raw[start : start + step].reshape",
+        "raw[:step].reshape",
+        at="test_quantised.py",
+    ),
+    Mutant(
+        "weights that are not finite pass",
+        "weights.py",
+        "np.isfinite(array.min()) and np.isfinite(array.max())",
+        "True",
+        at="test_spoiled_files.py",
+    ),
+    Mutant(
+        "code in a tokenizer's config is overlooked",
+        "load.py",
+        '(path / "tokenizer_config.json").exists()',
+        "False",
+        at="test_spoiled_files.py",
     ),
     Mutant(
         "digits are not split off",

@@ -68,9 +68,19 @@ def base_config(raw: Raw, family: str, **changes: Any) -> Config:
     if longest:  # dynamic scaling exists to go beyond the length trained on
         settled["n_ctx"] = int(max(factor * context for _, factor, context in longest))
     cfg = Config(**settled)
+    if any(rope is not None and 2 * len(rope.inv_freq) > cfg.d_head for rope in cfg.ropes):
+        raise DamagedFile(f"config: head_dim is {cfg.d_head}, narrower than what the rotary embedding turns")
     if cfg.n_heads % cfg.n_kv_heads:
         raise DamagedFile(f"config: {cfg.n_heads} heads cannot share {cfg.n_kv_heads} key-value heads evenly")
     return cfg
+
+
+def head_width(raw: Raw, width: str = "hidden_size", heads: str = "num_attention_heads") -> int:
+    """Features of a head, where the heads share the model's width evenly."""
+    d_model, n_heads = whole(raw, width), whole(raw, heads)
+    if d_model % n_heads:
+        raise DamagedFile(f"config: {n_heads} heads cannot share {d_model} features evenly")
+    return d_model // n_heads
 
 
 def activation(raw: Raw, key: str, default: str) -> str:

@@ -11,12 +11,12 @@ MOST = {"num_hidden_layers": 1_000, "vocab_size": 10_000_000, "max_position_embe
 _MOST_REAL = 1e30
 
 
-def whole(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number of at least 1."""
+def whole(raw: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+    """A whole number of at least `least`."""
     value = default if raw.get(key) is None else raw[key]
     most = MOST.get(key, 1_000_000)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise DamagedFile(f"config: {key} is {clipped(value)}; it must be a whole number from 1 to {most}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise DamagedFile(f"config: {key} is {clipped(value)}; it must be a whole number from {least} to {most}")
     return value
 
 

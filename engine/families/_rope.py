@@ -64,7 +64,7 @@ def _yarn(settings: Settings, width: int, n_ctx: int) -> Rope:
     context = whole(settings, "original_max_position_embeddings", n_ctx)
     extended = settings.get("original_max_position_embeddings") is not None
     factor = real(settings, "factor", n_ctx / context if extended else None)
-    theta = _theta(settings)
+    theta = real(settings, "rope_theta", 10_000.0, least=1.001)  # its logarithm divides
     low, high = (
         width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (real(settings, "beta_fast", 32), real(settings, "beta_slow", 1))
@@ -95,11 +95,13 @@ def _yarn_scale(settings: Settings, factor: float) -> float:
 
 
 def _dynamic(settings: Settings, width: int, n_ctx: int) -> Rope:
+    if width < 4:
+        raise DamagedFile(f"config: dynamic rotary scaling needs at least 4 rotated features per head, not {width}")
     return Rope(_default(settings, width, n_ctx).inv_freq, dynamic=(_theta(settings), real(settings, "factor"), n_ctx))
 
 
 def _longrope(settings: Settings, width: int, n_ctx: int) -> Rope:
-    context = whole(settings, "original_max_position_embeddings", n_ctx)
+    context = whole(settings, "original_max_position_embeddings", n_ctx, least=2)  # its logarithm divides
     factor = real(settings, "factor", n_ctx / context)
     scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
     plain = _default(settings, width, n_ctx).inv_freq

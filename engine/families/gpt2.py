@@ -18,7 +18,8 @@ def config(raw: Raw) -> Config:
     if flag(raw, "add_cross_attention", False):
         raise UnknownModel("config: add_cross_attention is not supported: this is a decoder on its own")
     d_model, n_layers, n_heads = whole(raw, "n_embd"), whole(raw, "n_layer"), whole(raw, "n_head")
-    scale = (d_model // n_heads) ** -0.5 if flag(raw, "scale_attn_weights", True) else 1.0
+    d_head = _parts.head_width(raw, "n_embd", "n_head")
+    scale = d_head**-0.5 if flag(raw, "scale_attn_weights", True) else 1.0
     by_layer = flag(raw, "scale_attn_by_inverse_layer_idx", False)
     return Config(
         family="gpt2",
@@ -29,7 +30,7 @@ def config(raw: Raw) -> Config:
         d_mlp=whole(raw, "n_inner", 4 * d_model),
         n_heads=n_heads,
         n_kv_heads=n_heads,
-        d_head=d_model // n_heads,
+        d_head=d_head,
         norm="layer",
         norm_eps=real(raw, "layer_norm_epsilon", 1e-5),
         activation=_parts.activation(raw, "activation_function", "gelu_new"),

@@ -3,6 +3,8 @@
 Reference: transformers, models/gpt_neo/modeling_gpt_neo.py.
 """
 
+from itertools import islice
+
 from engine.config import Config
 from engine.errors import DamagedFile, clipped
 from engine.families import _parts
@@ -24,7 +26,7 @@ def config(raw: Raw) -> Config:
         d_mlp=whole(raw, "intermediate_size", 4 * d_model),
         n_heads=n_heads,
         n_kv_heads=n_heads,
-        d_head=d_model // n_heads,
+        d_head=_parts.head_width(raw, heads="num_heads"),
         norm="layer",
         norm_eps=real(raw, "layer_norm_epsilon", 1e-5),
         activation=_parts.activation(raw, "activation_function", "gelu_new"),
@@ -40,10 +42,12 @@ def _kinds(raw: Raw, n_layers: int) -> list[str]:
     """`attention_types`, [[["global", "local"], 12]], written out: one kind per layer."""
     groups = raw.get("attention_types") or [[["global", "local"], -(-n_layers // 2)]]
     try:
-        kinds = [kind for pattern, times in groups for _ in range(min(int(times), n_layers)) for kind in pattern]
-    except (TypeError, ValueError):
+        written = (kind for pattern, times in groups for _ in range(min(int(times), n_layers)) for kind in pattern)
+        kinds = list(islice(written, n_layers + 1))
+        known = {*kinds} <= {"global", "local"}
+    except (TypeError, ValueError, OverflowError):
         raise DamagedFile(f"config: attention_types is {clipped(groups)}") from None
-    if len(kinds) != n_layers or not {*kinds} <= {"global", "local"}:
+    if len(kinds) != n_layers or not known:
         raise DamagedFile(f"config: attention_types must name global or local for each of {n_layers} layers")
     return kinds
 

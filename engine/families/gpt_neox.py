@@ -14,10 +14,10 @@ from engine.weights import Tensors
 
 
 def config(raw: Raw) -> Config:
-    d_head = whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
+    d_head = _parts.head_width(raw)
     rope = _parts.rope(raw, d_head, real(raw, "rotary_emb_base", 10_000.0), real(raw, "rotary_pct", 0.25))
     return _parts.base_config(
-        raw,
+        {**raw, "head_dim": d_head},
         "gpt_neox",
         norm="layer",
         norm_eps=real(raw, "layer_norm_eps", 1e-5),

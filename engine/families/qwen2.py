@@ -23,7 +23,7 @@ def upper_windows(raw: Raw) -> tuple[int | None, ...]:
     n_layers = whole(raw, "num_hidden_layers")
     if not flag(raw, "use_sliding_window", False):
         return (None,) * n_layers
-    first = raw.get("max_window_layers", 28)
+    first = whole(raw, "max_window_layers", 28, least=0)
     default = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
     return _parts.windows(raw, _parts.layer_types(raw, n_layers, default), 4096)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from engine import Model
 from engine.errors import InputError
 from schemas.arguments import ModelRef
 from schemas.session import Held, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
@@ -17,14 +18,20 @@ def load_model(
     model: Annotated[
         str, Field(description="smollm2-135m-instruct, synthetic, a directory, a .gguf file, or a hub id (owner/name)")
     ] = "smollm2-135m-instruct",
-    weights: Literal["dense", "scoped"] = "dense",
+    weights: Annotated[
+        Literal["dense", "scoped"],
+        Field(description="dense: float32 in memory; scoped: less memory, slower, the same numbers"),
+    ] = "dense",
+    dense_layers: Annotated[
+        int | None, Field(ge=1, description="for scoped weights: how many layers stay dense, 1 if left out")
+    ] = None,
 ) -> ModelInfo:
     """Load a model once and return its handle, shape and memory. Call this first; later calls return at once.
 
     Then: tokenize a prompt, or go straight to logit_lens.
     """
     started = time.perf_counter()
-    loaded = call.lab.load(model, weights, call.tick, call.progress)
+    loaded = call.lab.load(model, weights, call.tick, call.progress, dense_layers)
     cfg, params = loaded.model.config, loaded.model.params
     return ModelInfo(
         model=loaded.handle,
@@ -33,6 +40,7 @@ def load_model(
         family=cfg.family,
         fingerprint=loaded.model.fingerprint,
         weights=loaded.model.weights,
+        dense_layers=params.keep,
         n_layers=cfg.n_layers,
         d_model=cfg.d_model,
         n_heads=cfg.n_heads,
@@ -48,15 +56,18 @@ def load_model(
 
 def list_session(call: Call) -> SessionInfo:
     """List the loaded models and every handle, with what each costs in memory."""
-    models = [
-        Held(handle=m.handle, about=f"{m.model.name}, {m.model.weights}", bytes=m.model.params.nbytes)
-        for m in call.lab.models
-    ]
+    models = [Held(handle=m.handle, about=_about(m.model), bytes=m.model.params.nbytes) for m in call.lab.models]
     handles = [
         Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes)
         for r in call.lab.store.records(call.owner)
     ]
     return SessionInfo(models=models, handles=handles, bytes_in_memory=sum(held.bytes for held in [*models, *handles]))
+
+
+def _about(model: Model) -> str:
+    if model.weights == "dense":
+        return f"{model.name}, dense"
+    return f"{model.name}, scoped: {len(model.params.dense_layers)} of {model.config.n_layers} layers dense now"
 
 
 def release(call: Call, handle: Annotated[str, Field(description="any handle; list_session shows them")]) -> Released:

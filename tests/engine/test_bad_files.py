@@ -33,7 +33,9 @@ def run_cases(tmp_path: Path, model: Path, cases: list[Case]) -> None:
     job.write_text(json.dumps({"model": str(model), "scratch": str(tmp_path / "scratch"), "cases": cases}))
     ran = subprocess.run(
         [sys.executable, str(CHILD), str(job)],
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ
+        | {"OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        | {"PYTHONPATH": str(Path(engine.__file__).parents[1])},  # this engine, not the one that is installed
         capture_output=True,
         text=True,
         timeout=300,

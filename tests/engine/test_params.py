@@ -1,4 +1,4 @@
-"""Weights from files: every dtype and layout gives the same model; scoped equals dense; nothing changes them."""
+"""Weights from files: every dtype and layout gives the same model, and nothing changes them."""
 
 import dataclasses
 import zlib
@@ -8,11 +8,11 @@ import pytest
 import tiny_files
 from naive import naive
 from recording import Replace
-from tolerances import REFERENCE, SCOPED, assert_close, assert_moved, assert_same
+from tolerances import REFERENCE, assert_close, assert_moved, assert_same
 
-from engine import ZeroAblateHook, forward, generate, load_model, scoped_layer
+from engine import ZeroAblateHook, forward, generate, load_model
 from engine.config import Rope
-from engine.errors import DamagedFile, InputError, LayerError
+from engine.errors import DamagedFile
 from engine.params import Linear, Norm
 from engine.synthetic import CONFIG, synthetic
 
@@ -169,74 +169,6 @@ def test_rotary_tables_are_exact_far_from_the_start():
     exact = pos[:, None] * 10_000.0 ** (-np.arange(0, 64, 2) / 64)
     assert np.abs(cos - np.cos(exact)).max() < 1e-7
     assert np.abs(sin - np.sin(exact)).max() < 1e-7
-
-
-# --- scoped and dense -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.real)])
-def pair(request, tmp_path_factory):
-    """(dense, scoped) of one GGUF file with quantised tensors."""
-    if request.param == "smollm2":
-        return request.getfixturevalue("smollm2"), load_model("smollm2-135m-instruct", weights="scoped")
-    path = tiny_files.gguf_file(tmp_path_factory.mktemp("gguf") / "m.gguf")
-    return load_model(path), load_model(path, weights="scoped")
-
-
-def test_scoped_logits_equal_dense_ones(pair):
-    dense, scoped = pair
-    assert (dense.weights, scoped.weights) == ("dense", "scoped")
-    assert dense.fingerprint == scoped.fingerprint
-    assert_close(logits(scoped), logits(dense), SCOPED)
-    assert_moved(logits(scoped, IDS[::-1]), logits(dense), SCOPED)
-
-
-def test_scoped_tensors_are_identical_to_dense_ones(pair):
-    dense, scoped = pair
-    for layer in range(dense.config.n_layers):
-        for (name, a), (other, b) in zip(
-            dense.params.layer(layer).arrays(), scoped.params.layer(layer).arrays(), strict=True
-        ):
-            assert name == other
-            assert_same(a, b)
-    assert_same(dense.params.unembed, scoped.params.unembed)
-
-
-def test_scoped_weights_hold_one_dense_layer_at_a_time(pair):
-    dense, scoped = pair
-    forward(scoped, IDS)
-    last = dense.config.n_layers - 1
-    assert scoped.params.dense_layers == (last,)
-    assert dense.params.dense_layers == tuple(range(dense.config.n_layers))
-    layer_bytes = sum(array.nbytes for _, array in dense.params.layer(0).arrays())
-    assert dense.params.nbytes - scoped.params.nbytes == last * layer_bytes
-
-
-def test_a_pinned_layer_stays_dense_inside_its_block_only(pair):
-    dense, scoped = pair
-    last = dense.config.n_layers - 1
-    with scoped_layer(scoped, -dense.config.n_layers) as params:
-        forward(scoped, IDS[:1])
-        assert scoped.params.dense_layers == (0, last)
-        assert scoped.params.layer(0) is params
-        assert_same(params.q.weight, dense.params.layer(0).q.weight)
-    forward(scoped, IDS[:1])
-    assert scoped.params.dense_layers == (last,)
-
-
-def test_a_pinned_layer_is_let_go_after_an_error(pair):
-    _, scoped = pair
-    with pytest.raises(RuntimeError, match="mine"), scoped_layer(scoped, 0):
-        raise RuntimeError("mine")
-    forward(scoped, IDS[:1])
-    assert 0 not in scoped.params.dense_layers
-    with pytest.raises(LayerError, match="valid: 0 to"), scoped_layer(scoped, 99):
-        pass
-
-
-def test_another_way_to_keep_weights_is_refused():
-    with pytest.raises(InputError, match="valid: dense, scoped"):
-        load_model("synthetic", weights="int8")
 
 
 # --- nothing changes the weights ------------------------------------------------------------------------------

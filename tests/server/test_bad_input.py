@@ -22,6 +22,16 @@ def change(kind, **fields):
 
 CASES = {
     "unknown model": ("load_model", {"model": "gpt-7"}, ["gpt-7", "smollm2-135m-instruct", "directory"]),
+    "layers to keep dense in a dense model": (
+        "load_model",
+        {"model": "synthetic", "dense_layers": 2},
+        ["dense_layers", 'weights="scoped"'],
+    ),
+    "no layer to keep dense": (
+        "load_model",
+        {"model": "synthetic", "weights": "scoped", "dense_layers": 0},
+        ["dense_layers", "1"],
+    ),
     "model not loaded": ("logit_lens", P | {"model": "other"}, ["other", "load_model"]),
     "layer out of range": ("logit_lens", P | {"layers": [4]}, ["layer 4", "0 to 3"]),
     "negative layer out of range": ("track_token", P | {"token": "a", "layers": [-5]}, ["-5", "0 to 3"]),

@@ -14,7 +14,7 @@ from server.tools import TOOLS
 SNAPSHOT = Path(__file__).parent / "tools_list.json"
 
 ARGUMENTS = {
-    "load_model": {"model", "weights"},
+    "load_model": {"model", "weights", "dense_layers"},
     "list_session": set(),
     "release": {"handle"},
     "tokenize": {"text"},

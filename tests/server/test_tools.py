@@ -1,8 +1,11 @@
 """Each tool's answer is what the engine computes, called through a real client in memory."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from clients import ERAS, ask, connected
+import tiny_files
+from clients import ERAS, ask, connected, refused
 
 from engine import (
     Intervention,
@@ -45,6 +48,29 @@ async def test_load_model_describes_the_model_and_loads_it_once(mode: str) -> No
         first, second = [await ask(client, "load_model", model="synthetic") for _ in range(2)]
     assert first["model"] == second["model"]
     assert (first["n_layers"], first["d_model"], first["d_vocab"]) == (4, 64, 257)
+
+
+async def test_a_scoped_model_is_loaded_once_per_budget_and_costs_what_is_dense(tmp_path: Path) -> None:
+    path = str(tiny_files.gguf_file(tmp_path / "tiny.gguf"))
+    async with connected(build_server(Lab())) as client:
+        dense = await ask(client, "load_model", model=path)
+        one, same, both = [
+            await ask(client, "load_model", model=path, weights="scoped", **budget)
+            for budget in ({}, {"dense_layers": 1}, {"dense_layers": 2})
+        ]
+        text = await refused(client, "load_model", model=path, weights="scoped", dense_layers=3)
+        held = (await ask(client, "list_session"))["models"]
+    assert "tiny has 2 layers; valid: 1 to 2" in text
+    assert (dense["weights"], dense["dense_layers"], one["weights"]) == ("dense", 2, "scoped")
+    assert one["model"] == same["model"] != both["model"]
+    assert (one["dense_layers"], both["dense_layers"]) == (1, 2)
+    assert one["bytes_in_memory"] < both["bytes_in_memory"] == dense["bytes_in_memory"]
+    assert [item["about"] for item in held] == [
+        "tiny, dense",
+        "tiny, scoped: 1 of 2 layers dense now",
+        "tiny, scoped: 2 of 2 layers dense now",
+    ]
+    assert [item["bytes"] for item in held] == [m["bytes_in_memory"] for m in (dense, one, both)]
 
 
 async def test_every_result_on_the_synthetic_model_says_that_it_is_synthetic(lab: Lab) -> None:
