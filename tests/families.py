@@ -7,6 +7,8 @@ tiny(name)  the model of a row
 
 import zlib
 from collections.abc import Iterable
+from copy import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy as np
 from engine import Model
 from engine.families import family
 from engine.params import Params
-from engine.tokenizer import byte_level
+from engine.tokenizer import Tokenizer, byte_level
 
 Raw = dict[str, Any]
 
@@ -113,15 +115,20 @@ EMBEDDINGS = {"llama-tied": 0.3, "gemma": 0.15, "phi3-longrope": 0.05}
 default epsilon, which phi3-longrope has, would be a rounding error beside them.
 """
 
+VOCABULARIES = ("embed_tokens", "embed_in", "embed_out", "lm_head", "wte", "wpe")
+"""Matrices with a row for every token or position."""
+
 
 class Seeded:
     """Makes the tensor of any name and shape; norms near 1 (stored as gain - 1 where a family does that)."""
 
-    def __init__(self, row: str) -> None:
+    def __init__(self, row: str, raw: Raw | None = None) -> None:
+        """`raw` is the config of a model that has no row."""
+        model_type = (raw or ROWS[row])["model_type"]
         self._row = row
-        self._size = SMALLER.get(ROWS[row]["model_type"], 1.0)
+        self._size = SMALLER.get(model_type, 1.0) if raw is None else 0.5
         self._embedding = EMBEDDINGS.get(row, 1.0)
-        self._gain = 0.0 if ROWS[row]["model_type"].startswith("gemma") else 1.0
+        self._gain = 0.0 if model_type.startswith("gemma") else 1.0
 
     def __contains__(self, name: str) -> bool:
         return True
@@ -135,16 +142,26 @@ class Seeded:
             middle = self._gain if name.endswith("weight") else 0.0
             return (middle + rng.uniform(-0.5, 0.5, shape)).astype(np.float16).astype(np.float32)  # 1 + w is exact
         ends = self._embedding if "embed" in name else 1.0
-        scale = ends if shape[0] in (257, 128) else 2 * self._size * max(shape) ** -0.5
+        scale = ends if name.split(".")[-2] in VOCABULARIES else 2 * self._size * max(shape) ** -0.5
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
 
 def tiny(row: str, tensors: Seeded | None = None) -> Model:
-    """The model of a row, with one token per byte; none ends a text, so that every generation has its steps."""
-    raw, tensors = ROWS[row], tensors or Seeded(row)
+    """The model of a row."""
+    return made(row, ROWS[row], tensors or Seeded(row))
+
+
+def made(row: str, raw: Raw, tensors: Seeded) -> Model:
+    """The model of a config, with one token per byte; none ends a text, so that every generation has its steps."""
     reader = family(raw["model_type"])
     cfg = reader.config(raw)
     params = Params(reader.ends(tensors, cfg, raw), lambda i: reader.layer(tensors, i, cfg, raw), keep=cfg.n_layers)
+    fingerprint = zlib.crc32(row.encode()).to_bytes(4, "big").hex() * 8
+    return Model(row, cfg, params, copy(_endless()), fingerprint, "dense", True)
+
+
+@cache
+def _endless() -> Tokenizer:
     words = byte_level()
     words.eos = ()
-    return Model(row, cfg, params, words, zlib.crc32(row.encode()).to_bytes(4, "big").hex() * 8, "dense", True)
+    return words
