@@ -17,7 +17,7 @@ from engine.distribution import softmax_of
 from engine.families import known
 from engine.hooks import Edit
 
-EXAMPLES = 8
+EXAMPLES = 5
 """Of every family, in every test."""
 
 
