@@ -6,6 +6,7 @@ features(row)   {sentence, ...}: what the row's architecture has
 """
 
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 
 import families
 import numpy as np
@@ -47,28 +48,45 @@ def features(row: str) -> set[str]:
     }
 
 
+SETTINGS = {
+    "attn_softcap": "attention softcap",
+    "final_softcap": "final softcap",
+    "embed_scale": "embedding scale",
+    "residual_scale": "residual multiplier",
+    "logit_scale": "logit scale",
+    "parallel": "parallel blocks",
+    "learned_positions": "learned positions",
+    "tied": "tied head",
+}
+"""Fields of `Config` that have defaults; a field without a name here is a feature by its own name."""
+
+PARTS = {
+    "gate": "gated MLP",
+    "attn_norm": "norm before attention",
+    "mlp_norm": "norm before the MLP",
+    "q_norm": "queries normed",
+    "k_norm": "keys normed",
+    "attn_post_norm": "norm after attention",
+    "mlp_post_norm": "norm after the MLP",
+}
+"""Fields of `LayerParams` that may be absent, likewise."""
+
+
 def _sizes(cfg: Config) -> Iterator[str]:
     yield f"{cfg.norm} norm"
     yield "epsilon"
     yield f"activation {cfg.activation}"
-    yield "tied head" if cfg.tied else "untied head"
-    yield "parallel blocks" if cfg.parallel else "sequential blocks"
+    yield from () if cfg.tied else ["untied head"]
+    yield from () if cfg.parallel else ["sequential blocks"]
     if cfg.n_heads * cfg.d_head != cfg.d_model:
         yield "heads wider than the model"
-    for name, there in (
-        ("embedding scale", cfg.embed_scale != 1),
-        ("residual multiplier", cfg.residual_scale != 1),
-        ("logit scale", cfg.logit_scale != 1),
-        ("final softcap", cfg.final_softcap is not None),
-    ):
-        if there:
-            yield name
+    for field in fields(cfg):
+        if field.default is not MISSING and getattr(cfg, field.name) != field.default:
+            yield SETTINGS.get(field.name, field.name)
 
 
 def _positions(cfg: Config, kind: str) -> Iterator[str]:
     ropes = [rope for rope in cfg.ropes if rope is not None]
-    if cfg.learned_positions:
-        yield "learned positions"
     if not ropes:
         return
     yield "rotary positions"
@@ -93,7 +111,6 @@ def _attention(cfg: Config) -> Iterator[str]:
         ("windows in some layers", len({*cfg.windows}) > 1),
         ("attention scale", any(scale != cfg.d_head**-0.5 for scale in cfg.attn_scales)),
         ("attention scale by layer", len({*cfg.attn_scales}) > 1),
-        ("attention softcap", cfg.attn_softcap is not None),
         ("grouped queries", cfg.group > 1),
     ):
         if there:
@@ -101,22 +118,16 @@ def _attention(cfg: Config) -> Iterator[str]:
 
 
 def _parts(layer: LayerParams, ends: Ends, cfg: Config) -> Iterator[str]:
-    yield "plain MLP" if layer.gate is None else "gated MLP"
-    for name, part in (
-        ("norm before attention", layer.attn_norm),
-        ("norm before the MLP", layer.mlp_norm),
-        ("norm after attention", layer.attn_post_norm),
-        ("norm after the MLP", layer.mlp_post_norm),
-        ("final norm", ends.final_norm),
-    ):
-        if part is not None:
-            yield name
+    yield from () if layer.gate else ["plain MLP"]
+    yield from ["final norm"] if ends.final_norm else ()
+    for field in fields(layer):
+        if field.default is None and getattr(layer, field.name) is not None:
+            yield PARTS.get(field.name, field.name)
     if layer.attn_norm is layer.mlp_norm and layer.attn_norm is not None:
         yield "one norm for attention and MLP"
     if layer.q_norm is not None:
         gain = layer.q_norm.weight
-        together = "all heads' queries and keys normed together"
-        yield "queries and keys normed" if gain.shape[-1] == cfg.d_head else together
+        yield "heads normed one by one" if gain.shape[-1] == cfg.d_head else "heads normed together"
         if gain.ndim == 2:
             yield "gains by head"
 
