@@ -22,8 +22,8 @@ LENGTHS = {"short": 24, "donor": 24, "long": 100, "middle": 60}
 KEPT = {"short": (1, 7, 15, 23), "long": (63, 64, 80, 99)}
 """Positions of the golden logits."""
 
-KEPT_POINTS, KEPT_CASES, STRIDE = 99, (7, 22, 23), 4
-"""Of points the row at this position of the long prompt; of cases these positions; of either's logits every 4th."""
+KEPT_POINTS, KEPT_CASES, STRIDE = 99, (7, 22, 23), 8
+"""Points: the row at this position of the long prompt. Cases: every 8th logit at these positions."""
 
 
 def prompts() -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ smollm2.safetensors   last rows of the float64 reference, rounded to float32
 smollm2.json          versions, the weights' sha256, prompts, the allowed error of every array, tokens
 families.safetensors  of the tiny model of every row of `tests/families.py`, the rows that `family_cases.py` names
     ROW/PROMPT/logits (positions, d_vocab), ROW/points/POINT (layers, [heads,] width), ROW/case/NAME (positions, every
-    4th logit), ROW/transplant/NAME (1, every 4th logit)
+    8th logit), ROW/transplant/NAME (1, every 8th logit)
 families.json         versions, prompts, the allowed error of every row of every array
 """
 
