@@ -1,7 +1,7 @@
 """Traces on disk: `export_trace` writes activations with a manifest that says what they are, `load_trace` checks them.
 
-A trace is a directory with `trace.safetensors` and `manifest.json`; docs/guides/traces.md describes the manifest, whose JSON
-Schema is docs/trace-manifest.schema.json. `VERSION` grows when a reader of the old form would misread the new one.
+A trace is a directory with `trace.safetensors` and `manifest.json`; docs/guides/traces.md describes the manifest, whose
+JSON Schema is docs/trace-manifest.schema.json. `VERSION` grows when a reader of the old form would misread the new one.
 """
 
 import hashlib

@@ -5,6 +5,7 @@ refuses             asserts the refusal of a point that they do not have
 bias_free, offset   whether zeros stay zeros in a layer; what is added to a projection
 moves               whether rows of the cache can go to another position; `refuses_to_move` asserts the refusal
 turns               whether keys depend on their position through a rotation
+boundary            the length after which rotary frequencies change, and whether they go on changing
 visible             which keys each row may see
 final_logits        the last norm and the unembedding written out in float64
 """
@@ -63,6 +64,16 @@ def refuses_to_move() -> AbstractContextManager[None]:
 
 def turns(model: Model, layer: int) -> bool:
     return model.config.ropes[layer] is not None
+
+
+def boundary(model: Model) -> tuple[int, bool] | None:
+    """(length, goes on); None where frequencies do not depend on the length."""
+    for rope in model.config.ropes:
+        if rope is not None and rope.long is not None:
+            return rope.long[0], False
+        if rope is not None and rope.dynamic is not None:
+            return rope.dynamic[2], True
+    return None
 
 
 def visible(model: Model, layer: int, s: int) -> np.ndarray:

@@ -1,15 +1,14 @@
-"""Mutants of GGUF loading: one thing that llama.cpp's files say, or its tokenizers do, read wrongly.
+"""Mutants of loading: what GGUF files, llama.cpp's tokenizers and multimodal checkpoints say, read wrongly.
 
-GGUF_MUTANTS        caught by llama.cpp's golden logits in `tests/engine/test_gguf_families.py`
-TOKENIZER_MUTANTS   caught by llama.cpp's golden ids in `tests/engine/test_gguf_tokenizers.py`
-
-Each is (name, file in engine/, text that is there exactly once, what it becomes).
+GGUF_MUTANTS   caught by llama.cpp's golden logits and ids, and by the tests of the text part of Gemma 3
 """
+
+from mutant import Mutant
 
 _READERS, _TABLE = "families/_gguf/readers.py", "families/_gguf/table.py"
 _TENSORS, _WORDS = "families/_gguf/tensors.py", "gguf_tokenizer.py"
 
-GGUF_MUTANTS = (
+_FILES = (
     ("rows of queries and keys left interleaved", _TENSORS, "if part in self._heads:", "if False:"),
     ("keys put back by the heads of queries", _TENSORS, "kv_heads if kv else heads for", "heads for"),
     ("rows put back in the wrong order", _TENSORS, "heads, -1, 2, *rows", "heads, 2, -1, *rows"),
@@ -54,7 +53,7 @@ GGUF_MUTANTS = (
     ("unknown settings ignored", "families/_gguf/settings.py", "        if unread:", "        if False:"),
 )  # fmt: skip
 
-TOKENIZER_MUTANTS = (
+_TOKENIZERS = (
     ("digits in threes for qwen2", _WORDS, '_QWEN2 = PreTokenizer(lambda: _split(r"\\p{N}"))',
      '_QWEN2 = PreTokenizer(lambda: _split(r"\\p{N}{1,3}"))'),
     ("contractions in small letters only", _WORDS, "'[sS]|'[tT]", "'s|'t"),
@@ -72,3 +71,17 @@ TOKENIZER_MUTANTS = (
     ("merges with what has changed", "spm.py", 'or "".join(parts) != both or', "or"),
     ("bytes by another name", "spm.py", "{byte:02X}", "{byte:02x}"),
 )  # fmt: skip
+
+_MULTIMODAL = (
+    ("anything may be left unread", "families/gemma3.py", "if not stored.startswith(VISION):",
+     'if "language" in stored:'),
+    ("nothing may be left unread", "families/gemma3.py", "if not stored.startswith(VISION):", "if True:"),
+    ("defaults before what is stated", "families/gemma3.py", "{**DEFAULTS, **inner}", "{**inner, **DEFAULTS}"),
+    ("older names not known", "families/gemma3.py", '"model.language_model.": "model."', '"x.": "model."'),
+)  # fmt: skip
+
+GGUF_MUTANTS = (
+    *(Mutant(f"GGUF: {name}", *rest, "test_gguf_families.py") for name, *rest in _FILES),
+    *(Mutant(f"GGUF ids: {name}", *rest, "test_gguf_tokenizers.py") for name, *rest in _TOKENIZERS),
+    *(Mutant(f"gemma3: {name}", *rest, "test_multimodal.py") for name, *rest in _MULTIMODAL),
+)

@@ -18,21 +18,33 @@ def whole(model, ids, hook=None, prompt=None):
     return forward(model, ids, hook=hook, logits_at="all", prompt_length=prompt).logits[0]
 
 
+@pytest.fixture(scope="module")
+def plain(model, ids) -> np.ndarray:
+    """Logits of an uncached run without hooks."""
+    return whole(model, ids)
+
+
+@pytest.fixture(scope="module")
+def steered(model, ids) -> np.ndarray:
+    """Logits of an uncached run, steered at the prompt's last row."""
+    return whole(model, ids, SteerHook().add(1, vector(model), 1.0))
+
+
 def chunkings(n: int) -> list[list[int]]:
     return [[1] * n, [2, n - 2], [n - 1, 1], [1, 2, n - 3]]
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_cached_logits_equal_uncached_ones(model, ids, which):
+def test_cached_logits_equal_uncached_ones(model, ids, plain, which):
     logits, cache = cached(model, ids, chunkings(len(ids))[which])
-    assert_close(logits, whole(model, ids))
+    assert_close(logits, plain)
     assert cache.length == cache.next_position == len(ids)
 
 
-def test_a_cache_of_another_prompt_is_told_apart(model, ids, donor):
+def test_a_cache_of_another_prompt_is_told_apart(model, ids, donor, plain):
     cache = KVCache.with_layers(model.config.n_layers)
     forward(model, donor[:-1], cache=cache)
-    assert_moved(forward(model, ids[-1:], cache=cache).logits[0], whole(model, ids)[-1:])
+    assert_moved(forward(model, ids[-1:], cache=cache).logits[0], plain[-1:])
 
 
 HOOKS = {
@@ -52,13 +64,14 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_cached_equals_uncached_under_intervention(model, ids, name):
-    """The first three tokens are the prompt; the rest stands for generated tokens."""
+def test_cached_equals_uncached_under_intervention(model, ids, plain, name):
+    """The first three tokens are the prompt; the rest stands for generated tokens, two singly, then all others."""
     expected = whole(model, ids, HOOKS[name](model), prompt=3)
-    logits, _ = cached(model, ids, [3] + [1] * (len(ids) - 3), HOOKS[name](model), prompt=3)
+    sizes = [size for size in (3, 1, 1, len(ids) - 5) if size]
+    logits, _ = cached(model, ids, sizes, HOOKS[name](model), prompt=3)
     tolerance = after_zeroing(model) if "ablation" in name else SAME
     assert_close(logits, expected, tolerance)
-    assert_moved(logits, whole(model, ids), tolerance)
+    assert_moved(logits, plain, tolerance)
 
 
 def test_scope_last_covers_every_row_that_emits_a_token_once(model, ids):
@@ -68,42 +81,42 @@ def test_scope_last_covers_every_row_that_emits_a_token_once(model, ids):
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_a_chunked_prefill_intervenes_only_on_the_prompts_last_row(model, ids, which):
+def test_a_chunked_prefill_intervenes_only_on_the_prompts_last_row(model, ids, plain, steered, which):
     hook = SteerHook().add(1, vector(model), 1.0)
     logits, _ = cached(model, ids, chunkings(len(ids))[which], hook)
     assert hook.edits[0].fired == 1
-    assert_close(logits, whole(model, ids, SteerHook().add(1, vector(model), 1.0)))
-    assert_close(logits[:-1], whole(model, ids)[:-1])
-    assert_moved(logits[-1:], whole(model, ids)[-1:])
+    assert_close(logits, steered)
+    assert_close(logits[:-1], plain[:-1])
+    assert_moved(logits[-1:], plain[-1:])
 
 
-def test_position_zero_is_the_first_token_in_every_chunk(model, ids):
+def test_position_zero_is_the_first_token_in_every_chunk(model, ids, plain):
     hook = ZeroAblateHook.for_layers([1], positions=[0])
     logits, _ = cached(model, ids, [2, 1, len(ids) - 3], hook)
     assert hook.edits[0].fired == 1
     whole_run = whole(model, ids, ZeroAblateHook.for_layers([1], positions=[0]))
     assert_close(logits, whole_run, after_zeroing(model))
-    assert_moved(logits, whole(model, ids), after_zeroing(model))
+    assert_moved(logits, plain, after_zeroing(model))
 
 
-def test_a_fork_continues_like_the_original_and_leaves_it_alone(model, ids, donor):
+def test_a_fork_continues_like_the_original_and_leaves_it_alone(model, ids, donor, plain):
     cache = KVCache.with_layers(model.config.n_layers)
     forward(model, ids[:-1], cache=cache)
     fork = cache.fork()
     forward(model, donor[:2], cache=fork)
     assert (cache.length, fork.length) == (len(ids) - 1, len(ids) + 1)
-    assert_close(forward(model, ids[-1:], cache=cache).logits[0], whole(model, ids)[-1:])
+    assert_close(forward(model, ids[-1:], cache=cache).logits[0], plain[-1:])
 
 
-def test_a_cropped_cache_continues_from_where_it_was_cut(model, ids, donor):
+def test_a_cropped_cache_continues_from_where_it_was_cut(model, ids, donor, plain):
     cache = KVCache.with_layers(model.config.n_layers)
     forward(model, ids[:2] + donor, cache=cache)
     cache.crop(2)
-    assert_close(forward(model, ids[2:], cache=cache, logits_at="all").logits[0], whole(model, ids)[2:])
+    assert_close(forward(model, ids[2:], cache=cache, logits_at="all").logits[0], plain[2:])
 
 
-def test_logits_can_be_asked_for_by_absolute_position(model, ids):
-    expected, n = whole(model, ids), len(ids)
+def test_logits_can_be_asked_for_by_absolute_position(model, ids, plain):
+    expected, n = plain, len(ids)
     some = forward(model, ids, logits_at=[1, -1])
     assert some.logit_positions.tolist() == [1, n - 1]
     assert_close(some.logits[0], expected[[1, -1]])

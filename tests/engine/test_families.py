@@ -1,20 +1,36 @@
-"""Every family against the golden logits of transformers in float64, and what a family refuses.
+"""Every family against what transformers computes in float64, and what a family refuses.
 
 `make oracle` makes `tests/golden/families.*` and says how; what each row is allowed was fixed there.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import families
 import numpy as np
 import pytest
+from declared import points_of
+from oracle.cases import built_in, ours
+from oracle.family_cases import (
+    CASES,
+    KEPT_CASES,
+    STRIDE,
+    cases,
+    changed,
+    injected,
+    prompts,
+    transplants,
+    unchanged,
+)
 from oracle.golden import Golden
 from oracle.measure import CEILING, CONTROL, distance, row_errors
+from tolerances import assert_same
 
-from engine import Model, forward
+from engine import POINTS, Model, PatchHook, ScaleHook, SteerHook, ZeroAblateHook, forward
 from engine.errors import DamagedFile, UnknownModel
 from engine.families import family, known
 from engine.families._rope import rope_from
+from engine.interventions import KINDS
 from engine.ops import ACTIVATIONS
 
 
@@ -28,23 +44,75 @@ def tiny(request: pytest.FixtureRequest) -> Model:
     return families.tiny(request.param)
 
 
-@pytest.mark.parametrize("prompt", ["short", "long"])
-def test_logits_equal_the_golden_ones(tiny, golden, prompt):
-    name = f"{tiny.name}/{prompt}/logits"
-    positions = golden.facts["positions"][prompt]
-    found = forward(tiny, golden.facts["prompts"][prompt], logits_at=positions).logits[0]
+def assert_golden(found: np.ndarray, golden: Golden, name: str) -> None:
     errors = row_errors(found, golden.arrays[name])
-    for position, error, limit in zip(positions, errors, golden.allowed(name), strict=True):
-        assert error <= limit, f"{name}, position {position}: relative error {error:.1e} is above {limit:.1e}"
+    for row, (error, limit) in enumerate(zip(errors, golden.allowed(name), strict=True)):
+        assert error <= limit, f"{name}, row {row}: relative error {error:.1e} is above {limit:.1e}"
 
 
-def test_every_row_has_golden_logits_that_differ_from_position_to_position(golden):
-    names = {f"{row}/{prompt}/logits" for row in families.ROWS for prompt in golden.facts["positions"]}
-    assert names == golden.arrays.keys() == golden.facts["allowed"].keys()
-    for name, logits in golden.arrays.items():
-        limit = max(golden.allowed(name))
-        assert 0 < limit <= CEILING
-        assert distance(logits[1:], logits[:-1]) >= CONTROL * limit
+@pytest.fixture(scope="module")
+def far(golden) -> Callable[[str, np.ndarray], None]:
+    """Asserts that a golden array is further from a baseline than what is allowed, by the factor of all controls."""
+
+    def check(name: str, baseline: np.ndarray) -> None:
+        assert distance(golden.arrays[name], baseline) >= CONTROL * max(golden.allowed(name)), name
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny) -> dict[str, np.ndarray]:
+    """Logits at every position of every prompt, in the stride of the golden cases."""
+    return {name: forward(tiny, ids, logits_at="all").logits[0, :, ::STRIDE] for name, ids in prompts().items()}
+
+
+def test_logits_and_every_point_equal_the_golden_ones(tiny, golden, far):
+    found = dict(unchanged(tiny))
+    assert {*found} == {"short/logits", "long/logits", *(f"points/{name}" for name in points_of(tiny))}
+    for name, array in found.items():
+        assert_golden(array, golden, f"{tiny.name}/{name}")
+        far(f"{tiny.name}/{name}", np.roll(array, 1, axis=0 if name.endswith("logits") else -1))
+
+
+def test_interventions_give_the_golden_logits(tiny, golden, far, baseline):
+    for case in cases(tiny):
+        assert_golden(changed(tiny, case), golden, f"{tiny.name}/case/{case.name}")
+        far(f"{tiny.name}/case/{case.name}", baseline[case.prompt][list(KEPT_CASES)])
+
+
+def test_built_in_hooks_do_what_interventions_do(tiny):
+    for case in cases(tiny):
+        hooks = built_in(tiny, case, prompts())
+        if hooks is not None:
+            for mine, theirs in zip(ours(tiny, case, prompts(), hooks), ours(tiny, case, prompts()), strict=True):
+                assert_same(mine, theirs)
+
+
+def test_transplants_give_the_golden_logits(tiny, golden, far, baseline):
+    for case in transplants(tiny):
+        assert_golden(injected(tiny, case), golden, f"{tiny.name}/transplant/{case.name}")
+        far(f"{tiny.name}/transplant/{case.name}", baseline[case.recipient][-1:])
+
+
+def test_a_row_has_golden_numbers_for_everything_that_it_has(tiny, golden):
+    names = {"short/logits", "long/logits", *(f"points/{name}" for name in points_of(tiny))}
+    names |= {f"case/{case.name}" for case in cases(tiny)} | {f"transplant/{case.name}" for case in transplants(tiny)}
+    found = {name.partition("/")[2] for name in golden.arrays if name.startswith(f"{tiny.name}/")}
+    assert found == names
+
+
+def test_every_golden_number_has_a_limit_below_the_ceiling(golden):
+    assert golden.arrays.keys() == golden.facts["allowed"].keys()
+    assert {name.partition("/")[0] for name in golden.arrays} == {*families.ROWS}
+    assert all(0 < limit <= CEILING for limits in golden.facts["allowed"].values() for limit in limits)
+
+
+def test_the_golden_cases_cover_every_kind_every_point_and_every_built_in_hook():
+    synthetic = families.tiny("llama")
+    assert {change.kind for case in CASES for change in case.changes} == {*KINDS}
+    assert {change.point for case in CASES for change in case.changes} == {*POINTS}
+    hooks = {type(hook) for case in CASES for hook in built_in(synthetic, case, prompts()) or ()}
+    assert hooks == {ZeroAblateHook, SteerHook, PatchHook, ScaleHook}
 
 
 def test_every_family_has_a_row():

@@ -1,10 +1,12 @@
 """The points: which fire, with which shapes, and the identities their names promise."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from declared import head, moves, offset, points_of, visible
 from recording import Calls, everything
-from tolerances import assert_close, assert_moved, assert_same
+from tolerances import CONTROL, SAME, assert_close, assert_moved, assert_same
 
 from engine import POINTS, KVCache, RecordHook, forward
 
@@ -112,6 +114,27 @@ def test_z_mixes_the_values_of_the_heads_own_group(model, acts):
 def test_final_norm_is_what_the_unembedding_reads(model, ids, acts):
     logits = forward(model, ids, logits_at="all").logits[0]
     assert_close(head(model, acts["final_norm", model.config.n_layers - 1]), logits)
+
+
+def test_what_the_parts_write_sums_to_the_logit_before_its_softcap(model, ids, acts):
+    """Direct contributions of the embedding and of every attention and MLP, with the last norm's scale held fixed: no
+    remainder is left, relative to the sum of their absolute values.
+    """
+    cfg, ends = dataclasses.replace(model.config, final_softcap=None), model.params
+    token = int(forward(model, ids).logits[0, -1].argmax())
+    parts = [acts["embed", 0], *(acts[n, i] for n in ("attn_out", "mlp_out") for i in range(cfg.n_layers))]
+    rows = np.stack([part[-1] for part in parts]).astype(np.float64)
+    rows = rows - rows.mean(-1, keepdims=True) if cfg.norm == "layer" else rows
+    scale = np.sqrt(np.mean(rows.sum(0) ** 2) + cfg.norm_eps)
+    direction = cfg.logit_scale * ends.unembed[token].astype(np.float64)
+    contributions = rows / scale * ends.final_norm.weight @ direction
+    constant = offset(ends.final_norm) @ direction
+    constant += 0 if ends.unembed_bias is None else cfg.logit_scale * ends.unembed_bias[token]
+    logit = forward(dataclasses.replace(model, config=cfg), ids).logits[0, -1, token]
+    total = np.abs(contributions).sum() + abs(constant)
+    assert abs(contributions.sum() + constant - logit) <= SAME * total
+    without = np.delete(contributions, np.abs(contributions).argmax())
+    assert abs(without.sum() + constant - logit) >= CONTROL * SAME * total
 
 
 def test_everything_is_float32(model, ids, acts):

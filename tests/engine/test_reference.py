@@ -1,20 +1,12 @@
 """The decoder against naive.py: a second decoder in float64 that shares no line with it."""
 
-import families
 import numpy as np
 import pytest
 from naive import Activations, naive
 from recording import cached, everything
 from tolerances import CONTROL, PATTERN, REFERENCE, assert_close, assert_moved, row_error
 
-from engine import KVCache, Model, forward
-
-LLAMAS = [name for name, raw in families.ROWS.items() if raw["model_type"] == "llama"]
-
-
-@pytest.fixture(scope="session", params=["synthetic", pytest.param("smollm2", marks=pytest.mark.real), *LLAMAS])
-def model(request: pytest.FixtureRequest) -> Model:
-    return families.tiny(request.param) if request.param in LLAMAS else request.getfixturevalue(request.param)
+from engine import KVCache, forward
 
 
 @pytest.fixture(scope="module")

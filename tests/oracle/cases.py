@@ -1,14 +1,14 @@
 """What is compared, as data, and the engine's side of it. Needs no torch: the golden tests run it too.
 
 prompts          {name: ids} of every prompt
-Change, Case     interventions as data; `ours` runs one with the engine
+Change, Case     interventions as data; `ours` runs one with the engine, `built_in` names the hooks that do the same
 CASES            one or more of every kind of intervention
 Transplant, TRANSPLANTS, inject    KV-cache surgery
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -18,7 +18,11 @@ from engine import (
     Generation,
     Intervention,
     Model,
+    PatchHook,
     RecordHook,
+    ScaleHook,
+    SteerHook,
+    ZeroAblateHook,
     compile_interventions,
     forward,
     generate,
@@ -239,15 +243,39 @@ def edit_hook(model: Model, case: Case, ids: Ids) -> EditHook:
     return compile_interventions(model, made, len(ids[case.prompt]))
 
 
-def ours(model: Model, case: Case | str, ids: Ids) -> tuple[Array, Array]:
-    """(s, d_vocab) logits and (layers, s, d_model) `resid_post` of a case, or of a prompt as it is."""
+def built_in(model: Model, case: Case, ids: Ids) -> list[EditHook] | None:
+    """The built-in hooks that do what a case does, in its order; None where one of its changes has none."""
+    made = [_built_in(c, None if c.vector is None else c.vector.of(EngineNumbers(model), ids)) for c in case.changes]
+    hooks = [hook for hook in made if hook is not None]
+    return hooks if len(hooks) == len(made) else None
+
+
+def _built_in(c: Change, vector: Array | None) -> EditHook | None:
+    scope: Any = c.positions
+    if c.kind == "scale" and c.heads is None:
+        return ScaleHook.for_layers(c.layers, c.value, c.point, scope)
+    if c.point != "resid_post":
+        return None
+    if c.kind == "zero":
+        return ZeroAblateHook.for_layers(c.layers, scope)
+    if c.kind == "steer" and vector is not None:
+        return SteerHook().add(c.layers[0], vector, c.value, scope)
+    if c.kind == "patch" and vector is not None:
+        return PatchHook({(c.layers[0], position): vector for position in scope})
+    return None
+
+
+def ours(model: Model, case: Case | str, ids: Ids, hooks: Sequence[EditHook] | None = None) -> tuple[Array, Array]:
+    """(s, d_vocab) logits and (layers, s, d_model) `resid_post` of a case, or of a prompt as it is. `hooks` do the
+    case's work in place of its interventions.
+    """
     record = RecordHook.for_layers(range(model.config.n_layers), points=["resid_post"])
     if isinstance(case, str):
         result = forward(model, ids[case], hook=record, logits_at="all")
     else:
-        edits = edit_hook(model, case, ids)
-        result = forward(model, ids[case.prompt], hook=CompositeHook([edits, record]), logits_at="all")
-        idle = [edit for edit in edits.edits if not edit.fired]
+        chosen = [edit_hook(model, case, ids)] if hooks is None else hooks
+        result = forward(model, ids[case.prompt], hook=CompositeHook([*chosen, record]), logits_at="all")
+        idle = [edit for hook in chosen for edit in hook.edits if not edit.fired]
         if idle:
             raise AssertionError(f"{case.name}: {idle} never fired")
     assert result.logits is not None
@@ -286,7 +314,7 @@ TRANSPLANTS: tuple[Transplant, ...] = (
 )
 
 
-def inject(model: Model, case: Transplant, ids: Ids) -> tuple[Array, Generation]:
+def inject(model: Model, case: Transplant, ids: Ids, steps: int = CONTINUATION) -> tuple[Array, Generation]:
     """(d_vocab,) next-token logits after the surgery, and the continuation."""
     done = prefill_inject(
         model,
@@ -298,7 +326,7 @@ def inject(model: Model, case: Transplant, ids: Ids) -> tuple[Array, Generation]
         case.what,
         case.rope,
         case.heads,
-        max_new_tokens=CONTINUATION,
+        max_new_tokens=steps,
     )
     return done.injected, done.injected_text
 

@@ -1,72 +1,35 @@
 """Every row of `tests/families.py` against transformers: the same tensors by name on both sides.
 
-rows            a `Bench` for each row: the engine's model, the reference in float32 and float64, three prompts
-families_agree  logits, points, cached runs, interventions and saved directories of every row
-golden          the float64 logits that the tests compare with, without torch
+rows            a `Bench` for each row: the engine's model, the reference in float32 and float64
+families_agree  logits, points, cached runs, interventions, transplants and saved directories of every row
+golden          the float64 numbers that the tests compare with, without torch
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import families
 import numpy as np
 import torch
 import transformers
+from declared import points_of
 from naive import naive
-from oracle.cases import Case, Change, Row, ours
+from oracle.cases import built_in, inject, ours
 from oracle.checks import agreement
+from oracle.family_cases import KEPT, KEPT_CASES, STRIDE, cases, point_row, prompts, transplants
+from oracle.family_sites import sites
 from oracle.golden import Golden
-from oracle.measure import Measure, Result, allowed, distance, measure, row_errors
-from oracle.reference import Array, Reference, Run, Site, in_float64
+from oracle.measure import CEILING, CONTROL, FACTOR, NOTHING, Measure, Result, allowed, distance, measure, row_errors
+from oracle.reference import Array, Reference, Run, in_float64
 from recording import cached
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine import Model, RecordHook, forward, load_model
 from engine.families import family
-
-LENGTHS = {"short": 24, "donor": 24, "long": 100}
-"""Longer than the windows (4 tokens); 100 tokens are longer than the contexts at which longrope and dynamic change."""
-
-KEPT = {"short": (1, 7, 15, 23), "long": (63, 64, 80, 99)}
-"""Positions of the golden logits."""
-
-# --- where the points are -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Names:
-    """Module names of a family; `returns` is "first" where a layer returns a tuple."""
-
-    layer: str = "model.layers.{}"
-    attention: str = "self_attn"
-    o: str = "o_proj"
-    down: str = "mlp.down_proj"
-    returns: str = "out"
-
-    @property
-    def sites(self) -> dict[str, Site]:
-        attention = f"{self.layer}.{self.attention}"
-        o, down = f"{attention}.{self.o}", f"{self.layer}.{self.down}"
-        return {
-            "resid_post": Site(self.layer, self.returns),
-            "attn_pattern": Site(attention, "weights"),
-            "z": Site(o, "in", heads=True),
-            "attn_proj": Site(o, "out"),
-            "mlp_act": Site(down, "in"),
-            "mlp_proj": Site(down, "out"),
-        }
-
-
-NAMES = {
-    "gpt2": Names("transformer.h.{}", "attn", "c_proj", "mlp.c_proj"),
-    "gpt_neo": Names("transformer.h.{}", "attn.attention", "out_proj", "mlp.c_proj", "first"),
-    "gpt_neox": Names("gpt_neox.layers.{}", "attention", "dense", "mlp.dense_4h_to_h"),
-    "phi": Names(o="dense", down="mlp.fc2"),
-    "starcoder2": Names(down="mlp.c_proj"),
-}
-"""Families whose modules are not called as Llama's are."""
 
 ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 """Parameters that checkpoints call otherwise than the module does."""
@@ -92,7 +55,9 @@ class Asked(families.Seeded):
 
 @dataclass
 class Bench:
-    """One row. `runs` are pairs (float32, float64) of the reference by prompt or case."""
+    """One row. `runs` are pairs (float32, float64) of the reference by prompt, case or transplant; `controls` and
+    `pooled` are set by `pool`.
+    """
 
     row: str
     model: Model
@@ -101,6 +66,8 @@ class Bench:
     strays: set[str]
     ids: dict[str, list[int]]
     runs: dict[str, tuple[Run, Run]] = field(default_factory=dict)
+    controls: dict[str, float] = field(default_factory=dict)
+    pooled: dict[str, float] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -108,21 +75,16 @@ class Bench:
 
 
 def rows() -> Iterator[Bench]:
-    for row, raw in families.ROWS.items():
-        asked, names = Asked(row), NAMES.get(raw["model_type"], Names())
+    for row in families.ROWS:
+        asked = Asked(row)
         model = families.tiny(row, asked)
         for layer in range(model.config.n_layers):
             model.params.layer(layer)
         single, filled = reference(row, torch.float32)
         with in_float64():
             double, _ = reference(row, torch.float64)
-        references = (Reference(twin, names.sites, model.config.d_head) for twin in (single, double))
+        references = (Reference(twin, sites(twin), model.config.d_head) for twin in (single, double))
         yield Bench(row, model, *references, asked.seen ^ filled, prompts())
-
-
-def prompts() -> dict[str, list[int]]:
-    rng = np.random.default_rng(1)
-    return {name: rng.integers(0, 256, length).tolist() for name, length in LENGTHS.items()}
 
 
 def reference(row: str, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
@@ -154,6 +116,7 @@ def families_agree(benches: Iterable[Bench]) -> Iterator[Result]:
         yield from _unchanged(bench)
         yield from _cached(bench)
         yield from _changed(bench)
+        yield from _injected(bench)
         yield from _saved(bench)
     torch.set_num_threads(threads)
 
@@ -173,7 +136,8 @@ def _defaults(bench: Bench) -> Result:
 
 def _unchanged(bench: Bench) -> Iterator[Result]:
     """Logits and every point; the control is another prompt."""
-    points = tuple(bench.double.sites)
+    points, worst = tuple(bench.double.sites), dict.fromkeys(bench.double.sites, NOTHING)
+    assert {*points} == {*points_of(bench.model)}
     for name, ids in bench.ids.items():
         bench.runs[name] = bench.single.run(ids, points), bench.double.run(ids, points)
     for name, ids in bench.ids.items():
@@ -181,19 +145,23 @@ def _unchanged(bench: Bench) -> Iterator[Result]:
         record = RecordHook.for_layers(bench.double.layers, points=points)
         logits = forward(bench.model, ids, hook=record, logits_at="all").logits
         other = bench.runs["donor" if name == "short" else "short"][1].logits[-1:]
-        worst = measure(logits[0], single.logits, double.logits)
-        yield Result(bench.group, f"{name}: logits", worst, distance(double.logits[-1:], other))
+        error = measure(logits[0], single.logits, double.logits)
+        yield Result(bench.group, f"{name}: logits", error, distance(double.logits[-1:], other))
         for point in points:
             found = np.stack(list(record.get(point).values()))
-            worst = measure(found, single.stacked(point), double.stacked(point))
-            yield Result(bench.group, f"{name}: {point}", worst)
-    if bench.model.config.family == "llama":
-        exact = naive(bench.model, bench.ids["long"]).logits
-        found = bench.runs["long"][1].logits
-        error = float(row_errors(found, exact).max()) if found.dtype == np.float64 else np.inf
-        control = distance(bench.runs["long"][0].logits, exact)
-        worst = Measure(error, 1e-11, len(found))
-        yield Result(bench.group, "the reference is float64", worst, control)
+            worst[point] |= measure(found, single.stacked(point), double.stacked(point))
+    short, donor = (bench.runs[name][1] for name in ("short", "donor"))
+    for point in points:
+        yield Result(bench.group, point, worst[point], distance(short.stacked(point), donor.stacked(point)))
+    yield _float64_is_real(bench)
+
+
+def _float64_is_real(bench: Bench) -> Result:
+    """A decoder written for the tests agrees with the float64 run as no float32 run does."""
+    exact, (single, double) = naive(bench.model, bench.ids["long"]).logits, bench.runs["long"]
+    error = float(row_errors(double.logits, exact).max()) if double.logits.dtype == np.float64 else np.inf
+    worst = Measure(error, 1e-11, len(exact))
+    return Result(bench.group, "the reference is float64", worst, distance(single.logits, exact))
 
 
 def _cached(bench: Bench) -> Iterator[Result]:
@@ -204,21 +172,50 @@ def _cached(bench: Bench) -> Iterator[Result]:
         yield Result(bench.group, f"cached in {len(sizes)} steps", measure(logits, single.logits, double.logits))
 
 
-CASES = (
-    Case("zero two rows", "short", (Change("zero", (1,), positions=(5, -2)),)),
-    Case("steer", "short", (Change("steer", (2,), positions="last", value=0.5, vector=Row("donor", 2, 4)),)),
-    Case("patch one row", "short", (Change("patch", (1,), positions=(-2,), vector=Row("donor", 1, -2)),)),
-    Case("zero a head", "short", (Change("zero", (2,), "z", heads=(1,)),)),
-)
-
-
 def _changed(bench: Bench) -> Iterator[Result]:
-    """Interventions against torch hooks; the control is the reference's distance from the unchanged run."""
-    baseline = bench.runs["short"][1].logits[-1]
-    for case in CASES:
-        pair = bench.single.changed(case, bench.ids), bench.double.changed(case, bench.ids)
-        control = distance(pair[1].logits[-1], baseline)
-        yield from agreement(bench.group, case.name, ours(bench.model, case, bench.ids), pair, control)
+    """Interventions against torch hooks, as data and by the built-in hooks; the control is the reference's distance
+    from the unchanged run.
+    """
+    for case in cases(bench.model):
+        bench.runs[case.name] = bench.single.changed(case, bench.ids), bench.double.changed(case, bench.ids)
+    pool(bench, {case.name: case.prompt for case in cases(bench.model)})
+    for case in cases(bench.model):
+        yield _whole(bench, case.name, case.name, ours(bench.model, case, bench.ids))
+        hooks = built_in(bench.model, case, bench.ids)
+        if hooks is not None:
+            name = " + ".join(type(hook).__name__ for hook in hooks)
+            yield _whole(bench, case.name, f"{case.name}: {name}", ours(bench.model, case, bench.ids, hooks))
+
+
+def _whole(bench: Bench, case: str, name: str, found: tuple[Array, Array]) -> Result:
+    """Logits and resid_post together."""
+    (single, double), pooled = bench.runs[case], bench.pooled[case]
+    worst = measure(found[0], single.logits, double.logits, pooled)
+    worst |= measure(found[1], single.resid_post, double.resid_post, pooled)
+    return Result(bench.group, name, worst, bench.controls[case])
+
+
+def _injected(bench: Bench) -> Iterator[Result]:
+    """Next-token logits after surgery on the caches; the control is the run without it."""
+    for case in transplants(bench.model):
+        token, sides = bench.ids[case.recipient][-1], (bench.single, bench.double)
+        rows = (side.decoded(side.transplanted(case, bench.ids), token, 1)[0] for side in sides)
+        bench.runs[case.name] = tuple(Run(row[None], {}) for row in rows)
+    pool(bench, {case.name: case.recipient for case in transplants(bench.model)})
+    for case in transplants(bench.model):
+        (single, double), found = bench.runs[case.name], inject(bench.model, case, bench.ids, 1)[0][None]
+        worst = measure(found, single.logits, double.logits, bench.pooled[case.name])
+        yield Result(bench.group, case.name, worst, bench.controls[case.name])
+
+
+def pool(bench: Bench, baselines: Mapping[str, str]) -> None:
+    """Notes the control of each run, its distance from its baseline, and the limit that its kind shares: torch's worst
+    float32 row over all of them, as far as the control leaves room (see `measure`).
+    """
+    anchor = min(CEILING, FACTOR * max(distance(*(run.logits for run in bench.runs[name])) for name in baselines))
+    for name, baseline in baselines.items():
+        bench.controls[name] = distance(bench.runs[name][1].logits[-1], bench.runs[baseline][1].logits[-1])
+        bench.pooled[name] = min(anchor, bench.controls[name] / CONTROL)
 
 
 def _saved(bench: Bench) -> Iterator[Result]:
@@ -260,15 +257,31 @@ def golden(benches: Iterable[Bench]) -> Golden:
     facts = {
         "torch": torch.__version__.split("+")[0],
         "transformers": transformers.__version__,
-        "prompts": {name: prompts()[name] for name in KEPT},
+        "prompts": prompts(),
         "positions": {name: list(kept) for name, kept in KEPT.items()},
         "allowed": {},
     }
     made = Golden({}, facts, "families")
     for bench in benches:
-        for prompt, kept in KEPT.items():
-            single, double = (run.logits for run in bench.runs[prompt])
-            name, where = f"{bench.row}/{prompt}/logits", list(kept)
-            made.arrays[name] = double[where].astype("f4")
-            made.facts["allowed"][name] = [float(f"{limit:.1e}") for limit in allowed(single, double)[where]]
+        for name, single, double, row in _kept(bench):
+            limits = np.maximum(allowed(single, double), bench.pooled.get(name.partition("/")[2], 0.0))
+            by_row = row(np.broadcast_to(limits.reshape(*double.shape[:-1], 1), double.shape))[..., 0]
+            made.arrays[f"{bench.row}/{name}"] = row(double).astype("f4")
+            made.facts["allowed"][f"{bench.row}/{name}"] = [float(f"{limit:.1e}") for limit in by_row.ravel()]
     return made
+
+
+def _kept(bench: Bench) -> Iterator[tuple[str, Array, Array, Callable[[Array], Array]]]:
+    """(name, float32, float64, which rows of either are kept)."""
+    for prompt, positions in KEPT.items():
+        single, double = bench.runs[prompt]
+        yield f"{prompt}/logits", single.logits, double.logits, itemgetter(list(positions))
+    single, double = bench.runs["long"]
+    for point in bench.double.sites:
+        yield f"points/{point}", single.stacked(point), double.stacked(point), partial(point_row, point)
+    for case in cases(bench.model):
+        single, double = bench.runs[case.name]
+        yield f"case/{case.name}", single.logits, double.logits, lambda logits: logits[list(KEPT_CASES), ::STRIDE]
+    for surgery in transplants(bench.model):
+        single, double = bench.runs[surgery.name]
+        yield f"transplant/{surgery.name}", single.logits, double.logits, lambda logits: logits[:, ::STRIDE]

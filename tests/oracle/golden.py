@@ -4,14 +4,17 @@ smollm2.safetensors   last rows of the float64 reference, rounded to float32
     prompt/NAME/resid_post (layers, d_model), prompt/NAME/logits (every STRIDE-th), prompt/NAME/top (the ids of the
     five largest), case/NAME/resid_post (d_model,) of the last layer, case/NAME/logits, transplant/NAME/logits
 smollm2.json          versions, the weights' sha256, prompts, the allowed error of every array, tokens
-families.safetensors  ROW/PROMPT/logits (positions, d_vocab) of the tiny model of every row of `tests/families.py`
-families.json         versions, prompts, positions, the allowed error of every array
+families.safetensors  of the tiny model of every row of `tests/families.py`, the rows that `family_cases.py` names
+    ROW/PROMPT/logits (positions, d_vocab), ROW/points/POINT (layers, [heads,] width), ROW/case/NAME (positions, every
+    8th logit), ROW/transplant/NAME (1, every 8th logit)
+families.json         versions, prompts, the allowed error of every row of every array
 gguf.safetensors      ROW/PROMPT (positions, d_vocab): llama.cpp's logits for the files of `tests/gguf_rows.py`
 gguf.json             versions, prompts, positions, the allowed error of every array
 gguf_ids.json         small vocabularies of every tokenizer kind, and llama.cpp's ids of awkward text
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +56,7 @@ class Golden:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"{self.stem}.safetensors").write_bytes(save(self.arrays))
         text = json.dumps(self.facts, indent=1, sort_keys=True, ensure_ascii=False)
+        text = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
         (directory / f"{self.stem}.json").write_text(text + "\n", "utf-8")
 
 

@@ -15,6 +15,7 @@ run by run on 1 (two tokens into "date", a row whose float32 error is close to 1
 Interventions are pooled too: their anchor is torch's worst row over all of them, as far as the positive control leaves
 room. This was decided after one of 21 (scale v) stood at 1.3 of its own run's limit, where summing in shorter or longer
 blocks moved the excess to other cases: the worst row of five tokens in one amplified run is a draw, not a precision.
+So are, row by row of the tiny models, the interventions of one model and its transplants, which compare a single row.
 """
 
 from dataclasses import dataclass

@@ -21,7 +21,6 @@ import torch
 import transformers
 from oracle.cases import Case, Change, Ids, Transplant
 from transformers.cache_utils import DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 Array = np.ndarray
 Tensor = torch.Tensor
@@ -64,13 +63,38 @@ def doubled(model: torch.nn.Module) -> torch.nn.Module:
     return twin
 
 
+View = Callable[[Tensor, int], Tensor]
+"""(what a module takes or gives, d_head) -> a view of it, (b, s, heads, d_head)."""
+
+
+def flat(x: Tensor, d_head: int) -> Tensor:
+    """Heads side by side: (b, s, heads * d_head)."""
+    return x.unflatten(-1, (-1, d_head))
+
+
+def as_is(x: Tensor, d_head: int) -> Tensor:
+    """(b, s, heads, d_head)."""
+    return x
+
+
+def heads_first(x: Tensor, d_head: int) -> Tensor:
+    """(b, heads, s, d_head)."""
+    return x.transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Site:
-    """Where a point of the engine is in transformers' Llama: the input or output of a module."""
+    """Where a point of the engine is in a model of transformers, with the layer's number still to be filled in.
+
+    `side` says what of the module: "in", "out", "first" and "weights" (the parts of attention's output), or "shared",
+    an input that the layer reads again, so that it is changed in place. `view` finds the heads, at points that have
+    heads. The engine's array is what is there times `scale`.
+    """
 
     module: str
     side: str
-    heads: bool = False
+    view: View | None = None
+    scale: float = 1.0
 
 
 _LAYER = "model.layers.{}"
@@ -78,21 +102,21 @@ _ATTENTION = f"{_LAYER}.self_attn"
 SITES: dict[str, Site] = {
     "embed": Site("model.embed_tokens", "out"),
     "resid_pre": Site(_LAYER, "in"),
-    "q": Site(f"{_ATTENTION}.q_proj", "out", heads=True),
-    "k": Site(f"{_ATTENTION}.k_proj", "out", heads=True),
-    "v": Site(f"{_ATTENTION}.v_proj", "out", heads=True),
+    "q": Site(f"{_ATTENTION}.q_proj", "out", flat),
+    "k": Site(f"{_ATTENTION}.k_proj", "out", flat),
+    "v": Site(f"{_ATTENTION}.v_proj", "out", flat),
     "attn_pattern": Site(_ATTENTION, "weights"),
-    "z": Site(f"{_ATTENTION}.o_proj", "in", heads=True),
+    "z": Site(f"{_ATTENTION}.o_proj", "in", flat),
     "attn_proj": Site(f"{_ATTENTION}.o_proj", "out"),
     "attn_out": Site(_ATTENTION, "first"),
-    "resid_mid": Site(f"{_LAYER}.post_attention_layernorm", "in"),
+    "resid_mid": Site(f"{_LAYER}.post_attention_layernorm", "shared"),
     "mlp_act": Site(f"{_LAYER}.mlp.down_proj", "in"),
     "mlp_proj": Site(f"{_LAYER}.mlp.down_proj", "out"),
     "mlp_out": Site(f"{_LAYER}.mlp", "out"),
     "resid_post": Site(_LAYER, "out"),
     "final_norm": Site("model.norm", "out"),
 }
-"""Every point of the engine. "first" and "weights" are the two parts of attention's output."""
+"""Every point of the engine, in Llama."""
 
 _PART: dict[str, Callable[[Any], Tensor]] = {
     "out": lambda out: out,
@@ -166,12 +190,12 @@ class Reference:
         site = self.sites[point]
 
         def keep(x: Tensor) -> None:
-            if site.heads:
-                x = x.reshape(*x.shape[:2], -1, self.d_head)
+            if site.view is not None:
+                x = site.view(x, self.d_head)
                 x = x if point == "z" else x.transpose(1, 2)
-            kept[point, layer] = x[0].detach().numpy()
+            kept[point, layer] = x[0].detach().numpy() * site.scale
 
-        if site.side == "in":
+        if site.side in ("in", "shared"):
             return self.module(point, layer).register_forward_pre_hook(lambda _, args: keep(args[0]))
         return self.module(point, layer).register_forward_hook(lambda _, args, out: keep(_PART[site.side](out)))
 
@@ -200,36 +224,26 @@ class Reference:
 
     # --- caches -----------------------------------------------------------------------------------------------
 
-    def prefilled(self, ids: list[int]) -> tuple[DynamicCache, Run]:
-        """The cache of all ids but the last, and the keys and values before rotary."""
-        cache = DynamicCache(config=self.model.config)
-        kept: dict[tuple[str, int], Array] = {}
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.callback(self.record("k", layer, kept).remove)
-            logits = self.call(ids[:-1], past_key_values=cache, use_cache=True).numpy()
-        return cache, Run(logits, kept)
-
-    def rotated(self, keys: Array, positions: range) -> Tensor:
-        """Keys before rotary (heads, n, d_head) turned to these positions."""
-        x = torch.from_numpy(keys)[None]
-        with self.running():
-            cos, sin = self.model.model.rotary_emb(x, torch.tensor([list(positions)]))
-            return apply_rotary_pos_emb(x, x, cos, sin)[0]
+    def prefilled(self, ids: list[int], shift: int = 0) -> DynamicCache:
+        """The cache of all ids but the last. Windows are left to the masks: every layer keeps all its rows."""
+        cache, positions = DynamicCache(), torch.arange(len(ids) - 1)[None] + shift
+        self.call(ids[:-1], past_key_values=cache, use_cache=True, position_ids=positions)
+        return cache
 
     def transplanted(self, case: Transplant, ids: Ids) -> DynamicCache:
-        """The recipient's cache after the surgery. Realigned keys are rotated once, to where they go."""
-        cache, _ = self.prefilled(ids[case.recipient])
-        donor, before_rotary = self.prefilled(ids[case.donor])
+        """The recipient's cache after the surgery.
+
+        For realigned keys the donor's run is moved to the positions where the rows go: rotary positions are relative,
+        so nothing else changes.
+        """
+        cache = self.prefilled(ids[case.recipient])
+        donor = self.prefilled(ids[case.donor], case.dest - case.source[0] if case.rope == "realign" else 0)
         rows, to = slice(*case.source), slice(case.dest, case.dest + case.source[1] - case.source[0])
         heads = slice(None) if case.heads is None else list(case.heads)
         for layer in case.layers:
             mine, theirs = cache.layers[layer], donor.layers[layer]
-            keys = theirs.keys[:, :, rows]
-            if case.rope == "realign":
-                keys = self.rotated(before_rotary.points["k", layer][:, rows], range(to.start, to.stop))
             if "k" in case.what:
-                mine.keys[:, heads, to] = keys[:, heads]
+                mine.keys[:, heads, to] = theirs.keys[:, :, rows][:, heads]
             if "v" in case.what:
                 mine.values[:, heads, to] = theirs.values[:, :, rows][:, heads]
         return cache
@@ -259,16 +273,16 @@ def edit(layer: int, rows: list[int], change: Change, vector: Tensor | None) -> 
     """Replace rows (and heads) at a point by a function of them."""
 
     def edited(x: Tensor, site: Site, d_head: int) -> Tensor:
-        out = x.clone()
-        by_head = out.view(*out.shape[:2], -1, d_head) if site.heads else out[:, :, None]  # (b, s, heads or 1, ...)
+        out = x if site.side == "shared" else x.clone()
+        by_head = out[:, :, None] if site.view is None else site.view(out, d_head)  # (b, s, heads or 1, ...)
         heads = list(range(by_head.shape[2])) if change.heads is None else list(change.heads)
         where = (slice(None), torch.tensor(rows)[:, None], torch.tensor(heads))
-        by_head[where] = replacement(by_head[where], change, vector)
+        by_head[where] = replacement(by_head[where] * site.scale, change, vector) / site.scale
         return out
 
     def register(reference: Reference) -> Handle:
         module, how = reference.module(change.point, layer), (reference.sites[change.point], reference.d_head)
-        if how[0].side == "in":
+        if how[0].side in ("in", "shared"):
             return module.register_forward_pre_hook(lambda _, args: (edited(args[0], *how), *args[1:]))
         if how[0].side == "first":
             return module.register_forward_hook(lambda _, args, out: (edited(out[0], *how), *out[1:]))

@@ -1,0 +1,79 @@
+"""Rotary frequencies that depend on the length of the sequence: caches of one side do not serve the other."""
+
+import families
+import numpy as np
+import pytest
+from declared import boundary
+from recording import cached
+from tolerances import assert_close, assert_moved, assert_same
+
+from engine import KVCache, Model, forward, generate
+from engine.errors import CacheError
+
+ROWS = [row for row in families.ROWS if boundary(families.tiny(row))]
+REFUSED = "rotary frequencies change between .* run the whole sequence in one pass, without a cache"
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def long(request: pytest.FixtureRequest) -> Model:
+    return families.tiny(request.param)
+
+
+@pytest.fixture(scope="module")
+def edge(long: Model) -> int:
+    """The greatest length with the frequencies of short sequences."""
+    return boundary(long)[0]
+
+
+@pytest.fixture(scope="module")
+def tokens(edge: int) -> list[int]:
+    return np.random.default_rng(4).integers(0, 256, edge + 12).tolist()
+
+
+def whole(model: Model, ids: list[int]) -> np.ndarray:
+    return forward(model, ids, logits_at="all").logits[0]
+
+
+def test_both_kinds_of_dependence_have_a_row():
+    assert {boundary(families.tiny(row))[1] for row in ROWS} == {True, False}
+
+
+def test_up_to_the_boundary_cached_equals_uncached(long, edge, tokens):
+    found, _ = cached(long, tokens[:edge], [edge - 5, 1, 4])
+    assert_close(found, whole(long, tokens[:edge]))
+
+
+@pytest.mark.parametrize("more", [1, 5])
+def test_a_cache_is_refused_across_the_boundary_and_stays_as_it_was(long, edge, tokens, more):
+    cache = KVCache.with_layers(long.config.n_layers)
+    forward(long, tokens[: edge - 1], cache=cache)
+    before = cache.to_tensors()
+    with pytest.raises(CacheError, match=REFUSED):
+        forward(long, tokens[edge - 1 : edge + more], cache=cache)
+    for name, array in cache.to_tensors().items():
+        assert_same(array, before[name])
+    assert_close(forward(long, tokens[edge - 1 : edge], cache=cache).logits[0], whole(long, tokens[:edge])[-1:])
+
+
+def test_beyond_the_boundary_a_cache_serves_where_the_frequencies_stay(long, edge, tokens):
+    cache, rest = KVCache.with_layers(long.config.n_layers), tokens[edge + 4 :]
+    forward(long, tokens[: edge + 4], cache=cache)
+    if boundary(long)[1]:
+        with pytest.raises(CacheError, match=REFUSED):
+            forward(long, rest, cache=cache)
+    else:
+        found = forward(long, rest, cache=cache, logits_at="all").logits[0]
+        assert_close(found, whole(long, tokens)[edge + 4 :])
+
+
+def test_the_length_changes_earlier_rows_too(long, edge, tokens):
+    """As transformers computes them: one pass has one set of frequencies."""
+    assert_moved(whole(long, tokens)[:edge], whole(long, tokens[:edge]))
+    shorter = whole(long, tokens[: edge - 3])
+    assert_close(shorter, whole(long, tokens[:edge])[: edge - 3])
+
+
+def test_generation_stops_at_the_boundary_with_the_reason(long, edge, tokens):
+    assert len(generate(long, tokens[: edge - 2], 2).ids) == 2
+    with pytest.raises(CacheError, match=REFUSED):
+        generate(long, tokens[: edge - 2], 5)
