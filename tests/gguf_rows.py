@@ -301,7 +301,7 @@ def _gpt2(writer: GGUFWriter, raw: Raw) -> None:
     writer.add_embedding_length(raw["n_embd"])
     writer.add_feed_forward_length(4 * raw["n_embd"])
     writer.add_head_count(raw["n_head"])
-    writer.add_layer_norm_eps(1e-5)
+    writer.add_layer_norm_eps(raw.get("layer_norm_epsilon", 1e-5))
 
 
 METADATA: dict[str, Callable[[GGUFWriter, Raw], None]] = {

@@ -33,14 +33,18 @@ WORK = {
     "prefill_inject": lambda m, ids, donor, tick: prefill_inject(m, ids, donor, max_new_tokens=1, tick=tick),
     "kv_inject_test": lambda m, ids, donor, tick: kv_inject_test(m, ids, donor, 1, layers=[0], tick=tick),
 }
-PASSES = {"generate": 2, "prefill_inject": 6, "kv_inject_test": 3 + 2 + 5}
+PASSES = {"generate": 2, "prefill_inject": 6, "kv_inject_test": 3 + 1}
+SWEPT = {"kv_inject_test": 2}
+"""Passes of a sweep, the base run's and one slice's, which count together."""
 
 
 @pytest.mark.parametrize("name", WORK)
 def test_tick_is_called_for_every_layer_of_every_pass(model, ids, donor, name):
     ticks, n = [], model.config.n_layers
     WORK[name](model, ids, donor, lambda *tick: ticks.append(tick))
-    assert ticks == [(layer, n, f"layer {layer}") for layer in range(n)] * PASSES.get(name, 1)
+    swept = n * SWEPT.get(name, 0)
+    expected = [(layer, n, f"layer {layer}") for layer in range(n)] * PASSES.get(name, 1)
+    assert ticks == expected + [(i, swept, f"layer {i % n}") for i in range(swept)]
 
 
 @pytest.mark.parametrize("name", WORK)

@@ -239,7 +239,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(tmp_path, weights, budget, says
 
 
 def test_the_synthetic_model_has_no_file_so_no_budget():
-    with pytest.raises(InputError, match="its weights are always dense"):
+    with pytest.raises(InputError, match="their weights are always dense"):
         load_model("synthetic", weights="scoped", dense_layers=1)
 
 

@@ -118,8 +118,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """All rows of a point in the run of another prompt."""
+
+    prompt: str
+    layer: int
+    point: str = "resid_post"
+
+    def of(self, numbers: Numbers, ids: Ids) -> Array:
+        return numbers.rows(ids[self.prompt], self.point, self.layer)
+
+
+@dataclass(frozen=True)
 class Change:
-    """An `engine.Intervention` whose vector is still to be made."""
+    """An `engine.Intervention` whose vector is still to be made; `pairs` are (row of the pool, position) of a patch."""
 
     kind: str
     layers: tuple[int, ...]
@@ -127,11 +139,17 @@ class Change:
     positions: str | tuple[int, ...] = "all"
     heads: tuple[int, ...] | None = None
     value: float = 0.0
-    vector: Difference | Row | None = None
+    vector: Difference | Row | Pool | None = None
     keys: tuple[int, ...] = ()
+    neurons: tuple[int, ...] | None = None
+    unit: str = "raw"
+    seed: int = 0
+    pairs: tuple[tuple[int, int], ...] = ()
 
     def rows(self, length: int) -> list[int]:
         """The rows it acts on in one pass over a prompt."""
+        if self.pairs:
+            return [to % length for _, to in self.pairs]
         if isinstance(self.positions, str):
             return list(range(length)) if self.positions == "all" else [length - 1]
         return [p % length for p in self.positions]
@@ -178,6 +196,20 @@ CASES: tuple[Case, ...] = (
         "france",
         tuple(Change("patch", (6,), "resid_post", (p,), vector=Row("italy", 6, p)) for p in range(5)),
     ),
+    _case("patch pairs of rows", "patch", 8, vector=Pool("italy", 8), pairs=((3, 3), (1, -1))),
+    _case("resample attn_out", "resample", 4, point="attn_out", vector=Pool("donor", 4, "attn_out"), golden=True),
+    _case(
+        "resample attn_proj, another seed",
+        "resample",
+        9,
+        point="attn_proj",
+        seed=3,
+        prompt="story",
+        vector=Pool("donor", 9, "attn_proj"),
+    ),
+    _case("steer by a unit vector", "steer", 15, value=40.0, unit="unit", vector=PARIS_LONDON, prompt="story"),
+    _case("steer by the row's norm", "steer", 15, positions="last", value=0.4, unit="row", vector=PARIS_LONDON),
+    _case("zero some neurons", "zero", 1, 28, point="mlp_act", neurons=tuple(range(0, 1536, 2))),
     _case(
         "knockout, last row to one key",
         "knockout",
@@ -227,20 +259,25 @@ class EngineNumbers:
 def edit_hook(model: Model, case: Case, ids: Ids) -> EditHook:
     """The engine's hook for a case."""
     numbers = EngineNumbers(model)
-    made = [
-        Intervention(
-            kind=c.kind,  # type: ignore[arg-type]
-            layers=c.layers,
-            point=c.point,
-            positions=c.positions,  # type: ignore[arg-type]
-            heads=c.heads,
-            value=c.value,
-            vector=None if c.vector is None else c.vector.of(numbers, ids),
-            keys=c.keys,
-        )
-        for c in case.changes
-    ]
+    made = [_intervention(c, None if c.vector is None else c.vector.of(numbers, ids)) for c in case.changes]
     return compile_interventions(model, made, len(ids[case.prompt]))
+
+
+def _intervention(c: Change, vector: Array | None) -> Intervention:
+    return Intervention(
+        kind=c.kind,  # type: ignore[arg-type]
+        layers=c.layers,
+        point=c.point,
+        positions=c.positions,  # type: ignore[arg-type]
+        heads=c.heads,
+        neurons=c.neurons,
+        value=c.value,
+        unit=c.unit,  # type: ignore[arg-type]
+        vector=vector,
+        rows=None if vector is None or not c.pairs else {to: vector[source] for source, to in c.pairs},
+        keys=c.keys,
+        seed=c.seed,
+    )
 
 
 def built_in(model: Model, case: Case, ids: Ids) -> list[EditHook] | None:
@@ -254,7 +291,7 @@ def _built_in(c: Change, vector: Array | None) -> EditHook | None:
     scope: Any = c.positions
     if c.kind == "scale" and c.heads is None:
         return ScaleHook.for_layers(c.layers, c.value, c.point, scope)
-    if c.point != "resid_post":
+    if c.point != "resid_post" or c.unit != "raw" or c.pairs:
         return None
     if c.kind == "zero":
         return ZeroAblateHook.for_layers(c.layers, scope)

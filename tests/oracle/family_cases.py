@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from declared import has, moves
-from oracle.cases import Case, Change, Row, Transplant, inject, ours
+from oracle.cases import Case, Change, Pool, Row, Transplant, inject, ours
 
 from engine import POINTS, Model, RecordHook, forward
 
@@ -61,6 +61,11 @@ CASES: tuple[Case, ...] = (
     _case("steer mlp_act", "steer", 1, point="mlp_act", value=1.5, vector=Row("donor", 1, 8, "mlp_act")),
     _case("scale mlp_proj, two rows", "scale", 2, point="mlp_proj", positions=(-1, 21), value=-2.0),
     _case("project_out of final_norm", "project_out", 3, point="final_norm", vector=Row("donor", 3, 2, "final_norm")),
+    Case("patch pairs of rows", "short", (Change("patch", (2,), vector=Pool("donor", 2), pairs=((4, 22), (9, -1))),)),
+    _case("resample attn_out", "resample", 2, point="attn_out", seed=1, vector=Pool("donor", 2, "attn_out")),
+    _case("steer by a unit vector", "steer", 1, value=4.0, unit="unit", vector=Row("donor", 1, 6)),
+    _case("steer by the row's norm", "steer", 2, positions="last", value=0.8, unit="row", vector=Row("donor", 2, 3)),
+    _case("zero every other neuron", "zero", 2, point="mlp_act", neurons=tuple(range(0, 80, 2))),
     _case("knockout of two keys", "knockout", 1, 2, 3, point="attn_pattern", positions=(22, 23), keys=(21, 22)),
     _case("knockout in two heads", "knockout", 1, 2, 3, point="attn_pattern", heads=(0, 2), positions="last",
           keys=(20, 22, 23)),

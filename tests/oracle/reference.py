@@ -277,7 +277,11 @@ def edit(layer: int, rows: list[int], change: Change, vector: Tensor | None) -> 
         by_head = out[:, :, None] if site.view is None else site.view(out, d_head)  # (b, s, heads or 1, ...)
         heads = list(range(by_head.shape[2])) if change.heads is None else list(change.heads)
         where = (slice(None), torch.tensor(rows)[:, None], torch.tensor(heads))
-        by_head[where] = replacement(by_head[where] * site.scale, change, vector) / site.scale
+        became = replacement(by_head[where] * site.scale, change, vector, rows) / site.scale
+        if change.neurons is not None:
+            others = [i for i in range(became.shape[-1]) if i not in change.neurons]
+            became[..., others] = by_head[where][..., others]
+        by_head[where] = became
         return out
 
     def register(reference: Reference) -> Handle:
@@ -291,18 +295,24 @@ def edit(layer: int, rows: list[int], change: Change, vector: Tensor | None) -> 
     return register
 
 
-def replacement(x: Tensor, change: Change, vector: Tensor | None) -> Tensor:
-    """What the rows become."""
+def replacement(x: Tensor, change: Change, vector: Tensor | None, rows: list[int]) -> Tensor:
+    """What the rows, (b, rows, heads or 1, width), become."""
     if change.kind == "zero":
         return torch.zeros_like(x)
     if change.kind == "scale":
         return x * change.value
     assert vector is not None
+    if change.pairs:
+        return vector[[source for source, _ in change.pairs]][None, :, None].expand_as(x).clone()
+    if change.kind == "resample":
+        drawn = [int(np.random.default_rng((change.seed, row)).integers(len(vector))) for row in rows]
+        return vector[drawn][None, :, None].expand_as(x).clone()
     if change.kind in ("mean", "patch"):
-        return vector.expand_as(x)
-    if change.kind == "steer":
-        return x + change.value * vector
+        return vector.expand_as(x).clone()
     unit = vector / vector.norm()
+    if change.kind == "steer":
+        size = {"raw": 1.0, "unit": 1.0, "row": x.norm(dim=-1, keepdim=True)}[change.unit]
+        return x + change.value * size * (vector if change.unit == "raw" else unit)
     component = (x * unit).sum(-1, keepdim=True)
     return x + ((change.value if change.kind == "set_component" else 0.0) - component) * unit
 
