@@ -68,6 +68,7 @@ dockerfile: $(VENV)/.ready  ## follow the Dockerfile in an empty directory, with
 
 docs: $(VENV)/.ready  ## write the generated documentation
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/run.py
 
 snapshot: $(VENV)/.ready  ## accept the present list of tools as the contract
 	$(BIN)/python tests/server/snapshot.py

@@ -23,9 +23,16 @@ def test_the_concepts_page_names_every_point() -> None:
 
 
 def test_every_relative_link_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("guide", sorted((ROOT / "docs" / "guides").glob("*.md")), ids=lambda path: path.stem)
+def test_a_guides_python_prints_what_the_guide_says(guide: Path) -> None:
+    made = subprocess.run([sys.executable, ROOT / "docs" / "run.py", "--check", guide], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
 
 
 @pytest.mark.real
