@@ -29,6 +29,7 @@ LEAST_GAP = 0.05
 class Injection:
     """Baseline and injected run: next-token logits (d_vocab,), KL(injected || baseline) in nats, continuations;
     `source` [start, end) of the donor went to `dest` of the recipient; `cache` is the edited cache (n-1 tokens).
+    `unseen` is {layer: positions} of rows that were replaced where the next token's sliding window does not reach.
     """
 
     baseline: Array
@@ -41,6 +42,7 @@ class Injection:
     dest: int
     rows_replaced: int
     cache: KVCache
+    unseen: dict[int, list[int]]
 
 
 def prefilled(model: Network, tokens: Sequence[int], tick: Tick | None = None) -> KVCache:
@@ -80,7 +82,18 @@ def prefill_inject(
     runs = [_decoded(model, cache, recipient[-1], max_new_tokens, tick) for cache in (mine, edited)]
     (baseline, baseline_text), (injected, injected_text) = runs
     kl = kl_divergence(injected, baseline)
-    return Injection(baseline, injected, kl, baseline_text, injected_text, chosen, rows, dest, replaced, edited)
+    places = range(dest, dest + rows[1] - rows[0])
+    unseen = _out_of_window(model, chosen, places, len(recipient) - 1)
+    return Injection(baseline, injected, kl, baseline_text, injected_text, chosen, rows, dest, replaced, edited, unseen)
+
+
+def _out_of_window(model: Network, layers: Iterable[int], positions: Iterable[int], query: int) -> dict[int, list[int]]:
+    """{layer: the positions that a query row cannot see there}, for layers where there are any."""
+    windows = {layer: model.config.windows[layer] for layer in layers}
+    unseen = {
+        layer: [p for p in positions if p <= query - window] for layer, window in windows.items() if window is not None
+    }
+    return {layer: hidden for layer, hidden in unseen.items() if hidden}
 
 
 def _decoded(

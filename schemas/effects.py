@@ -88,6 +88,7 @@ class InjectionResult(Result):
     what: str
     rope: str
     rows_replaced: int
+    rows_unseen: int = Field(description="of those, rows that the next token's sliding window does not reach")
     replaced_text: str = Field(description="the recipient's tokens whose cache rows were replaced")
     donor_text: str | None = Field(None, description="the donor's tokens whose rows took their place")
     handle: str | None = Field(None, description="kv: handle of the edited cache, when keep was true")

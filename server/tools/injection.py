@@ -109,6 +109,7 @@ def _shown(
         what=what,
         rope=rope,
         rows_replaced=result.rows_replaced,
+        rows_unseen=sum(map(len, result.unseen.values())),
         replaced_text=engine.tokenizer.decode(ids[dest[0] : dest[1]]),
         donor_text=engine.tokenizer.decode(donor_ids[start:end]),
         handle=handle,

@@ -47,6 +47,17 @@ def test_an_injection_says_what_it_replaced(model, ids, injection):
     assert injection.cache.length == n - 1
 
 
+def test_rows_that_a_sliding_window_hides_are_reported_and_change_nothing(model, ids, donor, injection):
+    n = len(ids)
+    windows = {layer: window for layer, window in enumerate(model.config.windows) if window is not None}
+    hidden = {layer: list(range(n - window)) for layer, window in windows.items() if window < n}
+    assert injection.unseen == hidden
+    if len(hidden) == model.config.n_layers:
+        far = prefill_inject(model, ids, donor, source=(0, n - max(windows.values())), max_new_tokens=1)
+        assert sum(map(len, far.unseen.values())) == far.rows_replaced
+        assert far.kl < 1e-9
+
+
 def test_injecting_a_prompt_into_itself_changes_nothing(model, ids, logits):
     own = prefill_inject(model, ids, ids, max_new_tokens=2)
     assert_close(own.injected[None], logits)
