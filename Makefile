@@ -54,7 +54,7 @@ format: $(VENV)/.ready  ## put the code in order
 
 mutants: $(VENV)/.ready  ## break the code in named ways; every mutant must be caught by the tests
 	$(BIN)/mechscope fetch smollm2-135m-instruct
-	$(BIN)/python tests/mutants.py
+	PYTHONPATH=. $(BIN)/python tests/mutants.py
 
 oracle: $(ORACLE)/.ready  ## compare with transformers and torch on the same weights
 	$(ORACLE)/bin/mechscope fetch smollm2-135m-instruct
