@@ -36,7 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("engine", "schemas", "server", "tests", "pyproject.toml")
+COPIED = ("docs", "engine", "schemas", "server", "tests", "pyproject.toml")
 SLOW = ("test_bad_files.py", "test_catalog.py", "test_fuzz.py", "test_memory.py")
 """Tests that run many or heavy subprocesses; no mutant here is theirs to catch."""
 PHASES = ("not real", "real")
