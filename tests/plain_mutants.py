@@ -141,7 +141,7 @@ PLAIN_MUTANTS = (
            "test_scans.py::test_patching_the_last_row_of_the_last_layer_recovers_everything"),
     Mutant("a trace's numbers are not checked", "trace.py", "!= entry:", "is None:",
            "test_trace.py::test_a_changed_number_is_noticed"),
-    Mutant("the previous-token head looks one further back", "planted.py", "-np.sin(angles)", "-np.sin(2 * angles)",
+    Mutant("the previous-token head looks ahead", "planted.py", "-np.sin(angles)", "np.sin(angles)",
            "test_planted.py::test_attention_scores_name_the_previous_token_head"),
     # --- reading, patching, generating
     Mutant("no final norm in the lens", "lens.py",

@@ -1,0 +1,95 @@
+"""mechscope itself."""
+
+from typing import Any
+
+import numpy as np
+from _serve import Request, serve
+
+from engine import (
+    POINTS,
+    KVCache,
+    Metric,
+    RecordHook,
+    SteerHook,
+    forward,
+    generate,
+    kv_inject_test,
+    load_model,
+    patching_grid,
+)
+from engine.distribution import softmax_of, top_k
+from engine.lens import lens_logits
+
+SHOWN = (0, 14, 29)
+
+
+def capture(model: Any, r: Request) -> list[float]:
+    record = RecordHook.for_layers(range(30), points=["resid_post"])
+    forward(model, r["ids"], hook=record, logits_at="none")
+    rows = record.post_layer
+    return [x for layer in SHOWN for x in rows[layer][-1, :4]]
+
+
+def everything(model: Any, r: Request) -> list[float]:
+    record = RecordHook.for_layers(range(30), points=POINTS)
+    forward(model, r["ids"], hook=record)
+    rows = record.get("mlp_act")
+    return [x for layer in SHOWN for x in rows[layer][-1, :4]]
+
+
+def lens(model: Any, r: Request) -> list[float]:
+    record = RecordHook.for_layers(range(30), points=["resid_post"])
+    forward(model, r["ids"], hook=record, logits_at="none")
+    best = {}
+    for layer, rows in record.post_layer.items():
+        distribution = softmax_of(lens_logits(model, rows))
+        best[layer] = [top_k(row, 10) for row in distribution]
+    return [best[layer][-1][0][1] for layer in SHOWN]
+
+
+def grid(model: Any, r: Request) -> list[float]:
+    metric = Metric("logit_difference", r["token"], r["against"])
+    return patching_grid(model, r["ids"], r["corrupt"], metric, "resid_pre").values.ravel().tolist()
+
+
+def heads(model: Any, r: Request) -> list[float]:
+    metric = Metric("logit_difference", r["token"], r["against"])
+    return patching_grid(model, r["ids"], r["corrupt"], metric, "z", "head").values.ravel().tolist()
+
+
+def kv_scan(model: Any, r: Request) -> list[float]:
+    scan = kv_inject_test(model, r["corrupt"], r["ids"], r["token"])
+    return [cell.probability for cell in scan.per_layer]
+
+
+def decode(model: Any, r: Request) -> list[float]:
+    hook = SteerHook().add(15, np.asarray(r["vector"], np.float32), 1.0)
+    eos, model.tokenizer.eos = model.tokenizer.eos, ()
+    made = generate(model, r["ids"], 60, hook=hook)
+    model.tokenizer.eos = eos
+    return list(made.ids)
+
+
+def batch(model: Any, r: Request) -> list[float]:
+    record = RecordHook.for_layers(range(30), points=["resid_post"], positions=[-1])
+    shown = []
+    for start in range(0, 100, 25):
+        forward(model, r["prompts"][start : start + 25], hook=record, logits_at="none")
+        shown += [x for row in record.post_layer[29][:, -1, 0] for x in [row]]
+    return shown
+
+
+WORKS = {
+    "capture": capture,
+    "everything": everything,
+    "lens": lens,
+    "grid": grid,
+    "heads": heads,
+    "kv_scan": kv_scan,
+    "decode": decode,
+    "batch": batch,
+}
+
+if __name__ == "__main__":
+    _ = KVCache
+    serve(load_model, WORKS)

@@ -1,0 +1,254 @@
+"""Time mechscope against its peers: `make bench`.
+
+Every contender runs in a process of its own with the same model files, ids and threads; they take turns piece by piece,
+so that a change of the machine's speed meets all of them. Prompts differ from repetition to repetition. A row first
+checks that the contenders computed the same thing. The table is run several times; the worst ratio counts.
+
+Writes bench/results/table.md and raw.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+HERE = Path(__file__).resolve().parent
+OURS = "mechscope"
+CONTENDERS = {
+    OURS: "mechscope.py",
+    "transformers by hand": "by_hand.py",
+    "TransformerLens": "transformer_lens_.py",
+    "interp-engine": "interp_engine_.py",
+    "nnsight": "nnsight_.py",
+}
+PACKAGES = ("torch", "transformers", "transformer-lens", "interp-engine", "nnsight")
+VOCABULARY, START = 49_000, "start"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A piece of work. `against`: the contenders that can do it; `at_most`: the ratio aimed at."""
+
+    name: str
+    work: str
+    tokens: int
+    repeats: int
+    against: tuple[str, ...]
+    at_most: float
+    tolerance: float = 1e-3
+
+
+HAND, LENS, ENGINE, SIGHT = [name for name in CONTENDERS if name != OURS]
+ALL = (HAND, LENS, ENGINE, SIGHT)
+ROWS = (
+    Row("capture resid_post, 30 layers, 5 tokens", "capture", 5, 15, ALL, 1.0),
+    Row("capture resid_post, 30 layers, 32 tokens", "capture", 32, 15, ALL, 1.0),
+    Row("capture resid_post, 30 layers, 128 tokens", "capture", 128, 9, ALL, 1.0),
+    Row("capture resid_post, 30 layers, 512 tokens", "capture", 512, 5, ALL, 1.1),
+    Row("capture every point, 32 tokens", "everything", 32, 7, (LENS,), 0.6),
+    Row("capture every point, 128 tokens", "everything", 128, 5, (LENS,), 0.6),
+    Row("lens of 30 layers x 32 positions, top 10", "lens", 32, 7, (HAND, LENS, ENGINE), 0.7),
+    Row("patching grid 30 x 5, documented helper", "grid", 5, 3, (LENS,), 0.03),
+    Row("patching grid 30 x 5, batched by hand", "grid", 5, 3, (HAND,), 0.6),
+    Row("patching grid 30 x 16, documented helper", "grid", 16, 1, (LENS,), 0.05),
+    Row("patching grid 30 x 16, batched by hand", "grid", 16, 2, (HAND,), 0.6),
+    Row("head patching 30 x 9, 16 tokens, documented helper", "heads", 16, 1, (LENS,), 0.08),
+    Row("head patching 30 x 9, 16 tokens, batched by hand", "heads", 16, 3, (HAND,), 0.6),
+    Row("KV scan, 30 layers, both ways, 16 tokens", "kv_scan", 16, 3, (HAND,), 0.2),
+    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, (HAND, LENS), 0.65),
+    Row("100 prompts x 20 tokens, last residuals of 30 layers", "batch", 20, 2, ALL, 0.5),
+)
+DASHES = {
+    ENGINE: "one write at a time and no patching helper; generation is asynchronous",
+    SIGHT: "no lens, patching or generation helper to compare with",
+    LENS: "no helper for this piece of work",
+    HAND: "one hook for every point is what the libraries are for",
+}
+
+
+@dataclass
+class Contender:
+    """A process that waits for work."""
+
+    name: str
+    process: subprocess.Popen[str]
+    loaded: float = 0.0
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, name: str, python: str, model: Path, threads: int) -> "Contender":
+        counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        paths = os.pathsep.join([str(HERE.parent), str(HERE / "contenders")])
+        process = subprocess.Popen(
+            [python, str(HERE / "contenders" / CONTENDERS[name]), str(model)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=os.environ | counts | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+        )  # fmt: skip
+        made = cls(name, process)
+        made.loaded = made.read()["loaded"]
+        return made
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
+                return answer
+        raise SystemExit(f"{self.name} ended (exit {self.process.wait()}); run it by hand to see why")
+
+    def do(self, request: dict[str, Any]) -> tuple[float, list[float]]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.read()
+        return answer["seconds"], answer["results"]
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def request(row: Row, repetition: int, table: int) -> dict[str, Any]:
+    """Ids that no other repetition has."""
+    rng = np.random.default_rng([*row.work.encode(), row.tokens, repetition + 1, table])
+    ids, corrupt = (rng.integers(0, VOCABULARY, row.tokens).tolist() for _ in range(2))
+    asked: dict[str, Any] = {"work": row.work, "ids": ids, "corrupt": corrupt, "token": 260, "against": 281}
+    if row.work == "batch":
+        asked["prompts"] = rng.integers(0, VOCABULARY, (100, row.tokens)).tolist()
+    if row.work == "decode":
+        asked["vector"] = (10 * rng.standard_normal(576) / 24).tolist()
+    return asked
+
+
+def distance(row: Row, ours: list[float], theirs: list[float]) -> float:
+    """How far apart two results are, relative to their size."""
+    a, b = np.asarray(ours), np.asarray(theirs)
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-9)) if a.shape == b.shape else np.inf
+
+
+def measure(row: Row, contenders: dict[str, Contender], table: int) -> dict[str, list[float]]:
+    """{contender: seconds of each repetition}; all take their turn in each. The first is not counted."""
+    names = (OURS, *row.against)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(-1, row.repeats):
+        asked = request(row, repetition, table)
+        done = {name: contenders[name].do(asked) for name in names}
+        for name in row.against:
+            if (gap := distance(row, done[OURS][1], done[name][1])) > row.tolerance:
+                raise SystemExit(f"{row.name}: {name} computed something else (relative distance {gap:.1e})")
+        if repetition >= 0:
+            for name in names:
+                times[name].append(done[name][0])
+    return times
+
+
+def first_answer(python: dict[str, str], model: Path, runs: int) -> dict[str, list[float]]:
+    """Seconds from the start of a process to the lens of the last row: second start, files cached by the system."""
+    row = Row("", "lens", 5, 1, (), 0)
+    times: dict[str, list[float]] = {}
+    for repetition in range(-1, runs):
+        for name in (OURS, HAND, LENS, ENGINE):
+            began = time.perf_counter()
+            contender = Contender.start(name, python[name], model, 2)
+            contender.do(request(row, repetition, 0))
+            if repetition >= 0:
+                times.setdefault(name, []).append(time.perf_counter() - began)
+            contender.stop()
+    return times
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="time mechscope against its peers")
+    parser.add_argument("--peers", default=sys.executable, help="the Python that has the peers")
+    parser.add_argument("--model", type=Path, required=True, help="directory of the model (bench/model.py)")
+    parser.add_argument("--tables", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="rows whose work is one of these, comma-separated")
+    options = parser.parse_args()
+    console = Console()
+    rows = [row for row in ROWS if not options.only or row.work in options.only.split(",")]
+    python = {name: sys.executable if name == OURS else options.peers for name in CONTENDERS}
+    needed = {OURS, *(name for row in rows for name in row.against)}
+    tables: list[dict[str, dict[str, list[float]]]] = []
+    for table in range(options.tables):
+        contenders = {
+            name: Contender.start(name, python[name], options.model, options.threads)
+            for name in CONTENDERS
+            if name in needed
+        }
+        tables.append({row.name: measure(row, contenders, table) for row in track(rows, f"table {table + 1}")})
+        for contender in contenders.values():
+            contender.stop()
+    starts = {} if options.only else first_answer(python, options.model, 3)
+    report = written(rows, tables, starts, options)
+    console.print(report)
+    if not options.only:
+        (HERE / "results").mkdir(exist_ok=True)
+        (HERE / "results" / "table.md").write_text(report + "\n", "utf-8")
+        raw = {"rows": tables, "start": starts, "machine": machine(options)}
+        (HERE / "results" / "raw.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
+    return 0
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    asked = f"import importlib.metadata as m; print({{p: m.version(p) for p in {PACKAGES}}})"
+    peers = subprocess.run([options.peers, "-c", asked], capture_output=True, text=True, check=True).stdout
+    processor = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "mechscope": version("mechscope"),
+        "peers": peers.strip(),
+    }
+
+
+def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], options: argparse.Namespace) -> str:
+    """The table: medians of all runs, and the worst table's ratio to the best peer of the row."""
+    lines = ["| work | mechscope | " + " | ".join(ALL) + " | ratio, worst of tables | at most |"]
+    lines.append("|---" * (len(ALL) + 4) + "|")
+    for row in rows:
+        medians = [{name: statistics.median(t) for name, t in table[row.name].items()} for table in tables]
+        over_tables = {name: statistics.median(m[name] for m in medians) for name in medians[0]}
+        ratio = max(m[OURS] / min(m[name] for name in row.against) for m in medians)
+        lines.append(_line(row.name, over_tables, ratio, row.at_most))
+    if starts:
+        medians_of = {name: statistics.median(times) for name, times in starts.items()}
+        ratio = medians_of[OURS] / min(t for name, t in medians_of.items() if name != OURS)
+        lines.append(_line("process start to the first lens, second start", medians_of, ratio, 0.25))
+    told = machine(options)
+    lines += ["", f"Milliseconds, medians. {told['processor']}, {told['cores']} cores, {told['threads']} threads. "
+              f"Python {told['python']}, numpy {told['numpy']}; peers {told['peers']}."]  # fmt: skip
+    lines += ["", "A dash: " + "; ".join(f"{name}: {why}" for name, why in DASHES.items()) + "."]
+    return "\n".join(lines)
+
+
+def _line(name: str, seconds: dict[str, float], ratio: float, at_most: float) -> str:
+    cells = [f"{1000 * seconds[peer]:.0f}" if peer in seconds else "-" for peer in (OURS, *ALL)]
+    return f"| {name} | " + " | ".join(cells) + f" | {ratio:.2f} | {at_most} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
