@@ -33,6 +33,15 @@ def test_kl_is_the_expectation_under_its_first_argument(logits):
     assert kl_divergence(logits[0], logits[0] + 3) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 300, 4097])
+@pytest.mark.parametrize("k", [1, 3, 70])
+def test_top_k_is_what_sorting_gives(n, k):
+    rng = np.random.default_rng(n)
+    for scores in (rng.standard_normal(n), rng.integers(0, 4, n)):
+        order = np.argsort(-scores, kind="stable")[:k]
+        assert top_k(scores.astype(np.float32), k) == [(i, np.float32(scores[i])) for i in order]
+
+
 def test_top_k_is_sorted_with_ties_by_index():
     scores = np.array([1, 5, 3, 5, 2, 5], np.float32)
     assert top_k(scores, 2) == [(1, 5.0), (3, 5.0)]
