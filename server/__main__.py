@@ -1,10 +1,10 @@
 """The command line: serve, demo, fetch, doctor."""
 
-import logging
-import sys
 from typing import Annotated
 
 import typer
+
+from server.settings import Settings, flags
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,26 +16,14 @@ app = typer.Typer(
 MODEL = "smollm2-135m-instruct"
 
 
-@app.command()
-def serve(
-    http: Annotated[bool, typer.Option("--http", help="Streamable HTTP instead of stdio.")] = False,
-    host: Annotated[str, typer.Option(help="Address for --http: localhost only, until there is authentication.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port for --http.")] = 8765,
-) -> None:
-    """Serve MCP: over stdio, or with --http on http://HOST:PORT/mcp."""
-    from server.app import build_server
+def serve(settings: Settings) -> None:
+    """Serve MCP: over stdio, or with --http on http://HOST:PORT/mcp and /sse."""
+    from server.serve import serve as run
 
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
-    server = build_server()
-    if not http:
-        server.run("stdio")
-        return
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        raise typer.BadParameter(f"{host} is not this machine; without authentication only localhost is served")
-    typer.echo(f"mechscope serves MCP at http://{host}:{port}/mcp", err=True)
-    server.run("streamable-http", host=host, port=port)
+    run(settings)
+
+
+app.command("serve")(flags(serve))
 
 
 @app.command()

@@ -6,7 +6,8 @@ from mcp.server import MCPServer
 
 from server.lab import Lab
 from server.toolbox import instrument
-from server.tools import TOOLS
+from server.tools import DELETING, KEEPING, TOOLS, TOOLSETS
+from server.watch import Watch
 
 INSTRUCTIONS = """\
 A microscope for language models. Load a model with load_model, then look inside it: tokenize shows positions,
@@ -18,14 +19,24 @@ text must be exactly one token: mind the leading space.
 """
 
 
-def build_server(lab: Lab | None = None) -> MCPServer[None]:
-    """A server with every tool on one lab."""
+def build_server(
+    lab: Lab | None = None, toolset: str = "all", read_only: bool = False, watch: Watch | None = None
+) -> MCPServer[None]:
+    """A server with a toolset on one lab. `watch` admits, counts and logs its calls."""
     lab = Lab() if lab is None else lab
-    return MCPServer(
+    watch = Watch(lab) if watch is None else watch
+    offered = [f for f in TOOLSETS[toolset] if not (read_only and f in DELETING)]
+    server: MCPServer[None] = MCPServer(
         "mechscope",
         title="mechscope",
         version=version("mechscope"),
-        instructions=INSTRUCTIONS,
-        tools=[instrument(lab, function) for function in TOOLS],
+        instructions=INSTRUCTIONS + _missing({f.__name__ for f in TOOLS} - {f.__name__ for f in offered}),
+        tools=[instrument(lab, f, KEEPING.get(f, ()) if read_only else ()) for f in offered],
         log_level="WARNING",
     )
+    server.middleware.append(watch)
+    return server
+
+
+def _missing(names: set[str]) -> str:
+    return f"Not offered by this server: {', '.join(sorted(names))}.\n" if names else ""

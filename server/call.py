@@ -21,6 +21,7 @@ from engine.ops import Array
 from schemas.arguments import DifferenceVector, HandleVector, RandomVector, TokenVector, ValuesVector
 from schemas.base import Token, TokenProbability
 from server.lab import Lab, LoadedModel
+from server.metrics import count_tokens
 from server.store import Record
 
 LOCAL = "local"
@@ -128,7 +129,9 @@ def _one_of(asked: int | None, held: Sequence[int], length: int, what: str, erro
 
 def token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """The ids of a prompt argument, checked."""
-    return [int(i) for i in model.token_batch(model.encode(prompt))[0]]
+    ids = [int(i) for i in model.token_batch(model.encode(prompt))[0]]
+    count_tokens("read", len(ids))
+    return ids
 
 
 def token_id(model: Model, token: str | int) -> int:

@@ -10,6 +10,7 @@ from engine.catalog import SYNTHETIC, Progress
 from engine.decoder import Tick
 from engine.errors import UnknownModel
 from engine.load import layer_budget
+from server.sources import Sources
 from server.store import MemoryStore, SessionStore, mint
 
 SYNTHETIC_NOTICE = "synthetic weights: the arithmetic is real, the numbers mean nothing about language"
@@ -33,8 +34,9 @@ class LoadedModel:
 class Lab:
     """Models are shared by all sessions and loaded once."""
 
-    def __init__(self, store: SessionStore | None = None) -> None:
+    def __init__(self, store: SessionStore | None = None, sources: Sources | None = None) -> None:
         self.store: SessionStore = MemoryStore() if store is None else store
+        self.sources = Sources() if sources is None else sources
         self._models: dict[tuple[str, int | None], LoadedModel] = {}
         self._loading = threading.Lock()
 
@@ -51,6 +53,7 @@ class Lab:
         dense_layers: int | None = None,
     ) -> LoadedModel:
         """Load a model, or return it when it is loaded already with the same budget of dense layers."""
+        source = self.sources.checked(source)
         with self._loading:
             key = (source, layer_budget(weights, dense_layers))
             if key not in self._models:

@@ -55,6 +55,11 @@ class SessionStore(Protocol):
         """All records of one principal, oldest first."""
         ...
 
+    @property
+    def bytes_in_memory(self) -> int:
+        """What all principals' records take in memory."""
+        ...
+
 
 class MemoryStore:
     """A `SessionStore` that lives as long as the process."""
@@ -89,6 +94,11 @@ class MemoryStore:
     def records(self, owner: str) -> list[Record]:
         with self._lock:
             return [record for record in self._records.values() if record.owner == owner]
+
+    @property
+    def bytes_in_memory(self) -> int:
+        with self._lock:
+            return sum(record.nbytes for record in self._records.values())
 
 
 def mint(kind: str, label: str) -> str:

@@ -6,9 +6,8 @@ schemas. `instrument(lab, function)` makes the `Tool` that the server registers.
 
 import functools
 import inspect
-import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -20,23 +19,24 @@ from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.errors import EngineError
+from server.auth import principal
 from server.call import Call
 from server.complaints import explain
 from server.lab import Lab, LoadedModel
+from server.logs import log
+from server.metrics import count_fault
 from server.store import UnknownHandle
-
-log = logging.getLogger("mechscope")
 
 ToolFunction = Callable[..., BaseModel]
 
 
-def instrument(lab: Lab, function: ToolFunction) -> Tool:
-    """The tool that runs `function`."""
+def instrument(lab: Lab, function: ToolFunction, without: Collection[str] = ()) -> Tool:
+    """The tool that runs `function`; arguments in `without` are not offered and keep their defaults."""
     signature = inspect.signature(function, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.name != "call"]
+    own = [p for p in signature.parameters.values() if p.name not in ("call", *without)]
 
     async def run(ctx: Context[Any, Any], **arguments: Any) -> BaseModel:
-        call = Call(lab, ctx)
+        call = Call(lab, ctx, principal())
         work = functools.partial(function, call, **arguments)
         try:
             async with AsyncExitStack() as turns:
@@ -48,6 +48,7 @@ def instrument(lab: Lab, function: ToolFunction) -> Tool:
         except Exception as error:
             fault = secrets.token_hex(4)
             log.exception("fault %s in %s", fault, function.__name__)
+            count_fault()
             raise ToolError(
                 f"{function.__name__} failed inside mechscope ({type(error).__name__}, fault {fault} in the server's "
                 "log); this is a defect: nothing was computed and nothing was lost"

@@ -1,5 +1,9 @@
 """The tools agents see, in the order they see them. One file per tight group."""
 
+from collections.abc import Callable
+
+from pydantic import BaseModel
+
 from server.tools.attention import attention_pattern
 from server.tools.comparing import compare
 from server.tools.effects import forward_ablate, forward_steer, patch_activations
@@ -9,6 +13,20 @@ from server.tools.session import list_session, load_model, read_tensor, release,
 from server.tools.tracing import causal_trace
 from server.tools.vocabulary import embedding_neighbors, project_through_unembed
 from server.tools.writing import generate_with_hooks
+
+SESSION = (load_model, list_session, release, tokenize, read_tensor)
+"""In every toolset."""
+
+CORE = (
+    capture_residuals,
+    logit_lens,
+    track_token,
+    track_race,
+    forward_ablate,
+    forward_steer,
+    patch_activations,
+    generate_with_hooks,
+)
 
 TOOLS = (
     load_model,
@@ -32,3 +50,16 @@ TOOLS = (
     project_through_unembed,
     read_tensor,
 )
+
+TOOLSETS = {
+    "core": tuple(tool for tool in TOOLS if tool in SESSION + CORE),
+    "analysis": tuple(tool for tool in TOOLS if tool not in CORE),
+    "all": TOOLS,
+}
+"""What `--toolset` offers."""
+
+DELETING = (release,)
+"""Tools that `--read-only` leaves out."""
+
+KEEPING: dict[Callable[..., BaseModel], tuple[str, ...]] = {prefill_inject: ("keep",)}
+"""Arguments that `--read-only` leaves out, because they keep something that a user named."""

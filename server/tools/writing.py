@@ -12,6 +12,7 @@ from schemas.effects import Continuation, HookedGeneration
 from schemas.interventions import Interventions
 from server.call import Call, layer_list, token_ids
 from server.interventions import described_interventions
+from server.metrics import count_tokens
 from server.tools.effects import applied, steering
 
 
@@ -60,6 +61,7 @@ def generate_with_hooks(
 
 def continuation(made: Generation) -> Continuation:
     """A generation as results show it."""
+    count_tokens("written", len(made.ids))
     return Continuation(text=made.text, ids=made.ids, stopped=made.stopped)
 
 

@@ -1,0 +1,130 @@
+"""What every HTTP request passes before it reaches a transport: ASGI middleware, in the order `server.web` gives.
+
+Requests      an id, a log line, a count
+KnownPlaces   Host and Origin are known: 421 and 403
+RateLimit     so many requests of a principal, or of an address without one: 429
+RequireToken  401 without a token that is known
+"""
+
+import math
+import time
+
+from limits import parse
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import logs
+from server.metrics import Metrics
+
+OPEN = ("/health", "/ready")
+PATHS = (*OPEN, "/metrics", "/mcp", "/sse", "/messages/")
+"""Paths as metrics name them; others count as `other`."""
+
+BUSY = -32000
+"""JSON-RPC's first code for a server's own errors."""
+
+
+class Requests:
+    """Outermost: the request's id goes into the logs and back to the client."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+        with logs.request() as request:
+
+            async def answer(message: Message) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                    MutableHeaders(scope=message)["x-request-id"] = request
+                await send(message)
+
+            try:
+                await self.app(scope, receive, answer)
+            finally:
+                self._count(scope, status, time.perf_counter() - started)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        path = scope["path"] if scope["path"] in PATHS else "other"
+        self._metrics.requests.labels(path, str(status)).inc()
+        said = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+        if (name := _name(scope)) is not None:
+            said["principal"] = name
+        (logs.log.debug if path in OPEN else logs.log.info)("request", extra=said)
+
+
+class KnownPlaces:
+    """Web pages cannot reach the server by a name of their own (DNS rebinding) or from an origin of their own."""
+
+    def __init__(self, app: ASGIApp, security: TransportSecuritySettings) -> None:
+        self.app, self._check = app, TransportSecurityMiddleware(security)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = None
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            refused = await self._check.validate_request(Request(scope))
+        if refused is None:
+            await self.app(scope, receive, send)
+            return
+        setting = "--allowed-hosts" if refused.status_code == 421 else "--allowed-origins"
+        said = f"{bytes(refused.body).decode()}: this server answers to localhost and to what its {setting} names"
+        await _error(said, refused.status_code)(scope, receive, send)
+
+
+class RateLimit:
+    """A moving window for each principal; before a token is known, for each address."""
+
+    def __init__(self, app: ASGIApp, rate: str) -> None:
+        self.app, self._rate = app, parse(rate)
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN or self._limiter.hit(self._rate, *_who(scope)):
+            await self.app(scope, receive, send)
+            return
+        wait = max(1, math.ceil(self._limiter.get_window_stats(self._rate, *_who(scope)).reset_time - time.time()))
+        said = f"too many requests: {self._rate}; try again in {wait} s"
+        await _error(said, 429, {"retry-after": str(wait)})(scope, receive, send)
+
+
+class RequireToken:
+    """Everything but `OPEN` needs a token."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN or _name(scope) is not None:
+            await self.app(scope, receive, send)
+            return
+        shown = Request(scope).headers.get("authorization", "").lower().startswith("bearer ")
+        challenge = 'Bearer realm="mechscope"' + (', error="invalid_token"' if shown else "")
+        said = "this token is not known" if shown else "send a token: Authorization: Bearer TOKEN"
+        await _error(said, 401, {"www-authenticate": challenge})(scope, receive, send)
+
+
+def _name(scope: Scope) -> str | None:
+    user = scope.get("user")
+    return user.access_token.client_id if isinstance(user, AuthenticatedUser) else None
+
+
+def _who(scope: Scope) -> tuple[str, str]:
+    name = _name(scope)
+    return ("address", (scope.get("client") or ("", 0))[0]) if name is None else ("principal", name)
+
+
+def _error(said: str, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An answer that HTTP clients and JSON-RPC clients both understand."""
+    body = {"jsonrpc": "2.0", "id": None, "error": {"code": BUSY, "message": said}}
+    return JSONResponse(body, status, headers)

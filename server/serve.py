@@ -1,0 +1,124 @@
+"""`mechscope serve`: settings -> one process with one lab, over stdio or HTTP, until it is stopped.
+
+SIGTERM or SIGINT closes the gate: no call is let in, those inside get `stop_within` seconds to end, what is left is
+cancelled and answered, then the process ends. A second signal ends it at once. Records are on their way to the store
+before a call returns, so nothing is written while stopping.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from types import FrameType
+
+import anyio
+import uvicorn
+from mcp.server import MCPServer
+
+from server import logs
+from server.app import build_server
+from server.auth import Tokens
+from server.gate import Gate
+from server.lab import Lab
+from server.settings import Settings
+from server.sources import Sources
+from server.watch import Watch
+from server.web import http_app
+
+FLUSH = 0.2
+"""Seconds for the answers of ended calls to be written."""
+
+
+def serve(settings: Settings) -> None:
+    """Serve MCP over stdio, or with --http over HTTP: /mcp (Streamable HTTP) and /sse on one port."""
+    logs.configure(settings.log_level)
+    lab = Lab(sources=sources(settings))
+    watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
+    server = build_server(lab, settings.toolset, settings.read_only, watch)
+    if settings.http:
+        _serve_http(server, settings, watch)
+    else:
+        anyio.run(_serve_stdio, server, watch.gate, settings.stop_within)
+
+
+def sources(settings: Settings) -> Sources:
+    """A stdio client runs as the user who started the server; an HTTP client may be anyone with a token."""
+    anywhere = not settings.models_dir and not settings.http
+    return Sources(None if anywhere else settings.models_dir, settings.downloads and not settings.read_only)
+
+
+async def _serve_stdio(server: MCPServer[None], gate: Gate, within: float) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(_stop_on_signal, gate, within)
+        await server.run_stdio_async()
+        group.cancel_scope.cancel()
+
+
+async def _stop_on_signal(gate: Gate, within: float) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        await anext(signals)
+        logs.log.info("stopping", extra={"calls": gate.inside})
+        async with anyio.create_task_group() as group:
+            group.start_soon(_close, gate, within)
+            await anext(signals)
+            _exit()
+
+
+async def _close(gate: Gate, within: float) -> None:
+    await gate.close(within)
+    await anyio.sleep(FLUSH)
+    _exit()
+
+
+def _exit() -> None:
+    """Without waiting for the thread that reads stdin: it cannot be woken while the client keeps the pipe open."""
+    logging.shutdown()
+    os._exit(0)
+
+
+def _serve_http(server: MCPServer[None], settings: Settings, watch: Watch) -> None:
+    tokens = None if settings.token_file is None else Tokens.read(settings.token_file)
+    app = http_app(server, settings, watch, tokens)
+    config = uvicorn.Config(
+        app,
+        settings.host,
+        settings.port,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=2,
+    )
+    Draining(config, watch.gate, settings.stop_within).run()
+
+
+class Draining(uvicorn.Server):
+    """uvicorn that closes the gate before it closes connections, so that running calls are answered."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate, within: float) -> None:
+        super().__init__(config)
+        self._gate, self._within = gate, within
+        self._closing: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        self._loop = asyncio.get_running_loop()
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        logs.log.info("serving", extra={"url": f"http://{place}/mcp", "sse": f"http://{place}/sse"})
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.started or self._gate.closed:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._start_closing)
+
+    def _start_closing(self) -> None:
+        logs.log.info("stopping", extra={"calls": self._gate.inside})
+        self._closing = self._loop.create_task(self._close())
+
+    async def _close(self) -> None:
+        await self._gate.close(self._within)
+        await asyncio.sleep(FLUSH)
+        self.should_exit = True

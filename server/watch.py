@@ -1,0 +1,59 @@
+"""`Watch`: every tool call is admitted, counted and logged, on every transport. A middleware of the MCP server."""
+
+import time
+from typing import Any
+
+import anyio
+from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
+from mcp.types import CallToolResult, TextContent
+
+from server import logs
+from server.auth import principal
+from server.gate import Gate, Refusal
+from server.lab import Lab
+from server.metrics import Metrics
+from server.tools import TOOLS
+
+NAMES = frozenset(function.__name__ for function in TOOLS)
+
+
+class Watch:
+    """Calls go through `gate` and into `metrics`; a call that is not let in gets an error that says why."""
+
+    def __init__(self, lab: Lab, gate: Gate | None = None) -> None:
+        self.gate = Gate() if gate is None else gate
+        self.metrics = Metrics(lab, self.gate)
+
+    async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
+        if ctx.method != "tools/call":
+            return await call_next(ctx)
+        asked = (ctx.params or {}).get("name")
+        tool = asked if asked in NAMES else "unknown"
+        started, outcome = time.perf_counter(), "error"
+        with logs.request(), self.metrics.measuring():
+            logs.log.debug("called", extra={"tool": tool, "arguments": (ctx.params or {}).get("arguments")})
+            try:
+                with self.gate.admitted(principal()):
+                    result = await call_next(ctx)
+                    outcome = "error" if _failed(result) else "ok"
+                return result
+            except Refusal as refusal:
+                outcome = refusal.outcome
+                return CallToolResult(content=[TextContent(type="text", text=str(refusal))], is_error=True)
+            except anyio.get_cancelled_exc_class():
+                outcome = "cancelled"
+                raise
+            finally:
+                self._count(tool, outcome, time.perf_counter() - started)
+
+    def _count(self, tool: str, outcome: str, seconds: float) -> None:
+        self.metrics.calls.labels(tool, outcome).inc()
+        self.metrics.seconds.labels(tool).observe(seconds)
+        said = {"tool": tool, "outcome": outcome, "seconds": round(seconds, 4), "principal": principal()}
+        logs.log.info("call", extra=said)
+
+
+def _failed(result: HandlerResult) -> bool:
+    if isinstance(result, dict):
+        return bool(result.get("isError"))
+    return bool(getattr(result, "is_error", False))
