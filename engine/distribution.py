@@ -4,7 +4,6 @@ import numpy as np
 
 from engine.ops import Array, softmax
 
-
 STRETCH = 64
 
 
