@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 ORACLE := .oracle
 ORACLE_GGUF := .oracle-gguf
+PEERS := .peers
 BIN := $(VENV)/bin
 # Where torch comes from; elsewhere on Linux the plain index gives a CUDA build:
 #   make oracle TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
@@ -12,7 +13,7 @@ LLAMA_CMAKE ?= -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGG
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8765
 
-.PHONY: help demo test lint format serve mutants oracle oracle-gguf dockerfile docs snapshot clean
+.PHONY: help demo test lint format serve mutants oracle oracle-gguf bench dockerfile docs snapshot clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
@@ -63,6 +64,17 @@ oracle: $(ORACLE)/.ready  ## compare with transformers and torch on the same wei
 oracle-gguf: $(ORACLE_GGUF)/.ready  ## compare GGUF files and tokenizers with llama.cpp (builds it: minutes)
 	OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(ORACLE_GGUF)/bin/python -m oracle.llama_cpp $(ORACLE_ARGS)
 
+$(PEERS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(PEERS)/bin/python -m pip install --quiet $(TORCH_INDEX) torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet --group peers
+	touch $@
+
+bench: $(VENV)/.ready $(PEERS)/.ready  ## time mechscope against its peers (an hour; needs a quiet machine)
+	PYTHONPATH=. $(BIN)/python bench/model.py bench/.model
+	PYTHONPATH=. $(BIN)/python bench/run.py --peers $(PEERS)/bin/python --model bench/.model $(BENCH_ARGS)
+
 dockerfile: $(VENV)/.ready  ## follow the Dockerfile in an empty directory, without Docker
 	$(BIN)/python tests/dockerfile.py MODEL=$(MODEL)
 
@@ -77,4 +89,4 @@ serve: $(VENV)/.ready  ## serve MCP over HTTP on localhost
 	$(BIN)/mechscope serve --http --port $(PORT)
 
 clean:  ## remove environments and caches
-	rm -rf $(VENV) $(ORACLE) $(ORACLE_GGUF) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ORACLE) $(ORACLE_GGUF) $(PEERS) bench/.model dist .pytest_cache .mypy_cache .ruff_cache
