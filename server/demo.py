@@ -77,7 +77,7 @@ def _server() -> StdioServerParameters:
     command = str(beside) if beside.exists() else shutil.which("mechscope")
     if command is None:
         raise Failed("the mechscope script is not on the PATH; install mechscope first")
-    return StdioServerParameters(command=command, args=["serve"], env=dict(os.environ))
+    return StdioServerParameters(command=command, args=["serve", "--log-level", "warning"], env=dict(os.environ))
 
 
 async def _drive(console: Console, model: str) -> None:
