@@ -1,0 +1,233 @@
+"""`mechscope serve` as a process: three transports, tokens, limits, what operators see, and a graceful stop."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import anyio
+import httpx2 as httpx
+import pytest
+from clients import ERAS, ask
+from serving import TRANSPORTS, Served, headers, reached, serving, token_file
+from typer.testing import CliRunner
+
+from server.__main__ import app
+from server.settings import BadSettings, Settings, read_settings
+
+PROMPT = "The capital of France is"
+HELLO = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+CALL = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": HELLO}
+ACCEPT = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory):
+    tokens = token_file(tmp_path_factory.mktemp("tokens"))
+    with serving("--token-file", str(tokens), "--body-limit", "64KiB") as served:
+        yield served
+
+
+def post(served: Served, name: str | None = "ann", **more: str) -> httpx.Response:
+    return httpx.post(f"{served.base}/mcp", json=CALL, headers=ACCEPT | headers(name) | more)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("mode", ERAS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_every_transport_runs_the_same_scenario_in_both_eras(guarded: Served, transport: str, mode: str) -> None:
+    async with reached(guarded.base, transport, mode, "ann") as client:
+        await ask(client, "load_model", model="synthetic")
+        held = await ask(client, "capture_residuals", prompt=PROMPT)
+        lens = await ask(client, "logit_lens", tensor=held["handle"], layers=[-1])
+        assert len(lens["rows"]) == 1
+        assert held["handle"] in {row["handle"] for row in (await ask(client, "list_session"))["handles"]}
+
+
+@pytest.mark.anyio
+async def test_a_principals_handles_do_not_exist_for_another(guarded: Served) -> None:
+    async with reached(guarded.base, "http", name="ann") as ann, reached(guarded.base, "sse", name="bob") as bob:
+        await ask(ann, "load_model", model="synthetic")
+        held = await ask(ann, "capture_residuals", prompt=PROMPT)
+        assert held["handle"] not in str(await ask(bob, "list_session"))
+        for tool in ("read_tensor", "release"):
+            refused = await bob.call_tool(tool, {"handle": held["handle"]})
+            assert refused.is_error
+            assert "no such handle" in refused.content[0].text
+        assert held["handle"] in str(await ask(ann, "list_session"))
+
+
+def test_without_a_known_token_the_answer_is_401_and_says_how(guarded: Served) -> None:
+    for name, extra in ((None, {}), (None, {"Authorization": "Bearer wrong"}), (None, {"Authorization": "Basic YTpi"})):
+        answer = post(guarded, name, **extra)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert httpx.get(f"{guarded.base}/sse", headers=extra).status_code == 401
+        assert httpx.get(f"{guarded.base}/metrics", headers=extra).status_code == 401
+    assert post(guarded).status_code == 200
+
+
+def test_unknown_hosts_and_origins_are_refused(guarded: Served) -> None:
+    assert post(guarded, Host="evil.example").status_code == 421
+    assert post(guarded, Origin="https://evil.example").status_code == 403
+    assert post(guarded, Origin="http://localhost:3000").status_code == 200
+
+
+def test_a_body_beyond_the_limit_is_refused(guarded: Served) -> None:
+    body = CALL | {"params": HELLO | {"x": "y" * 100_000}}
+    assert httpx.post(f"{guarded.base}/mcp", json=body, headers=ACCEPT | headers("ann")).status_code == 413
+
+
+def test_health_and_readiness_are_open_and_metrics_count(guarded: Served) -> None:
+    assert httpx.get(f"{guarded.base}/health").json() == {"status": "alive"}
+    assert httpx.get(f"{guarded.base}/ready").json() == {"status": "ready"}
+
+    async def call() -> None:
+        async with reached(guarded.base, "http", name="ann") as client:
+            await ask(client, "load_model", model="synthetic")
+            await ask(client, "logit_lens", prompt=PROMPT)
+
+    def counted() -> str:
+        return httpx.get(f"{guarded.base}/metrics", headers=headers("ann")).text
+
+    before = counted()
+    anyio.run(call)
+    after = counted()
+    lines = [line for line in after.splitlines() if "logit_lens" in line and "count" in line]
+    assert lines
+    assert before != after
+
+
+def test_the_log_names_calls_and_callers_but_no_prompt(guarded: Served) -> None:
+    async def call() -> None:
+        async with reached(guarded.base, "http", name="bob") as client:
+            await ask(client, "load_model", model="synthetic")
+            await ask(client, "tokenize", text="a very secret prompt")
+
+    anyio.run(call)
+    time.sleep(0.2)
+    calls = [record for record in guarded.log if record.get("tool") == "tokenize"]
+    assert calls[-1]["principal"] == "bob"
+    assert "secret" not in str(guarded.log)
+    assert all("b" * 40 not in str(record) for record in guarded.log)
+
+
+def test_too_many_requests_are_told_to_wait() -> None:
+    with serving("--rate-limit", "5/minute") as served:
+        answers = [post(served, None) for _ in range(7)]
+    assert [answer.status_code for answer in answers[:5]] == [200] * 5
+    assert {answer.status_code for answer in answers[5:]} == {429}
+    assert int(answers[-1].headers["retry-after"]) > 0
+
+
+def test_a_stopped_server_ends_running_calls_with_an_error_and_in_time() -> None:
+    with serving("--stop-within", "1") as served:
+        told: list[str] = []
+
+        async def call() -> None:
+            async with reached(served.base, "http") as client:
+                await ask(client, "load_model", model="synthetic")
+                result = await client.call_tool("generate_with_hooks", {"prompt": "x" * 400, "max_new_tokens": 100})
+                told.append(result.content[0].text if result.is_error else "finished")
+
+        thread = threading.Thread(target=lambda: anyio.run(call))
+        thread.start()
+        time.sleep(1.5)
+        began = time.monotonic()
+        status = served.stop(signal.SIGTERM)
+        thread.join(10)
+        assert not thread.is_alive()
+        assert time.monotonic() - began < 10
+        assert status == 0
+        assert told == ["finished"] or "stopping" in told[0]
+
+
+def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('port = 1111\nlog_level = "debug"\nmax_calls = 3\n')
+    monkeypatch.setenv("MECHSCOPE_PORT", "2222")
+    monkeypatch.setenv("MECHSCOPE_MAX_CALLS", "4")
+    found = read_settings({"port": 3333}, file)
+    assert (found.port, found.max_calls, found.log_level) == (3333, 4, "debug")
+    assert Settings().toolset == "all"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prot = 1", "no such setting"),
+        ("port = 70000", "port"),
+        ('rate_limit = "often"', "rate_limit"),
+        ("=", "not TOML"),
+    ],
+)
+def test_a_bad_file_says_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "config.toml").write_text(text + "\n")
+    with pytest.raises(BadSettings, match=says):
+        read_settings({}, tmp_path / "config.toml")
+
+
+def test_a_misspelt_variable_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("MECHSCOPE_PROT", "1")
+    with pytest.raises(BadSettings, match="no such environment variable: MECHSCOPE_PROT"):
+        read_settings({})
+
+
+def test_beyond_localhost_a_token_is_demanded(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["serve", "--http", "--host", "0.0.0.0"])
+    assert refused.exit_code != 0
+    assert "token" in refused.output
+    with serving("--host", "0.0.0.0", "--token-file", str(token_file(tmp_path))) as served:
+        at = served.base.replace("0.0.0.0", "127.0.0.1")
+        assert httpx.get(f"{at}/health").status_code == 200
+        assert httpx.post(f"{at}/mcp", json=CALL, headers=ACCEPT).status_code == 401
+        assert httpx.post(f"{at}/mcp", json=CALL, headers=ACCEPT | {"Host": "evil.example"}).status_code == 421
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no token"),
+        ("ann\n", "1 words"),
+        ("ann short\n", "at least 32"),
+        ("local " + "a" * 40, "not 'local'"),
+    ],
+)
+def test_a_token_file_that_cannot_be_used_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(text)
+    path.chmod(0o600)
+    refused = CliRunner().invoke(app, ["serve", "--http", "--token-file", str(path)])
+    assert refused.exit_code != 0
+    assert says in refused.output
+
+
+@pytest.mark.anyio
+async def test_models_by_path_load_from_allowed_folders_only(tmp_path: Path) -> None:
+    inside = tmp_path / "models"
+    inside.mkdir()
+    (inside / "link").symlink_to("/etc")
+    with serving("--models-dir", str(inside)) as served:
+        async with reached(served.base, "http") as client:
+            for path in ("/etc", str(inside / "link"), str(inside / ".." / "x.gguf"), "/dev/zero"):
+                refused = await client.call_tool("load_model", {"model": path})
+                assert refused.is_error, path
+                assert "config.json" not in refused.content[0].text
+
+
+@pytest.mark.anyio
+async def test_a_read_only_server_offers_nothing_that_deletes() -> None:
+    with serving("--read-only") as served:
+        async with reached(served.base, "http") as client:
+            names = {tool.name for tool in (await client.list_tools()).tools}
+            assert "release" not in names
+            assert "logit_lens" in names
+
+
+@pytest.mark.anyio
+async def test_a_toolset_offers_its_tools_only() -> None:
+    with serving("--toolset", "core") as served:
+        async with reached(served.base, "http") as client:
+            names = {tool.name for tool in (await client.list_tools()).tools}
+    assert "logit_lens" in names
+    assert "causal_trace" not in names
