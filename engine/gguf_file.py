@@ -148,14 +148,16 @@ class GgufFile:
             raise DamagedFile(
                 f"{self.path.name}: {clipped(name)} is stored as {kind.name}, which cannot be read"
             ) from None
-        self._forget(tensor.offset, tensor.nbytes)
+        self._forget()
         return dense.reshape(tensor.shape)
 
-    def _forget(self, start: int, nbytes: int) -> None:
-        """Take pages that were read out of this process; they stay in the system's cache of the file."""
+    def _forget(self) -> None:
+        """Take the file's pages out of this process; they stay in the system's cache.
+
+        All of them: what a fault maps in besides the page that was read depends on how the system cached the file.
+        """
         if hasattr(memory, "MADV_DONTNEED"):  # not on Windows
-            before = start % memory.PAGESIZE
-            self._data.madvise(memory.MADV_DONTNEED, start - before, nbytes + before)
+            self._data.madvise(memory.MADV_DONTNEED)
 
 
 def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`weights="scoped"`: the file stays as it is, layers become dense when they run, and every result is that of dense."""
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -271,26 +271,12 @@ def test_a_scoped_layer_is_let_go_after_an_error(pair):
 # --- the file -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def forgotten(monkeypatch) -> Iterator[list[tuple[int, int]]]:
-    """The stretches of mapped files whose pages were given back."""
-    seen = []
-    forget = GgufFile._forget
-
-    def noted(file: GgufFile, start: int, nbytes: int) -> None:
-        seen.append((start, nbytes))
-        forget(file, start, nbytes)
-
-    monkeypatch.setattr(GgufFile, "_forget", noted)
-    return seen
-
-
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system has no madvise")
-def test_the_pages_of_every_tensor_that_was_read_are_given_back(tmp_path, forgotten):
-    path = quantised(tmp_path)
+def test_the_pages_of_a_file_are_given_back_after_every_tensor(tmp_path, monkeypatch):
+    path, given_back, forget = quantised(tmp_path), [], GgufFile._forget
+    monkeypatch.setattr(GgufFile, "_forget", lambda file: given_back.append(forget(file)))
     load_model(path)
-    tensors = GgufFile.open(path).tensors.values()
-    assert sorted(forgotten) == sorted((tensor.offset, tensor.nbytes) for tensor in tensors)
+    assert len(given_back) == len(GgufFile.open(path).tensors)
 
 
 def test_dense_weights_of_a_gguf_file_are_copies_of_their_own(tmp_path):
