@@ -1,5 +1,7 @@
 """The session store: unguessable handles that belong to one principal."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,25 @@ def test_a_released_handle_is_gone() -> None:
     assert store.release(handle, "ann") == 24
     with pytest.raises(UnknownHandle, match="list_session"):
         store.get(handle, "ann")
+
+
+def test_a_run_is_kept_as_it_was_last_saved_and_belongs_to_one_principal() -> None:
+    store = MemoryStore()
+    run = store.start_run("ann", "causal_trace", {"clean": "a"}, {"version": "0"})
+    assert run.handle.startswith("run:causal-trace-")
+    assert (run.state, run.done, run.result) == ("running", 0, None)
+    store.save_run(replace(run, state="done", result={"cells": 3}))
+    assert store.run(run.handle, "ann").result == {"cells": 3}
+    assert [r.handle for r in store.runs("ann")] == [run.handle]
+    assert store.runs("bob") == []
+    for attempt in (store.run, store.release):
+        with pytest.raises(UnknownHandle):
+            attempt(run.handle, "bob")
+
+
+def test_a_released_run_stays_forgotten_when_its_end_is_saved() -> None:
+    store = MemoryStore()
+    run = store.start_run("ann", "causal_trace", {}, {})
+    assert store.release(run.handle, "ann") == 0
+    store.save_run(replace(run, state="done"))
+    assert store.runs("ann") == []
