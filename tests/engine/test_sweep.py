@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from tolerances import SAME, assert_close, assert_moved, far_out
+from tolerances import SAME, assert_close, assert_moved, assert_same, far_out
 
 from engine import POINTS, Intervention, KVCache, compile_interventions, forward
 from engine.errors import InputError, LayerError
