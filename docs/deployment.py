@@ -50,8 +50,15 @@ def _row(option: Any) -> str:
     known = name in Settings.model_fields
     key, variable = (f"`{name}`", f"{PREFIX}{name.upper()}") if known else ("", CONFIG)
     flags = ", ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
-    default = f"`{option.show_default}`" if isinstance(option.show_default, str) else ""
-    return f"| {key} | {flags} | `{variable}` | {default} | {option.help} |"
+    return f"| {key} | {flags} | `{variable}` | {_default(option)} | {option.help} |"
+
+
+def _default(option: Any) -> str:
+    """As `--help` shows it, but for folders: those differ between systems and users."""
+    field = Settings.model_fields.get(option.name)
+    if field is not None and isinstance(field.default, Path):
+        return "[by system](install.md#what-is-where)"
+    return f"`{option.show_default}`" if isinstance(option.show_default, str) else ""
 
 
 def manifest(text: str, version: str, tools: list[tuple[str, str]], prompts: bool) -> str:
