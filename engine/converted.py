@@ -101,7 +101,7 @@ def keep(path: Path, before: Stamp, notes: Notes, params: Params, n_layers: int)
     except Timeout:
         return "another process is keeping it"
     except OSError as error:
-        return f"{file.parent} cannot be written: {error.strerror or error}"
+        return f"the cache directory cannot be written: {error.strerror or error}"
 
 
 def damage(file: Path) -> str | None:
@@ -141,7 +141,7 @@ def _write(file: Path, path: Path, before: Stamp, notes: Notes, arrays: Mapping[
     needed = sum(array.nbytes for array in arrays.values())
     file.unlink(missing_ok=True)  # stale: its room may be needed
     if shutil.disk_usage(file.parent).free < needed + (64 << 20):
-        return f"{file.parent} has no room for {needed >> 20} MiB"
+        return f"the cache directory has no room for {needed >> 20} MiB"
     temporary = file.with_suffix(".partial")  # of a killed process, too: this one has the lock
     try:
         head = {"stamp": before, "made_by": _code(), "notes": notes, "contents": _digest(arrays)}

@@ -63,6 +63,9 @@ class Settings(BaseSettings):
         "HTTP from nowhere.",
     )
     downloads: bool = Field(True, description="Fetch models of the catalogue and the hub that are not there yet.")
+    converted: bool = Field(
+        True, description="Keep weights as float32 in the cache directory, so that the next start maps them."
+    )
     toolset: Literal["core", "analysis", "all"] = Field("all", description="Which tools are offered.")
     read_only: bool = Field(False, description="Offer nothing that writes or deletes; fetch no models.")
     body_limit: ByteSize = Field(ByteSize(4 << 20), ge=1024, description="Longest HTTP request body, such as 4MiB.")
