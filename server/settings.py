@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import typer
-from limits import parse
 from platformdirs import user_config_path
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -81,6 +80,8 @@ class Settings(BaseSettings):
     @field_validator("rate_limit")
     @classmethod
     def _a_rate(cls, value: str) -> str:
+        from limits import parse
+
         parse(value)
         return value
 
