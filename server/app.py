@@ -3,10 +3,12 @@
 from importlib.metadata import version
 
 from mcp.server import MCPServer
+from mcp.server.mcpserver.tools import Tool
 
+from server.jobs import Jobs
 from server.lab import Lab
 from server.toolbox import instrument
-from server.tools import DELETING, KEEPING, TOOLS, TOOLSETS
+from server.tools import DELETING, KEEPING, NEVER_JOBS, TOOLS, TOOLSETS
 from server.watch import Watch
 
 INSTRUCTIONS = """\
@@ -26,12 +28,15 @@ def build_server(
     lab = Lab() if lab is None else lab
     watch = Watch(lab) if watch is None else watch
     offered = [f for f in TOOLSETS[toolset] if not (read_only and f in DELETING)]
+    jobs = Jobs(lab.store, watch.gate, watch.count)
+    tools = [instrument(lab, jobs, f, KEEPING.get(f, ()) if read_only else ()) for f in offered]
+    jobs.offer(tool for tool in tools if tool.name not in {f.__name__ for f in NEVER_JOBS})
     server: MCPServer[None] = MCPServer(
         "mechscope",
         title="mechscope",
         version=version("mechscope"),
         instructions=INSTRUCTIONS + _missing({f.__name__ for f in TOOLS} - {f.__name__ for f in offered}),
-        tools=[instrument(lab, f, KEEPING.get(f, ()) if read_only else ()) for f in offered],
+        tools=list[Tool](tools),
         log_level="WARNING",
     )
     server.middleware.append(watch)

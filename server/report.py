@@ -187,6 +187,15 @@ def _session(a: Answer) -> list[RenderableType]:
     return [table]
 
 
+def _job(a: Answer) -> list[RenderableType]:
+    left = "" if a["total"] is None else f" of {a['total']}"
+    return [f"{a['tool']} {a['state']}: {a['done']}{left} in {a['seconds']:.1f} s", f"[dim]{a['run']}[/]"]
+
+
+def _job_result(a: Answer) -> list[RenderableType]:
+    return [*_job(a), *(_RENDERERS[a["tool"]](a["result"]) if a["result"] else [])]
+
+
 def _released(a: Answer) -> list[RenderableType]:
     return [f"{a['bytes_freed']} bytes freed"]
 
@@ -212,4 +221,7 @@ _RENDERERS: dict[str, Callable[[Answer], list[RenderableType]]] = {
     "embedding_neighbors": _view,
     "project_through_unembed": _view,
     "read_tensor": _page,
+    "start_job": _job,
+    "get_job": _job_result,
+    "cancel_job": _job,
 }

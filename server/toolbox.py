@@ -22,27 +22,36 @@ from engine.errors import EngineError
 from server.auth import principal
 from server.call import Call
 from server.complaints import explain
+from server.jobs import Jobs
 from server.lab import Lab, LoadedModel
 from server.logs import log
 from server.metrics import count_fault
 from server.store import UnknownHandle
 
-ToolFunction = Callable[..., BaseModel]
+ToolFunction = Callable[..., Any]
+"""Returns a result model, or as a coroutine function awaits one."""
 
 
-def instrument(lab: Lab, function: ToolFunction, without: Collection[str] = ()) -> Tool:
-    """The tool that runs `function`; arguments in `without` are not offered and keep their defaults."""
+def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection[str] = ()) -> "StrictTool":
+    """The tool that runs `function`; arguments in `without` are not offered and keep their defaults.
+
+    A plain function runs on a worker thread, a coroutine function on the event loop.
+    """
     signature = inspect.signature(function, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name not in ("call", *without)]
 
     async def run(ctx: Context[Any, Any], **arguments: Any) -> BaseModel:
-        call = Call(lab, ctx, principal())
+        call = Call(lab, ctx, jobs, principal())
         work = functools.partial(function, call, **arguments)
         try:
             async with AsyncExitStack() as turns:
                 for item in _worked_with(lab, arguments) if uses_model else ():
                     await turns.enter_async_context(item.limiter)
-                return await anyio.to_thread.run_sync(work)
+                result: BaseModel = await (work() if on_loop else anyio.to_thread.run_sync(work))
+                await call.tell_last()
+                return result
+        except ToolError:
+            raise
         except (EngineError, UnknownHandle) as error:
             raise ToolError(str(error)) from error
         except Exception as error:
@@ -54,6 +63,7 @@ def instrument(lab: Lab, function: ToolFunction, without: Collection[str] = ()) 
                 "log); this is a defect: nothing was computed and nothing was lost"
             ) from error
 
+    on_loop = inspect.iscoroutinefunction(function)
     uses_model = "model" in signature.parameters and function.__name__ != "load_model"
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in own} | {"return": signature.return_annotation}
@@ -74,12 +84,12 @@ def _title(function: ToolFunction) -> str:
 
 
 def _annotations(function: ToolFunction) -> ToolAnnotations:
-    changes = function.__name__ == "release"
+    name = function.__name__
     return ToolAnnotations(
-        read_only_hint=not changes,
-        destructive_hint=changes,
-        idempotent_hint=True,
-        open_world_hint=function.__name__ == "load_model",
+        read_only_hint=name not in ("release", "start_job", "cancel_job"),
+        destructive_hint=name in ("release", "cancel_job"),
+        idempotent_hint=name != "start_job",
+        open_world_hint=name in ("load_model", "start_job"),
     )
 
 
@@ -103,9 +113,19 @@ class StrictTool(Tool):
             if isinstance(cause, ToolError):
                 raise cause from None
             if isinstance(cause, ValidationError):
-                raise ToolError(explain(self.name, cause, arguments, list(self.parameters["properties"]))) from cause
+                raise self._refusal(cause, arguments) from cause
             raise
         return self._compact(result) if convert_result else result
+
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Raise what `run` would raise for arguments that do not fit the schema."""
+        try:
+            self.fn_metadata.validate_arguments(arguments)
+        except ValidationError as error:
+            raise self._refusal(error, arguments) from error
+
+    def _refusal(self, error: ValidationError, arguments: dict[str, Any]) -> ToolError:
+        return ToolError(explain(self.name, error, arguments, list(self.parameters["properties"])))
 
     def _compact(self, result: BaseModel) -> CallToolResult:
         """Structured content, and the same as one line of JSON for clients that only read text."""

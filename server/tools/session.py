@@ -57,10 +57,12 @@ def load_model(
 def list_session(call: Call) -> SessionInfo:
     """List the loaded models and every handle, with what each costs in memory."""
     models = [Held(handle=m.handle, about=_about(m.model), bytes=m.model.params.nbytes) for m in call.lab.models]
+    store = call.lab.store
     handles = [
         Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes)
-        for r in call.lab.store.records(call.owner)
+        for r in store.records(call.owner)
     ]
+    handles += [Held(handle=r.handle, about=f"{r.tool}, {r.state}", bytes=0) for r in store.runs(call.owner)]
     return SessionInfo(models=models, handles=handles, bytes_in_memory=sum(held.bytes for held in [*models, *handles]))
 
 
@@ -71,7 +73,9 @@ def _about(model: Model) -> str:
 
 
 def release(call: Call, handle: Annotated[str, Field(description="any handle; list_session shows them")]) -> Released:
-    """Free a capture, vector, cache or model. Its handle is gone afterwards."""
+    """Free a capture, vector, cache, model or ended job. Its handle is gone afterwards."""
+    if handle.startswith("run:") and call.lab.store.run(handle, call.owner).state == "running":
+        raise InputError(f"{handle} is running; cancel_job stops it")
     freed = (
         call.lab.release_model(handle) if handle.startswith("model:") else call.lab.store.release(handle, call.owner)
     )

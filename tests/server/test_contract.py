@@ -34,6 +34,9 @@ ARGUMENTS = {
     "embedding_neighbors": {"token", "vector", "k"},
     "project_through_unembed": {"token", "vector", "k"},
     "read_tensor": {"handle", "start", "count"},
+    "start_job": {"tool", "arguments"},
+    "get_job": {"run", "wait_seconds"},
+    "cancel_job": {"run"},
 }
 
 
