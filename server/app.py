@@ -5,8 +5,11 @@ from importlib.metadata import version
 from mcp.server import MCPServer
 from mcp.server.mcpserver.tools import Tool
 
+from server.completions import add_completions
 from server.jobs import Jobs
 from server.lab import Lab
+from server.prompts import add_prompts
+from server.resources import add_resources
 from server.toolbox import instrument
 from server.tools import DELETING, KEEPING, NEVER_JOBS, TOOLS, TOOLSETS
 from server.watch import Watch
@@ -40,6 +43,9 @@ def build_server(
         log_level="WARNING",
     )
     server.middleware.append(watch)
+    add_resources(server, lab)
+    add_prompts(server, [tool.name for tool in tools])
+    add_completions(server, lab)
     return server
 
 
