@@ -19,8 +19,11 @@ A microscope for language models. Load a model with load_model, then look inside
 logit_lens and track_token read the residual stream, forward_ablate, forward_steer and patch_activations change a run
 and report the effect, generate_with_hooks writes text under interventions, prefill_inject and kv_inject_test move
 key-value cache from one prompt into another. Results hold handles (act:, vec:, kv:, model:) that other tools take.
-Every number is computed in the call that returns it. Positions are absolute, layers count from 0, a token given as
-text must be exactly one token: mind the leading space.
+Work that may take longer than 30 seconds runs as a job: start_job returns a run: handle at once, get_job its progress
+and result, cancel_job stops it. The prompts are protocols with controls: recalling a fact, locating a computation,
+induction heads, steering, comparing prompts, transplanting a cache. The resources mechscope://models and
+mechscope://session show what is loaded and held. Every number is computed in the call that returns it. Positions are
+absolute, layers count from 0, a token given as text must be exactly one token: mind the leading space.
 """
 
 

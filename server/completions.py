@@ -77,14 +77,14 @@ class Completions:
 
 
 def usable_pieces(model: Model) -> list[str]:
-    """The vocabulary as a token argument takes it, in the order of ids: texts that are that one token again."""
+    """What can be typed of the vocabulary, in the order of ids: printable texts that are that one token again."""
     ids = range(min(model.config.d_vocab, model.tokenizer.vocabulary))
     return [piece for index in ids if _stands_for(model, piece := model.tokenizer.piece(index), index)]
 
 
 def _stands_for(model: Model, piece: str, index: int) -> bool:
     try:
-        return model.tokenizer.single(piece) == index
+        return piece.isprintable() and model.tokenizer.single(piece) == index
     except TokenError:
         return False
 
