@@ -64,7 +64,7 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
             ) from error
 
     on_loop = inspect.iscoroutinefunction(function)
-    uses_model = "model" in signature.parameters and function.__name__ != "load_model"
+    uses_model = "model" in signature.parameters and function.__name__ not in ("load_model", "tokenize")
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in own} | {"return": signature.return_annotation}
     run.__name__, run.__doc__ = function.__name__, inspect.getdoc(function)

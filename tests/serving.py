@@ -37,6 +37,7 @@ class Served:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if not self._listening.wait(30) or not self._urls:
+            self.stop(signal.SIGKILL)
             raise RuntimeError(f"the server did not start: {self.log}")
 
     _urls: dict[str, Any] | None = None

@@ -1,6 +1,6 @@
 """A model whose layers take a while and are counted; as a script, `mechscope` with such a model.
 
-python tests/slow_model.py COUNTED serve [options]      the file COUNTED grows by a byte with every layer entered
+python -P tests/slow_model.py COUNTED serve [options]      the file COUNTED grows by a byte with every layer entered
 """
 
 import dataclasses

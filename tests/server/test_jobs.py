@@ -243,3 +243,11 @@ async def test_metrics_count_jobs_as_calls_of_their_tools(lab: Lab, slow: Entere
         ("generate_with_hooks", "cancelled"): 1,
         ("cancel_job", "ok"): 1,
     }
+
+
+async def test_while_a_job_works_with_the_model_texts_are_tokenized(lab: Lab, slow: Entered) -> None:
+    async with connected(build_server(lab)) as client:
+        run = await started(client, "generate_with_hooks", **LONG)
+        with anyio.fail_after(50 * LAYER_SECONDS):
+            assert (await ask(client, "tokenize", text="hello"))["count"] == 5
+        assert (await ask(client, "cancel_job", run=run))["state"] == "cancelled"
