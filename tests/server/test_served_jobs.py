@@ -3,6 +3,7 @@
 The model in these processes is slow, and every layer it enters leaves a byte in a file: `layers` counts them.
 """
 
+import json
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 import slow_model
 from clients import ERAS, ask, connected, refused
 from mcp import Client, MCPError
+from mcp.client.stdio import stdio_client
 from mcp.types import ResourceTemplateReference
 from serving import TRANSPORTS, Served, over_stdio, reached, serving, token_file
 from slow_model import LAYER_SECONDS
@@ -182,13 +184,19 @@ async def test_a_stopped_server_ends_its_jobs_in_time_and_says_so(layers: Layers
     assert (ended["message"], ended["outcome"]) == ("call", "stopped")
 
 
-async def test_over_stdio_a_process_ends_at_once_when_its_client_leaves_a_job_behind(layers: Layers) -> None:
-    async with connected(over_stdio(command=layers.command)) as client:
-        await ask(client, "load_model", model="synthetic")
-        await ask(client, "start_job", **JOB)
-        await layers.running()
-        began = time.monotonic()
-    assert time.monotonic() - began < 2, "the client had to end it by a signal"
+async def test_over_stdio_a_process_ends_at_once_when_its_client_leaves_a_job_behind(
+    layers: Layers, tmp_path: Path
+) -> None:
+    with (tmp_path / "log").open("w+") as log:
+        async with connected(stdio_client(over_stdio(command=layers.command), errlog=log)) as client:
+            await ask(client, "load_model", model="synthetic")
+            await ask(client, "start_job", **JOB)
+            await layers.running()
+            began = time.monotonic()
+        assert time.monotonic() - began < 2, "the client had to end it by a signal"
+        log.seek(0)
+        calls = [json.loads(line) for line in log if '"outcome"' in line]
+    assert [(call["tool"], call["outcome"]) for call in calls][-1] == ("generate_with_hooks", "stopped")
     entered = layers.count
     await anyio.sleep(5 * LAYER_SECONDS)
     assert layers.count == entered
