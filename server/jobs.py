@@ -9,7 +9,7 @@ loop's thread.
 import asyncio
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from engine.errors import InputError
 from server.gate import UNWIND, Gate, Stopped
+from server.logs import log
 from server.store import Run, SessionStore, State
 
 SAVE_EVERY = 1.0
@@ -112,6 +113,8 @@ class Jobs:
                 await self._call(job, tool)
         except Stopped:
             pass  # its run says so
+        except Exception:
+            log.exception("how %s ended could not be saved", job.run.handle)
         finally:
             del self._going[job.run.handle]
             job.ended.set()
@@ -151,7 +154,9 @@ OUTCOMES: dict[State, str] = {"done": "ok", "failed": "error", "cancelled": "can
 class Reporter(Context[Any, Any]):
     """The context of a call that no client waits for: progress goes to `told`."""
 
-    def __init__(self, told: Callable[..., Any]) -> None:
+    _told: Callable[..., Awaitable[None]]
+
+    def __init__(self, told: Callable[..., Awaitable[None]]) -> None:
         super().__init__()
         self._told = told
 

@@ -200,6 +200,26 @@ async def test_progress_is_saved_now_and_then_and_the_end_always(monkeypatch: py
     assert all(0 < run.done <= slow.count for run in before)
 
 
+class Full(MemoryStore):
+    """A store that can take no more."""
+
+    def save_run(self, run: Run) -> None:
+        raise OSError("no space left")
+
+
+async def test_a_job_whose_end_cannot_be_saved_leaves_its_place_and_a_line_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lab = Lab(Full())
+    lab.load("synthetic", "dense")
+    watch = Watch(lab)
+    async with connected(build_server(lab, watch=watch)) as client:
+        run = await started(client, "logit_lens", prompt="hello")
+        await ask(client, "get_job", run=run)
+        assert watch.gate.inside == 0
+    assert f"how {run} ended could not be saved" in caplog.text
+
+
 async def test_a_stopping_server_saves_how_far_its_jobs_came(lab: Lab, slow: Entered) -> None:
     watch = Watch(lab)
     async with connected(build_server(lab, watch=watch)) as client:
