@@ -1,8 +1,8 @@
 """Results of changing a run: baseline, effect, and what was applied how often."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from schemas.base import Number, Result, Strict, TokenProbability
 
@@ -13,7 +13,7 @@ class Applied(Strict):
     kind: str
     point: str
     layer: int
-    positions: str | list[int]
+    positions: Annotated[str | list[int], WithJsonSchema({})]
     heads: list[int] | None = None
     fired: int
 

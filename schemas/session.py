@@ -1,12 +1,14 @@
 """Results about what is held: models, handles, tokens, pages of numbers."""
 
+from typing import Any
+
 from pydantic import Field
 
 from schemas.base import Exact, Number, Result, Strict, Token
 
 
-class ModelInfo(Result):
-    """A loaded model."""
+class ModelCard(Result):
+    """A loaded model: its shape and what it costs."""
 
     name: str
     family: str
@@ -28,7 +30,26 @@ class ModelInfo(Result):
     bytes_in_memory: int = Field(
         description="of dense weights now, mapped conversions included; a file mapped by scoped weights is not counted"
     )
+
+
+class ModelInfo(ModelCard):
+    """A loaded model."""
+
     seconds: Number
+
+
+class KnownModel(Strict):
+    """A model that load_model takes by name."""
+
+    name: str
+    cached: bool = Field(description="whether it loads without a download")
+
+
+class Models(Strict):
+    """What is loaded, and what can be."""
+
+    loaded: list[ModelCard]
+    known: list[KnownModel]
 
 
 class Held(Strict):
@@ -65,6 +86,29 @@ class Tokens(Result):
 
     count: int
     tokens: list[PlacedToken]
+
+
+class TensorSummary(Strict):
+    """One tensor without its numbers."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    mean: Number
+    std: Number
+    min: Number
+    max: Number
+    norm: Number
+
+
+class TensorRecord(Strict):
+    """A handle's tensors (the first 40) and how they were made."""
+
+    handle: str
+    provenance: dict[str, Any]
+    bytes: int
+    tensor_count: int
+    tensors: list[TensorSummary]
 
 
 class TensorPage(Strict):

@@ -3,10 +3,15 @@
 from importlib.metadata import version
 
 from mcp.server import MCPServer
+from mcp.server.mcpserver.tools import Tool
 
+from server.completions import add_completions
+from server.jobs import Jobs
 from server.lab import Lab
+from server.prompts import add_prompts
+from server.resources import add_resources
 from server.toolbox import instrument
-from server.tools import DELETING, KEEPING, TOOLS, TOOLSETS
+from server.tools import DELETING, KEEPING, NEVER_JOBS, TOOLS, TOOLSETS
 from server.watch import Watch
 
 INSTRUCTIONS = """\
@@ -14,9 +19,12 @@ A microscope for language models. Load a model with load_model, then look inside
 logit_lens and track_token read the residual stream, forward_ablate, forward_steer and patch_activations change a run
 and report the effect, generate_with_hooks writes text under interventions, prefill_inject and kv_inject_test move
 key-value cache from one prompt into another. Results hold handles (act:, vec:, kv:, model:) that other tools take.
-Every number is computed in the call that returns it. A prompt is text or token ids; positions are absolute, layers
-count from 0, negative ones from the end; a token given as text must be exactly one token: mind the leading space.
-model may be left out when one is loaded.
+Work that may take longer than 30 seconds runs as a job: start_job returns a run: handle at once, get_job its progress
+and result, cancel_job stops it. The prompts are protocols with controls: recalling a fact, locating a computation,
+induction heads, steering, comparing prompts, transplanting a cache. The resources mechscope://models and
+mechscope://session show what is loaded and held. Every number is computed in the call that returns it. A prompt is
+text or token ids; positions are absolute, layers count from 0, negative ones from the end; a token given as text must
+be exactly one token: mind the leading space. model may be left out when one is loaded.
 """
 
 
@@ -27,15 +35,21 @@ def build_server(
     lab = Lab() if lab is None else lab
     watch = Watch(lab) if watch is None else watch
     offered = [f for f in TOOLSETS[toolset] if not (read_only and f in DELETING)]
+    jobs = Jobs(lab.store, watch.gate, watch.count)
+    tools = [instrument(lab, jobs, f, KEEPING.get(f, ()) if read_only else ()) for f in offered]
+    jobs.offer(tool for tool in tools if tool.name not in {f.__name__ for f in NEVER_JOBS})
     server: MCPServer[None] = MCPServer(
         "mechscope",
         title="mechscope",
         version=version("mechscope"),
         instructions=INSTRUCTIONS + _missing({f.__name__ for f in TOOLS} - {f.__name__ for f in offered}),
-        tools=[instrument(lab, f, KEEPING.get(f, ()) if read_only else ()) for f in offered],
+        tools=list[Tool](tools),
         log_level="WARNING",
     )
     server.middleware.append(watch)
+    add_resources(server, lab)
+    add_prompts(server, [tool.name for tool in tools])
+    add_completions(server, lab)
     return server
 
 

@@ -21,6 +21,7 @@ from engine.lens import embedding_row, unembedding_row
 from engine.ops import Array
 from schemas.arguments import DifferenceVector, HandleVector, RandomVector, TokenVector, ValuesVector
 from schemas.base import Token, TokenProbability
+from server.jobs import Jobs
 from server.lab import Lab, LoadedModel
 from server.metrics import count_tokens
 from server.store import Record
@@ -45,11 +46,13 @@ class Call:
 
     lab: Lab
     context: Context[Any, Any]
+    jobs: Jobs
     owner: str = LOCAL
     dry: bool = False
     expected: int | None = None
     _ticks: int = 0
     _reported: float = field(default=0.0)
+    _untold: tuple[int, int | None, str] | None = None
 
     def expect(self, model: Model, cost: Cost, length: int) -> None:
         """Say before any of it what the work on a prompt of `length` tokens will take. A dry run ends here."""
@@ -69,9 +72,15 @@ class Call:
     def _report(self, done: int, total: int | None, what: str) -> None:
         anyio.from_thread.check_cancelled()
         now = time.monotonic()
+        self._untold = done, total, what
         if now - self._reported >= REPORT_EVERY:
-            self._reported = now
+            self._reported, self._untold = now, None
             anyio.from_thread.run(self.context.report_progress, done, total, what)
+
+    async def tell_last(self) -> None:
+        """Report the last of the progress, so that what is done ends at its total."""
+        if self._untold is not None:
+            await self.context.report_progress(*self._untold)
 
     # --- arguments ----------------------------------------------------------------------------------------
 

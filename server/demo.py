@@ -94,7 +94,7 @@ async def _drive(console: Console, model: str) -> None:
         info = _answer("load_model", loaded)
         report.show(console, "load_model", {"model": model}, info)
 
-        async def call(tool: str, **arguments: Any) -> Answer:
+        async def call(tool: str, /, **arguments: Any) -> Answer:
             answer = _answer(tool, await client.call_tool(tool, arguments))
             report.show(console, tool, arguments, answer)
             return answer
@@ -145,5 +145,9 @@ async def _investigate(call: Callable[..., Any], story: Story, n_layers: int) ->
     await call("generate_with_hooks", prompt=prompt, max_new_tokens=12, steers=[steer])
     await call("prefill_inject", recipient=prompt, donor=donor, max_new_tokens=12, keep=True)
     await call("kv_inject_test", recipient=prompt, donor=donor, target=story.donor_answer)
+    await call("start_job", tool="causal_trace", arguments=trace, dry_run=True)
+    started = await call("start_job", tool="causal_trace", arguments=trace)
+    await call("get_job", run=started["run"], wait_seconds=20)
+    await call("cancel_job", run=started["run"])
     await call("list_session")
     await call("release", handle=held["handle"])

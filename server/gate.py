@@ -1,4 +1,8 @@
-"""`Gate`: how many tool calls may be inside at a time, in all and for one principal; closing it ends them all."""
+"""`Gate`: how many tool calls may be inside at a time, in all and for one principal; closing it ends them all.
+
+A job is inside for as long as it runs: it takes over the place of the call that started it. Calls that only ask about
+jobs or cancel them take no place, so that a full server can still be asked and relieved.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -34,17 +38,28 @@ class Gate:
 
     def __init__(self, most: int = MOST, most_each: int = MOST_EACH) -> None:
         self._most, self._most_each = most, most_each
-        self._inside: dict[anyio.CancelScope, str] = {}
+        self._inside: dict[anyio.CancelScope, str | None] = {}
+        """Whose place it is; None for a call that takes none."""
         self.closed = False
 
     @property
     def inside(self) -> int:
-        return len(self._inside)
+        """How many places are taken."""
+        return sum(principal is not None for principal in self._inside.values())
 
     @contextmanager
-    def admitted(self, principal: str) -> Iterator[None]:
+    def admitted(self, principal: str, takes_place: bool = True) -> Iterator[None]:
         """Inside for the length of a `with` block. Raises `Full`, or `Stopped`, before or at the end of it."""
-        self._check(principal)
+        if self.closed:
+            raise Stopped("mechscope is stopping and takes no more calls; call again later")
+        if takes_place:
+            self._check(principal)
+        with self.taken_over(principal if takes_place else None):
+            yield
+
+    @contextmanager
+    def taken_over(self, principal: str | None) -> Iterator[None]:
+        """Inside unchecked: a job, which takes the place of the call that started it. Raises `Stopped` at the end."""
         with anyio.CancelScope() as scope:
             self._inside[scope] = principal
             try:
@@ -55,13 +70,14 @@ class Gate:
             raise Stopped("mechscope is stopping: this call was cancelled and nothing was kept; call again later")
 
     def _check(self, principal: str) -> None:
-        if self.closed:
-            raise Stopped("mechscope is stopping and takes no more calls; call again later")
         if self.inside >= self._most:
-            raise Full(f"mechscope is full: {self.inside} calls run or wait; call again in a few seconds")
+            raise Full(f"mechscope is full: {self.inside} calls and jobs run or wait; call again in a few seconds")
         own = Counter(self._inside.values())[principal]
         if own >= self._most_each:
-            raise Full(f"{own} of your calls run or wait, and no more may; wait for one to end, then call again")
+            raise Full(
+                f"{own} of your calls and jobs run or wait, and no more may; wait for one to end or cancel a job, "
+                "then call again"
+            )
 
     async def close(self, within: float) -> None:
         """Let nobody in any more; give those inside so many seconds to end, then cancel them."""

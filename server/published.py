@@ -1,4 +1,4 @@
-"""A tool's schemas as agents see them: the same contract in fewer bytes, since every agent pays for `tools/list`.
+"""A tool's schemas and results as agents see them: the same contract in fewer bytes; every agent pays for `tools/list`.
 
 Arguments: an option of null that is also the default goes, because leaving the argument out says the same (null is
 still accepted); so does a default of false. Results: descriptions go, they are in docs/tools.md; objects are open, so
@@ -9,6 +9,8 @@ itself, not of its parts. A definition that is used once stands where it is used
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+from pydantic import BaseModel
 
 Schema = dict[str, Any]
 
@@ -26,7 +28,13 @@ def arguments(schema: Schema) -> Schema:
 def result(schema: Schema) -> Schema:
     """The output schema to publish."""
     short = _rewritten(schema, frozenset({"title", "description", "additionalProperties", "required"}))
-    return _inlined(short | {"required": schema["required"]})
+    always = {"required": schema["required"]} if "required" in schema else {}
+    return _inlined(short | always)
+
+
+def content(result: BaseModel) -> Schema:
+    """A result as it is sent: what is null by default is left out."""
+    return result.model_dump(mode="json", exclude_defaults=True)
 
 
 def _rewritten(node: Any, without: frozenset[str]) -> Any:

@@ -186,6 +186,22 @@ def _session(a: Answer) -> list[RenderableType]:
     return [table]
 
 
+def _started(a: Answer) -> list[RenderableType]:
+    if (cost := a.get("estimate")) is not None:
+        return [f"{cost['forwards']:.1f} passes, about {cost['seconds']:.1f} s and {cost['bytes']} bytes"]
+    return [f"[dim]{a['run']}[/]"]
+
+
+def _job(a: Answer) -> list[RenderableType]:
+    left = f" of {a['total']}" if "total" in a else ""
+    line = f"{a['tool']} {a['state']}: {a['done']}{left} in {a['seconds']:.1f} s"
+    return [line, *(_RENDERERS[a["tool"]](a["result"]) if "result" in a else [])]
+
+
+def _job_state(a: Answer) -> list[RenderableType]:
+    return [a["state"]]
+
+
 def _released(a: Answer) -> list[RenderableType]:
     return [f"{a['bytes_freed']} bytes freed"]
 
@@ -211,4 +227,7 @@ _RENDERERS: dict[str, Callable[[Answer], list[RenderableType]]] = {
     "embedding_neighbors": _view,
     "project_through_unembed": _view,
     "read_tensor": _page,
+    "start_job": _started,
+    "get_job": _job,
+    "cancel_job": _job_state,
 }

@@ -2,7 +2,7 @@
 
 SIGTERM or SIGINT closes the gate: no call is let in, those inside get `stop_within` seconds to end, what is left is
 cancelled and answered, then the process ends. A second signal ends it at once. Records are on their way to the store
-before a call returns, so nothing is written while stopping.
+before a call returns; of what is written while stopping there is only how jobs ended.
 """
 
 import asyncio
@@ -51,6 +51,7 @@ async def _serve_stdio(server: MCPServer[None], gate: Gate, within: float) -> No
     async with anyio.create_task_group() as group:
         group.start_soon(_stop_on_signal, gate, within)
         await server.run_stdio_async()
+        await gate.close(0)  # the client is gone: jobs have nobody to report to, and save how far they came
         group.cancel_scope.cancel()
 
 

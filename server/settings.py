@@ -69,8 +69,8 @@ class Settings(BaseSettings):
     read_only: bool = Field(False, description="Offer nothing that writes or deletes; fetch no models.")
     body_limit: ByteSize = Field(ByteSize(4 << 20), ge=1024, description="Longest HTTP request body, such as 4MiB.")
     rate_limit: str = Field("600/minute", description="HTTP requests of one principal, such as 10/second.")
-    max_calls: int = Field(16, ge=1, le=1000, description="Tool calls that may run or wait at a time.")
-    max_calls_each: int = Field(8, ge=1, le=1000, description="Tool calls of one principal at a time.")
+    max_calls: int = Field(16, ge=1, le=1000, description="Tool calls and jobs that may run or wait at a time.")
+    max_calls_each: int = Field(8, ge=1, le=1000, description="Tool calls and jobs of one principal at a time.")
     max_connections: int = Field(256, ge=8, description="Open HTTP connections, event streams included.")
     stop_within: float = Field(5.0, ge=0, le=3600, description="Seconds that running calls get to end when stopped.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

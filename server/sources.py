@@ -39,6 +39,11 @@ class Sources:
             return name  # the engine says what is wrong with it
         raise UnknownModel(f"there is no model {clipped(name)} here; {self._valid()}")
 
+    def names(self) -> list[str]:
+        """What may be loaded by a path relative to the folders: directories with a config.json, and .gguf files."""
+        found = [path for root in self._roots or () for path in sorted(root.iterdir())]
+        return [path.name for path in found if path.suffix == ".gguf" or (path / "config.json").is_file()]
+
     def _found(self, name: str) -> Path | None:
         try:
             path = Path(name).expanduser()

@@ -18,32 +18,45 @@ from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.cost import seconds
 from engine.errors import EngineError
+from schemas.jobs import Estimate
 from server import published
 from server.auth import principal
-from server.call import Call
+from server.call import Call, Costed
 from server.complaints import explain
+from server.jobs import DryRun, Jobs
 from server.lab import Lab, LoadedModel
 from server.logs import log
 from server.metrics import count_fault
 from server.store import UnknownHandle
 
-ToolFunction = Callable[..., BaseModel]
+ToolFunction = Callable[..., Any]
+"""Returns a result model, or as a coroutine function awaits one."""
 
 
-def instrument(lab: Lab, function: ToolFunction, without: Collection[str] = ()) -> Tool:
-    """The tool that runs `function`; arguments in `without` are not offered and keep their defaults."""
+def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection[str] = ()) -> "StrictTool":
+    """The tool that runs `function`; arguments in `without` are not offered and keep their defaults.
+
+    A plain function runs on a worker thread, a coroutine function on the event loop.
+    """
     signature = inspect.signature(function, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name not in ("call", *without)]
 
     async def run(ctx: Context[Any, Any], **arguments: Any) -> BaseModel:
-        call = Call(lab, ctx, principal())
+        call = Call(lab, ctx, jobs, principal(), dry=isinstance(ctx, DryRun))
         work = functools.partial(function, call, **arguments)
         try:
             async with AsyncExitStack() as turns:
                 for item in _worked_with(lab, arguments) if uses_model else ():
                     await turns.enter_async_context(item.limiter)
-                return await anyio.to_thread.run_sync(work)
+                if call.dry:
+                    return await anyio.to_thread.run_sync(_estimated, work)
+                result: BaseModel = await (work() if on_loop else anyio.to_thread.run_sync(work))
+                await call.tell_last()
+                return result
+        except ToolError:
+            raise
         except (EngineError, UnknownHandle) as error:
             raise ToolError(str(error)) from error
         except Exception as error:
@@ -55,12 +68,26 @@ def instrument(lab: Lab, function: ToolFunction, without: Collection[str] = ()) 
                 "log); this is a defect: nothing was computed and nothing was lost"
             ) from error
 
-    uses_model = "model" in signature.parameters and function.__name__ != "load_model"
+    on_loop = inspect.iscoroutinefunction(function)
+    uses_model = "model" in signature.parameters and function.__name__ not in ("load_model", "tokenize")
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in own} | {"return": signature.return_annotation}
     run.__name__, run.__doc__ = function.__name__, inspect.getdoc(function)
     made = Tool.from_function(run, context_kwarg="ctx", annotations=_annotations(function), title=_title(function))
     return StrictTool.of(made)
+
+
+def _estimated(work: Callable[[], Any]) -> Estimate:
+    """Run a tool up to its first forward pass, and say what the passes would take. Some need none."""
+    try:
+        work()
+    except Costed as end:
+        return Estimate(
+            forwards=end.cost.passes(end.model.config, end.length),
+            seconds=seconds(end.model, end.cost),
+            bytes=end.cost.nbytes,
+        )
+    return Estimate(forwards=0, seconds=0, bytes=0)
 
 
 def _worked_with(lab: Lab, arguments: dict[str, Any]) -> list[LoadedModel]:
@@ -75,12 +102,13 @@ def _title(function: ToolFunction) -> str:
 
 
 def _annotations(function: ToolFunction) -> ToolAnnotations:
-    changes = function.__name__ == "release"
+    name = function.__name__
+    read_only = name not in ("release", "start_job", "cancel_job")
     return ToolAnnotations(
-        read_only_hint=not changes,
-        destructive_hint=True if changes else None,
-        idempotent_hint=True,
-        open_world_hint=function.__name__ == "load_model",
+        read_only_hint=read_only,
+        destructive_hint=None if read_only else name in ("release", "cancel_job"),
+        idempotent_hint=name != "start_job",
+        open_world_hint=name in ("load_model", "start_job"),
     )
 
 
@@ -104,12 +132,23 @@ class StrictTool(Tool):
             if isinstance(cause, ToolError):
                 raise cause from None
             if isinstance(cause, ValidationError):
-                raise ToolError(explain(self.name, cause, arguments, list(self.parameters["properties"]))) from cause
+                raise self._refusal(cause, arguments) from cause
             raise
         return self._compact(result) if convert_result else result
 
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Raise what `run` would raise for arguments that do not fit the schema."""
+        try:
+            self.fn_metadata.validate_arguments(arguments)
+        except ValidationError as error:
+            raise self._refusal(error, arguments) from error
+
+    def _refusal(self, error: ValidationError, arguments: dict[str, Any]) -> ToolError:
+        return ToolError(explain(self.name, error, arguments, list(self.parameters["properties"])))
+
     def _compact(self, result: BaseModel) -> CallToolResult:
         """Structured content, and the same as one line of JSON for clients that only read text."""
-        structured = result.model_dump(mode="json", exclude_defaults=True)
         text = result.model_dump_json(exclude_defaults=True)
-        return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
+        return CallToolResult(
+            content=[TextContent(type="text", text=text)], structured_content=published.content(result)
+        )

@@ -12,9 +12,10 @@ from server.auth import principal
 from server.gate import Gate, Refusal
 from server.lab import Lab
 from server.metrics import Metrics
-from server.tools import TOOLS
+from server.tools import PLACELESS, TOOLS
 
 NAMES = frozenset(function.__name__ for function in TOOLS)
+NO_PLACE = frozenset(function.__name__ for function in PLACELESS)
 
 
 class Watch:
@@ -33,7 +34,7 @@ class Watch:
         with logs.request(), self.metrics.measuring():
             logs.log.debug("called", extra={"tool": tool, "arguments": (ctx.params or {}).get("arguments")})
             try:
-                with self.gate.admitted(principal()):
+                with self.gate.admitted(principal(), tool not in NO_PLACE):
                     result = await call_next(ctx)
                     outcome = "error" if _failed(result) else "ok"
                 return result
@@ -44,9 +45,10 @@ class Watch:
                 outcome = "cancelled"
                 raise
             finally:
-                self._count(tool, outcome, time.perf_counter() - started)
+                self.count(tool, outcome, time.perf_counter() - started)
 
-    def _count(self, tool: str, outcome: str, seconds: float) -> None:
+    def count(self, tool: str, outcome: str, seconds: float) -> None:
+        """Count and log a call, or a job, that ended."""
         self.metrics.calls.labels(tool, outcome).inc()
         self.metrics.seconds.labels(tool).observe(seconds)
         said = {"tool": tool, "outcome": outcome, "seconds": round(seconds, 4), "principal": principal()}

@@ -28,7 +28,7 @@ async def connected(server: Any = STDIO, mode: str = "auto") -> AsyncIterator[Cl
         yield client
 
 
-async def ask(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
+async def ask(client: Client, tool: str, /, **arguments: Any) -> dict[str, Any]:
     result = await client.call_tool(tool, arguments)
     assert not result.is_error, f"{tool}: {result.content[0].text}"
     schema = next(t.output_schema for t in (await client.list_tools()).tools if t.name == tool)
@@ -37,7 +37,7 @@ async def ask(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
     return result.structured_content
 
 
-async def refused(client: Client, tool: str, **arguments: Any) -> str:
+async def refused(client: Client, tool: str, /, **arguments: Any) -> str:
     result = await client.call_tool(tool, arguments)
     assert result.is_error, f"{tool} answered {result.structured_content}"
     assert result.structured_content is None

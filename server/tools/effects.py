@@ -46,8 +46,8 @@ def forward_ablate(
 ) -> Effect:
     """Ablate a point of some layers and compare the next-token distribution with the baseline.
 
-    zero sets rows to zero, mean to their average over other prompts, resample to rows drawn from them. To ask what a
-    component contributes use attn_out, mlp_out, or z with heads; zeroing resid_post erases everything computed so far.
+    zero sets rows to zero, mean to the average over other prompts, resample to rows drawn from them. For what a part
+    contributes use attn_out, mlp_out, or z with heads; zeroing resid_post erases all that was computed so far.
     """
     loaded = call.loaded(model)
     engine = loaded.model
@@ -137,8 +137,7 @@ def patch_activations(
 ) -> PatchEffect:
     """Write the donor's rows at (layer, position) into the recipient's run: does the answer move to the donor's?
 
-    A position -1 is the last of each prompt. Give token, the donor's answer, to see how much is recovered. For a grid
-    of all layers and positions use causal_trace.
+    With token, the donor's answer, it says how much is recovered. For a grid of layers and positions use causal_trace.
     """
     loaded = call.loaded(model)
     engine = loaded.model

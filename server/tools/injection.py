@@ -38,8 +38,8 @@ def prefill_inject(
 ) -> InjectionResult:
     """Transplant part of the donor's key-value cache into the recipient and continue from it.
 
-    Both prompts are prefilled up to their last token, the cache is edited, then the last token is decoded. Compare
-    baseline and injected; use kv_inject_test to find which layers carry an answer.
+    Both are prefilled up to their last token, the cache is edited, then that token is decoded. kv_inject_test finds
+    which layers carry an answer.
     """
     loaded = call.loaded(model)
     engine = loaded.model
@@ -124,8 +124,8 @@ def kv_inject_test(
 ) -> InjectionTest:
     """Test whether the donor's key-value cache carries its answer, and in which layers, with two controls.
 
-    Layer by layer, from the last layer downwards and from the first upwards: the target's probability and how much of
-    the donor's is recovered (null when donor and recipient differ by less than 0.05).
+    Layer by layer, from the last down and from the first up: the target's probability and how much of the donor's is
+    recovered (null when the two differ by less than 0.05).
     """
     loaded = call.loaded(model)
     engine = loaded.model

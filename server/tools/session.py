@@ -8,9 +8,11 @@ from pydantic import Field
 
 from engine import Model
 from engine.errors import InputError
+from engine.ops import Array
 from schemas.arguments import ModelRef
-from schemas.session import Held, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
+from schemas.session import Held, ModelCard, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
 from server.call import Call, token_ids
+from server.lab import Lab, LoadedModel
 
 
 def load_model(
@@ -32,8 +34,13 @@ def load_model(
     """
     started = time.perf_counter()
     loaded = call.lab.load(model, weights, call.tick, call.progress, dense_layers)
+    return ModelInfo(**described(loaded).model_dump(), seconds=time.perf_counter() - started)
+
+
+def described(loaded: LoadedModel) -> ModelCard:
+    """A loaded model as agents see it."""
     cfg, params = loaded.model.config, loaded.model.params
-    return ModelInfo(
+    return ModelCard(
         model=loaded.handle,
         notice=loaded.notice,
         name=loaded.model.name,
@@ -51,18 +58,23 @@ def load_model(
         d_vocab=cfg.d_vocab,
         n_ctx=cfg.n_ctx,
         bytes_in_memory=params.nbytes,
-        seconds=time.perf_counter() - started,
     )
 
 
 def list_session(call: Call) -> SessionInfo:
     """List the loaded models and every handle, with what each costs in memory."""
-    models = [Held(handle=m.handle, about=_about(m.model), bytes=m.model.params.nbytes) for m in call.lab.models]
+    return held(call.lab, call.owner)
+
+
+def held(lab: Lab, owner: str) -> SessionInfo:
+    """The models, and the handles of one principal."""
+    models = [Held(handle=m.handle, about=_about(m.model), bytes=m.model.params.nbytes) for m in lab.models]
     handles = [
         Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes)
-        for r in call.lab.store.records(call.owner)
+        for r in lab.store.records(owner)
     ]
-    return SessionInfo(models=models, handles=handles, bytes_in_memory=sum(held.bytes for held in [*models, *handles]))
+    handles += [Held(handle=r.handle, about=f"{r.tool}, {r.state}", bytes=0) for r in lab.store.runs(owner)]
+    return SessionInfo(models=models, handles=handles, bytes_in_memory=sum(item.bytes for item in [*models, *handles]))
 
 
 def _about(model: Model) -> str:
@@ -72,7 +84,9 @@ def _about(model: Model) -> str:
 
 
 def release(call: Call, handle: Annotated[str, Field(description="any handle; list_session shows them")]) -> Released:
-    """Free a capture, vector, cache or model. Its handle is gone afterwards."""
+    """Free a capture, vector, cache, model or ended job. Its handle is gone afterwards."""
+    if handle.startswith("run:") and call.lab.store.run(handle, call.owner).state == "running":
+        raise InputError(f"{handle} is running; cancel_job stops it")
     freed = (
         call.lab.release_model(handle) if handle.startswith("model:") else call.lab.store.release(handle, call.owner)
     )
@@ -109,7 +123,6 @@ def read_tensor(
     if start >= flat.size:
         raise InputError(f"start is {start}, but {name} has {flat.size} numbers")
     stop = min(start + count, flat.size)
-    exact = flat.astype(np.float64)
     return TensorPage(
         handle=handle,
         tensor=name,
@@ -119,9 +132,17 @@ def read_tensor(
         start=start,
         values=[float(v) for v in flat[start:stop]],
         next_start=stop if stop < flat.size else None,
-        mean=float(exact.mean()),
-        std=float(exact.std()),
-        min=float(exact.min()),
-        max=float(exact.max()),
-        norm=float(np.linalg.norm(exact)),
+        **statistics(array),
     )
+
+
+def statistics(array: Array) -> dict[str, float]:
+    """Of all numbers of a tensor, in float64."""
+    exact = array.astype(np.float64).reshape(-1)
+    return {
+        "mean": float(exact.mean()),
+        "std": float(exact.std()),
+        "min": float(exact.min()),
+        "max": float(exact.max()),
+        "norm": float(np.linalg.norm(exact)),
+    }

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from engine import Metric, Model, Scan, patching_grid
 from engine.scans import patching_grid_cost
-from schemas.arguments import Layers, MetricName, ModelRef, PointName, Prompt, TokenRef
+from schemas.arguments import Layers, MetricName, ModelRef, PointRef, Prompt, TokenRef
 from schemas.scans import CausalTrace, GridCell, TokenPair
 from server.call import Call, layer_list, token_id, token_ids
 from server.lab import LoadedModel
@@ -22,7 +22,7 @@ def causal_trace(
     corrupt: Annotated[Prompt, Field(description="as many tokens, another answer; is patched")],
     token: Annotated[TokenRef | None, Field(description="the clean prompt's answer; not for kl")] = None,
     against: Annotated[TokenRef | None, Field(description="for logit_difference: the corrupt prompt's answer")] = None,
-    point: PointName = "resid_post",
+    point: PointRef = "resid_post",
     metric: MetricName = "probability",
     by: Annotated[
         Literal["position", "head", "head_position"],
@@ -35,9 +35,8 @@ def causal_trace(
 ) -> CausalTrace:
     """Find where an answer is computed: patch a clean run's activations into a corrupt one, cell by cell.
 
-    The prompts need the same number of tokens (check with tokenize): each position is patched from the same position.
-    resid_post shows where the information is; attn_out, mlp_out or z with by=head show which part moves it. Follow up
-    with patch_activations on a single cell.
+    Both prompts need the same number of tokens (see tokenize). resid_post shows where the information is; attn_out,
+    mlp_out or z with by=head show what moves it. Follow up with patch_activations on one cell.
     """
     loaded = call.loaded(model)
     engine = loaded.model

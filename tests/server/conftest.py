@@ -1,6 +1,7 @@
 """A lab with the synthetic model loaded, shared by the tests of one file."""
 
 import pytest
+from slow_model import Entered
 
 from server.lab import Lab
 
@@ -15,3 +16,11 @@ def lab() -> Lab:
     lab = Lab()
     lab.load("synthetic", "dense")
     return lab
+
+
+@pytest.fixture
+def slow(lab: Lab) -> Entered:
+    """The lab's model, made slow."""
+    entered = Entered(lab.models[0].model)
+    lab.models[0].model = entered.model
+    return entered

@@ -158,6 +158,17 @@ CASES = {
         change("steer", value=1.0, vector={"values": [1.0] * 64}, point="z"),
         ["64 features", "16"],
     ),
+    "stale job": ("get_job", {"run": "run:gone-00"}, ["run:gone-00", "list_session"]),
+    "stale job to cancel": ("cancel_job", {"run": "run:gone-00"}, ["no such handle"]),
+    "no job's handle": ("get_job", {"run": "act:gone-00"}, ["no such handle"]),
+    "too long a wait": ("get_job", {"run": "run:gone-00", "wait_seconds": 21}, ["wait_seconds", "20"]),
+    "job of no tool": ("start_job", {"tool": "dream", "arguments": {}}, ["'dream'", "causal_trace"]),
+    "job without arguments": ("start_job", {"tool": "logit_lens"}, ["arguments", "required"]),
+    "job with a wrong argument": (
+        "start_job",
+        {"tool": "forward_steer", "arguments": steers(layer=True)},
+        ["forward_steer was not run", "steers.0.layer", "integer"],
+    ),
     "too many new tokens": ("generate_with_hooks", P | {"max_new_tokens": 501}, ["max_new_tokens", "500"]),
 }
 

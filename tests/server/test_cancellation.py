@@ -1,44 +1,16 @@
 """Long work reports progress and stops within a layer of being cancelled."""
 
-import dataclasses
 import time
 
 import anyio
 import pytest
 from clients import ERAS, STDIO, ask, connected
+from slow_model import LAYER_SECONDS, Entered
 
-from engine import Model
-from engine.params import Ends, LayerParams, Params
 from server.app import build_server
 from server.lab import Lab
 
 pytestmark = pytest.mark.anyio
-
-LAYER_SECONDS = 0.03
-
-
-class Entered:
-    """Counts the layers that begin to run, and makes each take a while."""
-
-    def __init__(self, model: Model) -> None:
-        self.count = 0
-        inner = model.params
-
-        def load(layer: int) -> LayerParams:
-            self.count += 1
-            time.sleep(LAYER_SECONDS)
-            return inner.layer(layer)
-
-        params = Params(Ends(inner.embed, inner.unembed, inner.final_norm), load, keep=0)
-        self.model = dataclasses.replace(model, params=params)
-
-
-@pytest.fixture
-def slow(lab: Lab) -> Entered:
-    entered = Entered(lab.models[0].model)
-    lab.models[0].model = entered.model
-    return entered
-
 
 LONG = {
     "generate_with_hooks": {"prompt": "hello", "max_new_tokens": 200},

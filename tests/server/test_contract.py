@@ -36,6 +36,9 @@ ARGUMENTS = {
     "embedding_neighbors": {"token", "vector", "k"},
     "project_through_unembed": {"token", "vector", "k"},
     "read_tensor": {"handle", "start", "count"},
+    "start_job": {"tool", "arguments"},
+    "get_job": {"run", "wait_seconds"},
+    "cancel_job": {"run"},
 }
 
 
@@ -95,10 +98,11 @@ async def test_the_whole_list_fits_in_ten_thousand_tokens(mode: str) -> None:
 @pytest.mark.anyio
 async def test_annotations_say_what_a_tool_changes() -> None:
     hints = {tool["name"]: tool["annotations"] for tool in await listed("auto")}
-    assert {name for name, hint in hints.items() if hint.get("destructiveHint")} == {"release"}
-    assert {name for name, hint in hints.items() if not hint["readOnlyHint"]} == {"release"}
-    assert all(hint["idempotentHint"] for hint in hints.values())
-    assert {name for name, hint in hints.items() if hint["openWorldHint"]} == {"load_model"}
+    assert {name for name, hint in hints.items() if hint.get("destructiveHint")} == {"release", "cancel_job"}
+    changing = {"release", "start_job", "cancel_job"}
+    assert {name for name, hint in hints.items() if not hint["readOnlyHint"]} == changing
+    assert {name for name, hint in hints.items() if not hint["idempotentHint"]} == {"start_job"}
+    assert {name for name, hint in hints.items() if hint["openWorldHint"]} == {"load_model", "start_job"}
 
 
 @pytest.mark.anyio
