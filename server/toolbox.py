@@ -25,7 +25,7 @@ from server.complaints import explain
 from server.lab import Lab, LoadedModel
 from server.logs import log
 from server.metrics import count_fault
-from server.store import UnknownHandle
+from server.store import StoreError
 
 ToolFunction = Callable[..., BaseModel]
 
@@ -43,7 +43,7 @@ def instrument(lab: Lab, function: ToolFunction, without: Collection[str] = ()) 
                 for item in _worked_with(lab, arguments) if uses_model else ():
                     await turns.enter_async_context(item.limiter)
                 return await anyio.to_thread.run_sync(work)
-        except (EngineError, UnknownHandle) as error:
+        except (EngineError, StoreError) as error:
             raise ToolError(str(error)) from error
         except Exception as error:
             fault = secrets.token_hex(4)
