@@ -19,6 +19,9 @@ from engine.weights import Counted, SafetensorsDir, Tensors, read_json
 
 WEIGHTS = ("dense", "scoped")
 
+Room = Callable[[int], None]
+"""Called with bytes that are about to be taken; raises to refuse them."""
+
 
 def load_model(
     model: str | Path,
@@ -26,14 +29,15 @@ def load_model(
     tick: Tick | None = None,
     progress: catalog.Progress | None = None,
     dense_layers: int | None = None,
+    room: Room | None = None,
 ) -> Model:
     """Load a model for study.
 
     `model` is a catalogue name, "synthetic", a planted circuit such as "synthetic:induction", a directory with
     config.json and safetensors, a .gguf file, or a hub id. `weights`: "dense" keeps float32 in memory; "scoped" leaves
     the file as it is, memory-mapped, and makes a layer dense when it runs. `dense_layers` is the budget of "scoped":
-    how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers. Raises `ModelError`s,
-    and `InputError` for arguments.
+    how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers; `room` is asked for the
+    bytes of dense weights before most of them are read. Raises `ModelError`s, and `InputError` for arguments.
     """
     budget = layer_budget(weights, dense_layers)
     if (name := str(model)).split(":", 1)[0] == catalog.SYNTHETIC and dense_layers is not None:
@@ -45,7 +49,7 @@ def load_model(
     path = catalog.locate(str(model), progress)
     name = _name(str(model), path)
     try:
-        return (_from_directory if path.is_dir() else _from_gguf)(path, name, budget, tick)
+        return (_from_directory if path.is_dir() else _from_gguf)(path, name, budget, tick, room)
     except MemoryError:
         hint = (
             'load it with weights="scoped", or choose a smaller model' if weights == "dense" else "choose a smaller one"
@@ -78,7 +82,7 @@ def _name(asked: str, path: Path) -> str:
     return path.stem.lower()
 
 
-def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None) -> Model:
+def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None, room: Room | None) -> Model:
     if not (path / "config.json").exists():
         raise UnknownModel(f"{path} has no config.json; give a directory as Hugging Face writes it, or a .gguf file")
     raw = read_json(path / "config.json")
@@ -89,7 +93,7 @@ def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None
     reader = family(raw.get("model_type"))
     tensors = SafetensorsDir(path)
     words = _tried(lambda: tokenizer.from_directory(path, raw))
-    return _assembled(name, reader, raw, tensors, words, tensors.files, budget, tick)
+    return _assembled(name, reader, raw, tensors, words, tensors.files, budget, tick, room)
 
 
 def _refuse_code(path: Path, file: str, settings: dict[str, Any]) -> None:
@@ -97,11 +101,11 @@ def _refuse_code(path: Path, file: str, settings: dict[str, Any]) -> None:
         raise UnknownModel(f"{path.name} needs code of its own (auto_map in {file}); code in models is never run")
 
 
-def _from_gguf(path: Path, name: str, budget: int | None, tick: Tick | None) -> Model:
+def _from_gguf(path: Path, name: str, budget: int | None, tick: Tick | None, room: Room | None) -> Model:
     file = GgufFile.open(path)
     raw = config_json(file)
     words = _tried(lambda: gguf_tokenizer.from_gguf(file.metadata))
-    return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], budget, tick)
+    return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], budget, tick, room)
 
 
 _TRIAL = "The 12 \t\n(é ☃ \U0001f642)"
@@ -135,6 +139,7 @@ def _assembled(
     files: list[Path],
     budget: int | None,
     tick: Tick | None,
+    room: Room | None,
 ) -> Model:
     cfg = reader.config(raw)
     if words.vocabulary > cfg.d_vocab:
@@ -148,6 +153,8 @@ def _assembled(
         if tick is not None:
             tick(layer, cfg.n_layers, f"reading layer {layer}")
         params.layer(layer)
+        if layer == 0 and room is not None:
+            room(params.nbytes + (keep - 1) * sum(array.nbytes for _, array in params.layer(0).arrays()))
     source.check_all_read()
     kept = "dense" if budget is None else "scoped"
     return Model(name, cfg, params, words, catalog.sha256(sorted(files)), kept)

@@ -30,7 +30,16 @@ class Held(Strict):
 
     handle: str
     about: str
-    bytes: int
+    bytes: int = Field(description="of its numbers")
+    in_memory: bool = Field(description="false: on disk, and read when it is used")
+
+
+class HeldRun(Strict):
+    """One run: a tool call that was started as a job."""
+
+    handle: str
+    tool: str
+    state: str
 
 
 class SessionInfo(Strict):
@@ -38,6 +47,7 @@ class SessionInfo(Strict):
 
     models: list[Held]
     handles: list[Held]
+    runs: list[HeldRun]
     bytes_in_memory: int
 
 

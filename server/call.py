@@ -43,8 +43,8 @@ class Call:
     _reported: float = field(default=0.0)
 
     def expect(self, passes: int, model: Model) -> None:
-        """Say how many forward passes will run, so that progress has a total."""
-        self.expected = passes * model.config.n_layers
+        """Say how many forward passes will run, so that progress has a total; a model may have been loaded before."""
+        self.expected = self._ticks + passes * model.config.n_layers
 
     def tick(self, done: int, total: int, what: str) -> None:
         """Engine progress, at least once per layer. A sweep that needs more passes than expected moves the total."""
@@ -66,7 +66,7 @@ class Call:
     # --- arguments ----------------------------------------------------------------------------------------
 
     def loaded(self, reference: str | None) -> LoadedModel:
-        return self.lab.model(reference)
+        return self.lab.model(reference, self.tick, self.progress)
 
     def record(self, handle: str, kind: str | None = None) -> Record:
         """A stored record; `kind` says which kind the argument takes."""

@@ -1,5 +1,9 @@
-"""`mechscope doctor`: is this installation sound? Prints one line per check; exit code 1 if any fails."""
+"""`mechscope doctor`: is this installation sound? Prints one line per check; exit code 1 if any fails.
 
+With --repair it puts the workspace in order instead.
+"""
+
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -10,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from platformdirs import user_data_path
 from rich.console import Console
 
 from engine import forward, load_model
 from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path
+from server.repair import repair as repair_workspace
+from server.repair import state
+from server.store import StoreError
 
 PACKAGES = ("engine", "schemas", "server")
 LEAST_PYTHON = (3, 11)
@@ -22,15 +28,26 @@ LEAST_PYTHON = (3, 11)
 Verdict = tuple[bool, str]
 
 
-def run() -> int:
-    """Run every check; returns the exit code."""
+def repair(place: Path) -> int:
+    """Put the workspace in order, a line for everything that was done; returns the exit code."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    try:
+        repair_workspace(place, console.print)
+    except StoreError as error:
+        console.print(str(error))
+        return 1
+    return 0
+
+
+def run(place: Path) -> int:
+    """Run every check, with the workspace at `place`; returns the exit code."""
     console = Console(highlight=False, soft_wrap=True)
     checks: dict[str, Callable[[], Verdict]] = {
         "python": python,
         "threads": threads,
         "models": models,
         "cache": cache,
-        "workspace": workspace,
+        "workspace": functools.partial(workspace, place),
         "packages": packages,
         "self-test": self_test,
     }
@@ -76,9 +93,13 @@ def cache() -> Verdict:
     return _writable(cache_dir())
 
 
-def workspace() -> Verdict:
-    """Whether the workspace, for what sessions keep, can be written."""
-    return _writable(user_data_path("mechscope"))
+def workspace(place: Path) -> Verdict:
+    """Whether the workspace, for what sessions keep, can be written and is in order."""
+    writable, said = _writable(place)
+    if not writable:
+        return writable, said
+    sound, holds = state(place)
+    return sound, f"{said}: {holds}"
 
 
 def _writable(place: Path) -> Verdict:

@@ -39,7 +39,7 @@ class Metrics:
         inside = Gauge("mechscope_calls_inside", "Tool calls that run or wait", registry=made)
         inside.set_function(lambda: gate.inside)
         queue = Gauge("mechscope_queue", "Tool calls that wait for a model", registry=made)
-        queue.set_function(lambda: sum(item.limiter.statistics().tasks_waiting for item in lab.models))
+        queue.set_function(lambda: sum(slot.limiter.statistics().tasks_waiting for slot in lab.slots))
 
     def shown(self) -> bytes:
         """The text that Prometheus reads."""

@@ -22,7 +22,7 @@ from engine.errors import EngineError
 from server.auth import principal
 from server.call import Call
 from server.complaints import explain
-from server.lab import Lab, LoadedModel
+from server.lab import Lab, Slot
 from server.logs import log
 from server.metrics import count_fault
 from server.store import StoreError
@@ -40,8 +40,8 @@ def instrument(lab: Lab, function: ToolFunction, without: Collection[str] = ()) 
         work = functools.partial(function, call, **arguments)
         try:
             async with AsyncExitStack() as turns:
-                for item in _worked_with(lab, arguments) if uses_model else ():
-                    await turns.enter_async_context(item.limiter)
+                for slot in _worked_with(lab, arguments) if uses_model else ():
+                    await turns.enter_async_context(slot.turn())
                 return await anyio.to_thread.run_sync(work)
         except (EngineError, StoreError) as error:
             raise ToolError(str(error)) from error
@@ -62,11 +62,11 @@ def instrument(lab: Lab, function: ToolFunction, without: Collection[str] = ()) 
     return StrictTool.of(made)
 
 
-def _worked_with(lab: Lab, arguments: dict[str, Any]) -> list[LoadedModel]:
+def _worked_with(lab: Lab, arguments: dict[str, Any]) -> list[Slot]:
     """The models a call works with, in an order of their own: those it names, or else the only one loaded."""
     sides = [side for side in (arguments.get("a"), arguments.get("b")) if str(side).startswith("model:")]
     named = [*sides, *([] if arguments["model"] is None else [arguments["model"]])]
-    return sorted({lab.model(name) for name in named or [None]}, key=lambda item: item.handle)
+    return sorted({lab.find(name) for name in named or [None]}, key=lambda slot: slot.handle)
 
 
 def _title(function: ToolFunction) -> str:

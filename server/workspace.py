@@ -68,6 +68,10 @@ class Workspace:
         probe.release()
         return False
 
+    def busy(self) -> bool:
+        """Whether a server runs here."""
+        return any(self.lives(path.name) for path in self._servers.glob("*"))
+
     def living(self) -> list[str]:
         """The servers that run; files of those that are gone are removed. Call it within `locked`."""
         names = [path.name for path in self._servers.iterdir()]

@@ -9,8 +9,9 @@ from pydantic import Field
 from engine import Model
 from engine.errors import InputError
 from schemas.arguments import ModelRef
-from schemas.session import Held, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
+from schemas.session import Held, HeldRun, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
 from server.call import Call, token_ids
+from server.store import KnownModel
 
 
 def load_model(
@@ -55,23 +56,34 @@ def load_model(
 
 
 def list_session(call: Call) -> SessionInfo:
-    """List the loaded models and every handle, with what each costs in memory."""
-    models = [Held(handle=m.handle, about=_about(m.model), bytes=m.model.params.nbytes) for m in call.lab.models]
+    """List the models and every handle, with what each costs. What is not in memory comes back when it is used.
+
+    Captures, vectors, caches and runs stay until they are released, also when the server is restarted.
+    """
+    store, loaded = call.lab.store, {model.handle: model.model for model in call.lab.models}
+    known = {model.handle: model for model in [*store.models(), *(slot.known for slot in call.lab.slots)]}
+    models = [_held_model(model, loaded.get(handle)) for handle, model in known.items()]
     handles = [
-        Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes)
-        for r in call.lab.store.records(call.owner)
+        Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes, in_memory=r.in_memory)
+        for r in store.records(call.owner)
     ]
-    return SessionInfo(models=models, handles=handles, bytes_in_memory=sum(held.bytes for held in [*models, *handles]))
+    runs = [HeldRun(handle=run.handle, tool=run.tool, state=run.state) for run in store.runs(call.owner)]
+    in_memory = sum(held.bytes for held in [*models, *handles] if held.in_memory)
+    return SessionInfo(models=models, handles=handles, runs=runs, bytes_in_memory=in_memory)
 
 
-def _about(model: Model) -> str:
-    if model.weights == "dense":
-        return f"{model.name}, dense"
-    return f"{model.name}, scoped: {len(model.params.dense_layers)} of {model.config.n_layers} layers dense now"
+def _held_model(known: KnownModel, model: Model | None) -> Held:
+    weights = "dense" if known.dense_layers is None else "scoped"
+    if model is None:
+        about, size = f"{known.name}, {weights}: loaded again when it is used", known.nbytes
+    else:
+        layers = f": {len(model.params.dense_layers)} of {model.config.n_layers} layers dense now"
+        about, size = f"{known.name}, {model.weights}{layers * (model.weights != 'dense')}", model.params.nbytes
+    return Held(handle=known.handle, about=about, bytes=size, in_memory=model is not None)
 
 
 def release(call: Call, handle: Annotated[str, Field(description="any handle; list_session shows them")]) -> Released:
-    """Free a capture, vector, cache or model. Its handle is gone afterwards."""
+    """Free a capture, vector, cache, run or model. Its handle is gone afterwards."""
     freed = (
         call.lab.release_model(handle) if handle.startswith("model:") else call.lab.store.release(handle, call.owner)
     )

@@ -39,7 +39,7 @@ def test_the_doctor_finds_a_sound_installation_sound() -> None:
     assert all(word in made.stdout for word in ("Python", "openblas", "writable", "self-test", "cached and uncached"))
 
 
-@pytest.mark.parametrize("place", ["XDG_CACHE_HOME", "XDG_DATA_HOME"])
+@pytest.mark.parametrize("place", ["XDG_CACHE_HOME", "MECHSCOPE_WORKSPACE"])
 def test_the_doctor_finds_a_folder_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("not a directory")
