@@ -126,9 +126,12 @@ class Lab:
     def _reloaded(self, known: KnownModel, tick: Tick | None, progress: Progress | None) -> LoadedModel:
         scoped = known.dense_layers is not None
         layers = known.dense_layers if scoped and known.dense_layers != layer_budget("scoped", None) else None
-        source = self.sources.checked(known.source)
-        self._make_room(known.nbytes, known.name)
-        model = self._read(source, "scoped" if scoped else "dense", layers, tick, progress)
+        try:
+            self._make_room(known.nbytes, known.name)
+            source = self.sources.checked(known.source)
+            model = self._read(source, "scoped" if scoped else "dense", layers, tick, progress)
+        except ModelError as error:
+            raise ModelError(f"{known.handle} cannot be loaded again: {error}") from error
         if model.fingerprint != known.fingerprint:
             raise ModelError(
                 f"{known.handle} cannot be loaded again: {known.name} has other weights now (sha256 "

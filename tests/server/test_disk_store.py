@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -98,6 +101,23 @@ def test_the_disk_stays_below_its_budget_whoever_writes(opened: Opened, tmp_path
     assert {path.name for path in (tmp_path / "records").iterdir()} == set(map(file_name, handles))
     stores[0].release(handles.pop(), "ann")
     handles.append(stores[1].put("act", "x", "ann", block(1), {}))
+
+
+def test_the_disk_stays_below_its_budget_when_all_write_at_once(opened: Opened, tmp_path: Path) -> None:
+    stores = [opened(disk=10_000), opened(disk=10_000)]
+    together = Barrier(16)
+
+    def put(number: int) -> bool:
+        together.wait()
+        with suppress(OutOfSpace):
+            stores[number % 2].put("act", "x", "ann", block(number), {})
+            return True
+        return False
+
+    with ThreadPoolExecutor(16) as threads:
+        assert sum(threads.map(put, range(16))) == 2
+    assert stores[0].bytes_on_disk <= 10_000
+    assert len(list((tmp_path / "records").iterdir())) == 2
 
 
 def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(opened: Opened, tmp_path: Path, monkeypatch) -> None:

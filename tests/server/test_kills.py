@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from itertools import takewhile
 from pathlib import Path
 
 import anyio
@@ -34,7 +35,7 @@ def killed(writer: subprocess.Popen[str], seed: int, after: float) -> list[list[
     assert word == "open"
     time.sleep(after)
     os.kill(int(pid), signal.SIGKILL)
-    return [line.split() for line in iter(writer.stdout.readline, f"killed {pid}\n")]
+    return [line.split() for line in takewhile(lambda line: line != f"killed {pid}\n", writer.stdout)]
 
 
 def missing(root: Path, told: Told) -> set[str]:
