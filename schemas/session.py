@@ -30,16 +30,8 @@ class Held(Strict):
 
     handle: str
     about: str
-    bytes: int = Field(description="of its numbers")
-    in_memory: bool = Field(description="false: on disk, and read when it is used")
-
-
-class HeldRun(Strict):
-    """One run: a tool call that was started as a job."""
-
-    handle: str
-    tool: str
-    state: str
+    bytes: int
+    in_memory: bool = Field(description="false: it is read from disk when it is used")
 
 
 class SessionInfo(Strict):
@@ -47,7 +39,6 @@ class SessionInfo(Strict):
 
     models: list[Held]
     handles: list[Held]
-    runs: list[HeldRun]
     bytes_in_memory: int
 
 

@@ -19,8 +19,8 @@ from server.records import TensorCache
 from server.run_log import RunLog
 from server.store import (
     DamagedRecord,
-    KnownModel,
     Record,
+    RememberedModel,
     Run,
     layout,
     mint,
@@ -153,7 +153,7 @@ class DiskStore:
 
     def remember_model(
         self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
-    ) -> KnownModel:
+    ) -> RememberedModel:
         known = (source, dense_layers, fingerprint)
         with self._index.writing() as db:
             row = db.execute(
@@ -161,14 +161,14 @@ class DiskStore:
             ).fetchone()
             if row is not None:
                 return _model(row)
-            made = KnownModel(mint("model", name), name, *known, nbytes)
+            made = RememberedModel(mint("model", name), name, *known, nbytes)
             db.execute(
                 "INSERT INTO models (handle, name, source, dense_layers, fingerprint, bytes) VALUES (?, ?, ?, ?, ?, ?)",
                 (made.handle, made.name, *known, made.nbytes),
             )
         return made
 
-    def models(self) -> list[KnownModel]:
+    def models(self) -> list[RememberedModel]:
         return [_model(row) for row in self._index.read("SELECT * FROM models ORDER BY number")]
 
     def forget_model(self, handle: str) -> None:
@@ -184,8 +184,10 @@ class DiskStore:
 _USED = "SELECT (SELECT coalesce(sum(file_bytes), 0) FROM records) + (SELECT coalesce(sum(bytes), 0) FROM runs) AS used"
 
 
-def _model(row: sqlite3.Row) -> KnownModel:
-    return KnownModel(*(row[name] for name in ("handle", "name", "source", "dense_layers", "fingerprint", "bytes")))
+def _model(row: sqlite3.Row) -> RememberedModel:
+    return RememberedModel(
+        *(row[name] for name in ("handle", "name", "source", "dense_layers", "fingerprint", "bytes"))
+    )
 
 
 class OnDisk(Mapping[str, Array]):

@@ -16,7 +16,7 @@ from engine.errors import ModelError, UnknownModel
 from engine.load import layer_budget
 from server.logs import log
 from server.sources import Sources
-from server.store import KnownModel, MemoryStore, SessionStore
+from server.store import MemoryStore, RememberedModel, SessionStore
 
 SYNTHETIC_NOTICE = "synthetic weights: the arithmetic is real, the numbers mean nothing about language"
 """Of random weights and of planted circuits."""
@@ -40,7 +40,7 @@ class LoadedModel:
 class Slot:
     """The place of a model that this process has used: in memory, or to be loaded again at its next use."""
 
-    known: KnownModel
+    known: RememberedModel
     limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     loaded: LoadedModel | None = None
     users: int = 0
@@ -123,7 +123,7 @@ class Lab:
         with self._loads_alone(progress):
             return self._in_memory(slot) or self._reloaded(slot.known, tick, progress)
 
-    def _reloaded(self, known: KnownModel, tick: Tick | None, progress: Progress | None) -> LoadedModel:
+    def _reloaded(self, known: RememberedModel, tick: Tick | None, progress: Progress | None) -> LoadedModel:
         scoped = known.dense_layers is not None
         layers = known.dense_layers if scoped and known.dense_layers != layer_budget("scoped", None) else None
         try:
@@ -150,7 +150,7 @@ class Lab:
         self._make_room(model.params.nbytes, model.name)
         return model
 
-    def _placed(self, known: KnownModel, model: Model) -> LoadedModel:
+    def _placed(self, known: RememberedModel, model: Model) -> LoadedModel:
         with self._lock:
             slot = self._slots.setdefault(known.handle, Slot(known))
             slot.loaded = LoadedModel(known.handle, known.source, model, slot.limiter)
@@ -238,5 +238,5 @@ class Lab:
         return slot.nbytes
 
 
-def _is_meant(known: KnownModel, reference: str) -> bool:
+def _is_meant(known: RememberedModel, reference: str) -> bool:
     return reference in (known.handle, known.name, known.source)

@@ -181,9 +181,10 @@ def _scan(a: Answer) -> list[RenderableType]:
 
 
 def _session(a: Answer) -> list[RenderableType]:
-    table = _table("handle", "holds", "bytes")
+    table = _table("handle", "holds", "bytes", "where")
     for held in [*a["models"], *a["handles"]]:
-        table.add_row(held["handle"], held["about"], str(held["bytes"]))
+        where = "memory" if held["in_memory"] else "disk"
+        table.add_row(held["handle"], held["about"], str(held["bytes"]), where)
     return [table]
 
 

@@ -83,7 +83,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class KnownModel:
+class RememberedModel:
     """A model that was loaded once: what it takes to load it again under its handle."""
 
     handle: str
@@ -134,11 +134,11 @@ class SessionStore(Protocol):
 
     def remember_model(
         self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
-    ) -> KnownModel:
+    ) -> RememberedModel:
         """A model with its handle: the one it got before, or a new one for other weights."""
         ...
 
-    def models(self) -> list[KnownModel]:
+    def models(self) -> list[RememberedModel]:
         """All models that have handles, oldest first."""
         ...
 
@@ -167,7 +167,7 @@ class MemoryStore:
         self._budget = budget
         self._records: dict[str, Record] = {}
         self._runs: dict[str, Run] = {}
-        self._models: dict[str, KnownModel] = {}
+        self._models: dict[str, RememberedModel] = {}
         self._lock = threading.RLock()
 
     def put(
@@ -225,14 +225,14 @@ class MemoryStore:
 
     def remember_model(
         self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
-    ) -> KnownModel:
-        made = KnownModel(mint("model", name), name, source, dense_layers, fingerprint, nbytes)
+    ) -> RememberedModel:
+        made = RememberedModel(mint("model", name), name, source, dense_layers, fingerprint, nbytes)
         with self._lock:
             known = next((model for model in self._models.values() if is_same(model, made)), made)
             self._models[known.handle] = known
         return known
 
-    def models(self) -> list[KnownModel]:
+    def models(self) -> list[RememberedModel]:
         with self._lock:
             return list(self._models.values())
 
@@ -265,7 +265,7 @@ def no_room(wanted: int, used: int, budget: int, own: Sequence[Record]) -> OutOf
     )
 
 
-def is_same(one: KnownModel, other: KnownModel) -> bool:
+def is_same(one: RememberedModel, other: RememberedModel) -> bool:
     """Whether two are the same weights from the same place, kept in the same way."""
     return (one.source, one.dense_layers, one.fingerprint) == (other.source, other.dense_layers, other.fingerprint)
 

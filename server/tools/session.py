@@ -9,9 +9,10 @@ from pydantic import Field
 from engine import Model
 from engine.errors import InputError
 from schemas.arguments import ModelRef
-from schemas.session import Held, HeldRun, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
+from schemas.session import Held, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
 from server.call import Call, token_ids
-from server.store import KnownModel
+from server.lab import Lab
+from server.store import RememberedModel
 
 
 def load_model(
@@ -60,19 +61,26 @@ def list_session(call: Call) -> SessionInfo:
 
     Captures, vectors, caches and runs stay until they are released, also when the server is restarted.
     """
-    store, loaded = call.lab.store, {model.handle: model.model for model in call.lab.models}
-    known = {model.handle: model for model in [*store.models(), *(slot.known for slot in call.lab.slots)]}
+    return held(call.lab, call.owner)
+
+
+def held(lab: Lab, owner: str) -> SessionInfo:
+    """The models, and the handles of one principal."""
+    loaded = {item.handle: item.model for item in lab.models}
+    known = {model.handle: model for model in [*lab.store.models(), *(slot.known for slot in lab.slots)]}
     models = [_held_model(model, loaded.get(handle)) for handle, model in known.items()]
     handles = [
         Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes, in_memory=r.in_memory)
-        for r in store.records(call.owner)
+        for r in lab.store.records(owner)
     ]
-    runs = [HeldRun(handle=run.handle, tool=run.tool, state=run.state) for run in store.runs(call.owner)]
-    in_memory = sum(held.bytes for held in [*models, *handles] if held.in_memory)
-    return SessionInfo(models=models, handles=handles, runs=runs, bytes_in_memory=in_memory)
+    handles += [
+        Held(handle=r.handle, about=f"{r.tool}, {r.state}", bytes=0, in_memory=False) for r in lab.store.runs(owner)
+    ]
+    in_memory = sum(item.bytes for item in [*models, *handles] if item.in_memory)
+    return SessionInfo(models=models, handles=handles, bytes_in_memory=in_memory)
 
 
-def _held_model(known: KnownModel, model: Model | None) -> Held:
+def _held_model(known: RememberedModel, model: Model | None) -> Held:
     weights = "dense" if known.dense_layers is None else "scoped"
     if model is None:
         about, size = f"{known.name}, {weights}: loaded again when it is used", known.nbytes

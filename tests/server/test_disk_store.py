@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from server import run_log
 from server.disk_store import DiskStore, open_store
 from server.records import TensorCache, file_name
 from server.store import DamagedRecord, OutOfSpace, UnknownHandle
@@ -199,6 +200,20 @@ def test_the_last_state_of_a_run_is_written_however_fast_progress_comes(opened: 
     store.save_run(replace(run, state="done", done=50, result={}))
     store.save_run(replace(run, done=49))
     assert other.run(run.handle, "ann").done == store.run(run.handle, "ann").done == 50
+
+
+def test_a_run_that_has_ended_is_not_overtaken_by_its_own_progress(opened: Opened, monkeypatch) -> None:
+    monkeypatch.setattr(run_log, "SAVE_EVERY", 0.0)
+    store, other = opened(), opened()
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(30):
+            run = store.start_run("ann", "causal_trace", {}, {})
+            late = [threads.submit(store.save_run, replace(run, done=i)) for i in range(8)]
+            late[0].result()
+            store.save_run(replace(run, state="done", result={}))
+            for saved in late:
+                saved.result()
+            assert other.run(run.handle, "ann").state == "done"
 
 
 def start_many(store: DiskStore, count: int) -> None:

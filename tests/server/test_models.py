@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
@@ -168,10 +169,16 @@ async def test_tools_bring_a_model_back_while_the_server_answers_others(
 
     monkeypatch.setattr(server.lab, "load_model", slow)
     async with connected(build_server(lab)) as client, anyio.create_task_group() as group:
-        answers = []
+        answers: list[Any] = []
+        heard: list[str | None] = []
+
+        async def hear(progress: float, total: float | None, message: str | None) -> None:
+            heard.append(message)
 
         async def call() -> None:
-            answers.append(await ask(client, "tokenize", text="the", model=first))
+            arguments = {"text": "the", "model": first}
+            result = await client.call_tool("tokenize", arguments, progress_callback=hear)
+            answers.append(result.structured_content)
 
         group.start_soon(call)
         await anyio.to_thread.run_sync(reading.wait)
@@ -179,6 +186,7 @@ async def test_tools_bring_a_model_back_while_the_server_answers_others(
         assert {row["handle"]: row["in_memory"] for row in listed["models"]} == {first: False, second: False}
         go_on.set()
     assert answers[0]["model"] == first
+    assert heard[0] == "reading layer 0"
     assert in_memory(lab) == [paths[0]]
 
 
