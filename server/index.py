@@ -84,6 +84,7 @@ class Index:
 def migrate(path: Path) -> None:
     """Make an index, or bring it up to date. Call it within `Workspace.locked`: switching to WAL cannot be shared."""
     with _explained(path):
+        path.touch(mode=0o600)  # prompts are in it; SQLite gives its other files the same mode
         connection = _connect(path)
         try:
             connection.execute("PRAGMA journal_mode = WAL")

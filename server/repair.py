@@ -52,6 +52,7 @@ def state(root: Path) -> tuple[bool, str]:
     workspace = Workspace(root)
     if not workspace.index.exists():
         return True, "no handles yet"
+    workspace.create()
     busy = workspace.busy()
     index = Index(workspace.index)
     try:

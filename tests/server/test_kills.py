@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import anyio
@@ -26,16 +26,18 @@ Told = dict[str, dict[str, str]]
 """By the words of `write_until_killed`: handles, with their sha256 if told."""
 
 
-def killed(writer: subprocess.Popen[str], seed: int, after: float) -> list[list[str]]:
-    """What a writer tells until it is killed, so many seconds after it opened the workspace."""
+def killed(writer: subprocess.Popen[str], seed: int, lines: int, delay: float) -> list[list[str]]:
+    """What a writer tells until it is killed, some time after so many lines; it begins by opening the workspace."""
     assert writer.stdin is not None
     assert writer.stdout is not None
     writer.stdin.write(f"{seed}\n")
     word, pid = writer.stdout.readline().split()
-    assert word == "open"
-    time.sleep(after)
+    assert word == "begun"
+    told = list(islice(writer.stdout, lines))
+    time.sleep(delay)
     os.kill(int(pid), signal.SIGKILL)
-    return [line.split() for line in takewhile(lambda line: line != f"killed {pid}\n", writer.stdout)]
+    told += takewhile(lambda line: line != f"killed {pid}\n", writer.stdout)
+    return [line.split() for line in told]
 
 
 def missing(root: Path, told: Told) -> set[str]:
@@ -58,7 +60,7 @@ def test_every_handle_that_was_returned_survives_sixty_kills_while_writing(tmp_p
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, WRITER, str(tmp_path)], text=True, bufsize=1, **pipes) as writer:
         for number in range(KILLS):
-            for word, handle, *more in killed(writer, number, after=drawn.uniform(0, 0.25)):
+            for word, handle, *more in killed(writer, number, drawn.randrange(12), drawn.uniform(0, 0.04)):
                 told[word][handle] = "".join(more)
             assert missing(tmp_path, told) == set(), f"after kill {number}"
         writer.stdin.close()

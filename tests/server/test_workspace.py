@@ -11,6 +11,7 @@ from clients import SCRIPT
 
 from server import index
 from server.disk_store import DiskStore, open_store
+from server.machine import physical_memory
 from server.records import file_name
 from server.repair import repair, state
 from server.store import StoreError
@@ -107,6 +108,22 @@ def test_an_older_index_is_brought_up_to_date(tmp_path: Path, monkeypatch) -> No
     connection = sqlite3.connect(tmp_path / "index.sqlite")
     assert "note" in {row[1] for row in connection.execute("PRAGMA table_info(records)")}
     connection.close()
+
+
+def test_nobody_else_may_read_a_workspace(tmp_path: Path) -> None:
+    stored(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "lock" and path.stat().st_mode & 0o077] == []
+
+
+def test_a_machines_memory_is_that_of_its_container(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    machine = physical_memory(limit)
+    assert machine is not None
+    assert machine > 1 << 28
+    limit.write_text("max\n")
+    assert physical_memory(limit) == machine
+    limit.write_text("1000000\n")
+    assert physical_memory(limit) == 1_000_000
 
 
 def test_a_workspace_that_cannot_be_made_is_told(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ LARGE = 1 << 40
 
 def main(root: Path, seed: int) -> None:
     drawn = random.Random(seed)
+    print("begun", os.getpid(), flush=True)
     store = open_store(root, 1 << 16, LARGE)
-    print("open", os.getpid(), flush=True)
     own: list[str] = []
     while True:
         tensors = {"a": np.full(drawn.choice([10, 5_000, 200_000]), drawn.random(), np.float32)}
