@@ -181,10 +181,9 @@ def _scan(a: Answer) -> list[RenderableType]:
 
 
 def _session(a: Answer) -> list[RenderableType]:
-    table = _table("handle", "holds", "bytes", "where")
+    table = _table("handle", "holds", "bytes")
     for held in [*a["models"], *a["handles"]]:
-        where = "memory" if held["in_memory"] else "disk"
-        table.add_row(held["handle"], held["about"], str(held["bytes"]), where)
+        table.add_row(held["handle"], held["about"], str(held["bytes"]))
     return [table]
 
 
