@@ -4,6 +4,7 @@ docs/tools.md       every tool with its arguments and result fields
 README.md           the table of tools, between its two markers
 """
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -13,9 +14,15 @@ import anyio
 from mcp import Client
 
 from server.app import build_server
+from server.tools import TOOLS as FUNCTIONS
 
 HERE = Path(__file__).resolve().parent
 README, TOOLS = HERE.parent / "README.md", HERE / "tools.md"
+COMMON = """\
+`model` is a `model:` handle or a model's readable name; it may be left out when exactly one is loaded. A prompt is text
+or a list of token ids. `layers` are numbers from 0, negative ones from the end. An argument whose default is not shown
+may be left out. A result field that is null by default is left out when it has nothing to say."""
+
 BEGIN, END = "<!-- tools: written by `make docs` -->", "<!-- end of tools -->"
 
 
@@ -40,10 +47,11 @@ def table(tools: list[Any]) -> str:
 
 def page(tools: list[Any]) -> str:
     """docs/tools.md."""
-    parts = ["# Tools", "Written by `make docs` from the code; the order is the one agents see."]
+    parts = ["# Tools", "Written by `make docs` from the code; the order is the one agents see.", COMMON]
+    results = {f.__name__: inspect.signature(f, eval_str=True).return_annotation for f in FUNCTIONS}
     for tool in tools:
         parts += [f"## {tool.name}", tool.description.strip(), _fields("argument", tool.input_schema)]
-        parts += [_fields("result", tool.output_schema)]
+        parts += [_fields("result", results[tool.name].model_json_schema(mode="serialization"))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -56,7 +64,9 @@ def _fields(heading: str, schema: dict[str, Any]) -> str:
     for name, field in properties.items():
         notes = [field.get("description", "")]
         if heading == "argument":
-            notes.append("required" if name in required else f"default `{field.get('default')}`")
+            notes += (
+                ["required"] if name in required else [f"default `{field['default']}`"] if "default" in field else []
+            )
         rows.append(f"| `{name}` | {_type(field)} | {'; '.join(filter(None, notes))} |".replace("  ", " "))
     return "\n".join(rows)
 

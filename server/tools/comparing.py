@@ -21,7 +21,7 @@ from server.tools.reading import residuals_at
 DIVERGED = 0.1
 """Nats of KL between two lenses from which layers count as different."""
 
-Side = Annotated[Prompt, Field(description="a prompt, an act: handle of a capture, or a model: handle")]
+Side = Annotated[Prompt, Field(description="a prompt, an act: handle or a model: handle")]
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ def compare(
     b: Side,
     prompt: Annotated[Prompt | None, Field(description="what both run, when a and b are models")] = None,
     layers: Layers = "all",
-    position: Annotated[int, Field(description="in each prompt or capture; negative from its end")] = -1,
+    position: Annotated[int, Field(description="-1 is each one's last")] = -1,
     model: ModelRef = None,
 ) -> Comparison:
     """Compare two runs layer by layer: cosine and distance of the residuals, and KL of what the lens reads.
 
-    Two prompts on one model, two captures, or two models on one prompt. To find what makes the difference, patch one
-    into the other with causal_trace.
+    Two prompts on one model, two captures, or two models on one prompt. What makes the difference? Patch one into the
+    other with causal_trace.
     """
     runs = [_run(call, side, prompt, layers, position, model) for side in (a, b)]
     if prompt is not None and not all(map(_is_model, (a, b))):

@@ -11,10 +11,10 @@ from engine.distribution import kl_divergence, softmax_of
 from engine.edits import Edit, Scope
 from engine.errors import InputError
 from engine.ops import Array
-from schemas.arguments import Layers, ModelRef, PointName, Prompt, Steer, Target, TokenRef
+from schemas.arguments import Layers, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
 from schemas.arguments import Scope as ScopeArgument
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
-from schemas.interventions import Interventions
+from schemas.interventions import FurtherInterventions
 from server.call import Call, layer_list, probabilities, token_id, token_ids
 from server.interventions import described_interventions, replacements, scope
 from server.lab import LoadedModel
@@ -22,25 +22,25 @@ from server.lab import LoadedModel
 LEAST_GAP = 0.05
 SHOWN = 5
 
-Heads = Annotated[list[int] | None, Field(description="limit to these heads (points q, k, v, attn_pattern, z)")]
-Asked = Annotated[TokenRef | None, Field(description="report this token's probability and logit too")]
-Against = Annotated[TokenRef | None, Field(description="with token: report logit(token) - logit(against)")]
+Heads = Annotated[list[int] | None, Field(description="at q, k, v, attn_pattern, z")]
+Asked = Annotated[TokenRef | None, Field(description="also report this one")]
+Against = Annotated[TokenRef | None, Field(description="also report logit(token) - logit(against)")]
 
 
 def forward_ablate(
     call: Call,
     prompt: Prompt,
     layers: Layers | None = None,
-    point: PointName = "resid_post",
+    point: PointRef = "resid_post",
     positions: ScopeArgument = "all",
     heads: Heads = None,
     mode: Literal["zero", "mean", "resample"] = "zero",
     mean_over: Annotated[
-        list[Prompt] | None, Field(min_length=1, max_length=50, description="for mean and resample: the prompts")
+        list[Prompt] | None, Field(min_length=1, max_length=50, description="mean, resample: prompts")
     ] = None,
     token: Asked = None,
     against: Against = None,
-    interventions: Interventions = None,
+    interventions: FurtherInterventions = None,
     model: ModelRef = None,
 ) -> Effect:
     """Ablate a point of some layers and compare the next-token distribution with the baseline.
@@ -92,7 +92,7 @@ def forward_steer(
     positions: ScopeArgument = "last",
     token: Asked = None,
     against: Against = None,
-    interventions: Interventions = None,
+    interventions: FurtherInterventions = None,
     model: ModelRef = None,
 ) -> Effect:
     """Add alpha * vector to resid_post of layers and compare the next-token distribution with the baseline.
@@ -124,10 +124,10 @@ def patch_activations(
     donor: Prompt,
     recipient: Prompt,
     targets: Annotated[list[Target], Field(min_length=1, max_length=1000)],
-    point: PointName = "resid_post",
+    point: PointRef = "resid_post",
     token: Asked = None,
     against: Against = None,
-    interventions: Interventions = None,
+    interventions: FurtherInterventions = None,
     model: ModelRef = None,
 ) -> PatchEffect:
     """Write the donor's rows at (layer, position) into the recipient's run: does the answer move to the donor's?
@@ -178,7 +178,7 @@ def _compared(
     loaded: LoadedModel,
     ids: list[int],
     own: Sequence[Intervention],
-    described: Interventions,
+    described: FurtherInterventions,
     token: str | int | None,
     against: str | int | None,
 ) -> Effect:

@@ -25,17 +25,15 @@ def prefill_inject(
     recipient: Prompt,
     donor: Annotated[Prompt, Field(description="a prompt, or the kv: handle of a kept cache")],
     layers: Layers = "all",
-    source: Annotated[
-        Span | None, Field(description="[start, end) of the donor's positions; left out: all that fit")
-    ] = None,
-    dest: Annotated[int, Field(ge=0, description="where they go in the recipient")] = 0,
+    source: Annotated[Span | None, Field(description="[start, end) of the donor; left out: all that fit")] = None,
+    dest: Annotated[int, Field(ge=0, description="start in the recipient")] = 0,
     what: Literal["kv", "k", "v"] = "kv",
     rope: Annotated[
         Literal["realign", "keep"], Field(description="realign turns keys to their new positions")
     ] = "realign",
     heads: Annotated[list[int] | None, Field(description="key-value heads; left out: all")] = None,
     max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
-    keep: Annotated[bool, Field(description="keep the edited cache as a kv: handle")] = False,
+    keep: Annotated[bool, Field(description="keep the cache as a kv: handle")] = False,
     model: ModelRef = None,
 ) -> InjectionResult:
     """Transplant part of the donor's key-value cache into the recipient and continue from it.
@@ -120,7 +118,7 @@ def kv_inject_test(
     call: Call,
     recipient: Prompt,
     donor: Prompt,
-    target: Annotated[TokenRef, Field(description="the donor's answer, one token")],
+    target: Annotated[TokenRef, Field(description="the donor's answer")],
     layers: Layers = "all",
     model: ModelRef = None,
 ) -> InjectionTest:

@@ -32,7 +32,7 @@ def capture_residuals(
     layers: Layers = "all",
     points: Annotated[list[PointName], Field(min_length=1)] = ["resid_post"],  # noqa: B006
     positions: Positions = "last",
-    lens_k: Annotated[int, Field(ge=0, le=10, description="also read each row with the lens, top k")] = 0,
+    lens_k: Annotated[int, Field(ge=0, le=10, description="read each row with the lens, top k")] = 0,
     model: ModelRef = None,
 ) -> Capture:
     """Run a prompt and keep named activations under an act: handle, with their norms.
@@ -122,7 +122,7 @@ def _lens_rows(model: Model, by_layer: dict[int, Array], rows: list[int], k: int
 def logit_lens(
     call: Call,
     prompt: Prompt | None = None,
-    tensor: Annotated[str | None, Field(description="an act: handle that holds residuals")] = None,
+    tensor: Annotated[str | None, Field(description="act: handle of residuals")] = None,
     layers: Layers = "all",
     positions: Positions = "last",
     k: TopK = 3,
@@ -253,7 +253,7 @@ def track_race(
     prompt: Prompt,
     tokens: Annotated[
         list[TokenRef] | None,
-        Field(min_length=2, max_length=10, description="left out: the last layer's five most probable"),
+        Field(min_length=2, max_length=10, description="default: the five most probable"),
     ] = None,
     layers: Layers = "all",
     position: int = -1,

@@ -17,19 +17,19 @@ MOST_DIFFERENCES = 20
 
 def causal_trace(
     call: Call,
-    clean: Annotated[Prompt, Field(description="the prompt that gives the answer; its rows are put in")],
-    corrupt: Annotated[Prompt, Field(description="as many tokens, another answer; the run that is patched")],
+    clean: Annotated[Prompt, Field(description="gives the answer; its rows are put in")],
+    corrupt: Annotated[Prompt, Field(description="as many tokens, another answer; is patched")],
     token: Annotated[TokenRef | None, Field(description="the clean prompt's answer; not for kl")] = None,
     against: Annotated[TokenRef | None, Field(description="for logit_difference: the corrupt prompt's answer")] = None,
     point: PointName = "resid_post",
     metric: MetricName = "probability",
     by: Annotated[
         Literal["position", "head", "head_position"],
-        Field(description="a cell is one position, one head at all positions, or one head at one position"),
+        Field(description="a cell: a position, a head at all positions, or a head at a position"),
     ] = "position",
     layers: Layers = "all",
     positions: Annotated[list[int] | None, Field(min_length=1, description="left out: all")] = None,
-    k: Annotated[int, Field(ge=1, le=50, description="how many cells to list")] = 10,
+    k: Annotated[int, Field(ge=1, le=50, description="cells listed")] = 10,
     model: ModelRef = None,
 ) -> CausalTrace:
     """Find where an answer is computed: patch a clean run's activations into a corrupt one, cell by cell.

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from engine import Generation, Intervention, KVCache, Model, compile_interventions, generate
 from engine.errors import InputError
-from schemas.arguments import Layers, ModelRef, Prompt, Steer
+from schemas.arguments import Layers, ModelRef, Prompt, Steers
 from schemas.effects import Continuation, HookedGeneration
 from schemas.interventions import Interventions
 from server.call import Call, layer_list, token_ids
@@ -20,13 +20,13 @@ def generate_with_hooks(
     call: Call,
     prompt: Prompt,
     max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
-    ablate_layers: Annotated[Layers | None, Field(description="layers whose resid_post is zeroed, all rows")] = None,
-    steers: Annotated[list[Steer] | None, Field(max_length=64)] = None,
+    ablate_layers: Annotated[Layers | None, Field(description="resid_post zeroed, all rows")] = None,
+    steers: Steers | None = None,
     interventions: Interventions = None,
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0,
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
     seed: Annotated[int, Field(ge=0)] = 0,
-    cache: Annotated[str | None, Field(description="a kv: handle; the prompt's tokens follow what it holds")] = None,
+    cache: Annotated[str | None, Field(description="kv: handle; the prompt follows what it holds")] = None,
     model: ModelRef = None,
 ) -> HookedGeneration:
     """Generate text without and with ablation, steering and other interventions, the hooks active at every step.
