@@ -11,10 +11,13 @@ from threading import Barrier
 
 import numpy as np
 import pytest
+from clients import ask, connected, refused
 from safetensors.numpy import load_file
 
 from server import run_log
+from server.app import build_server
 from server.disk_store import DiskStore, open_store
+from server.lab import Lab
 from server.records import TensorCache, file_name
 from server.store import DamagedRecord, OutOfSpace, UnknownHandle
 
@@ -163,6 +166,24 @@ def test_a_damaged_file_is_reported_as_such_and_can_be_released(
     assert [held.handle for held in store.records("ann")] == [handle]
     assert store.release(handle, "ann") == record.nbytes
     assert not path_of(tmp_path, handle).exists()
+
+
+@pytest.mark.anyio
+async def test_tools_tell_damage_and_want_of_room_in_words_an_agent_can_act_on(opened: Opened, tmp_path: Path) -> None:
+    lab = Lab(opened(disk=20_000))
+    lab.load("synthetic", "dense")
+    async with connected(build_server(lab)) as client:
+        handle = (await ask(client, "capture_residuals", prompt="hello"))["handle"]
+        flip(path_of(tmp_path, handle))
+        lab.store = opened(disk=20_000)
+        assert "was damaged on disk" in await refused(client, "read_tensor", handle=handle)
+        assert "was damaged on disk" in await refused(client, "logit_lens", tensor=handle)
+        text = await refused(client, "capture_residuals", prompt="hello " * 20, positions="all")
+        assert "Release" in text
+        assert handle in text
+        assert [row["handle"] for row in (await ask(client, "list_session"))["handles"]] == [handle]
+        await ask(client, "release", handle=handle)
+        assert (await ask(client, "list_session"))["handles"] == []
 
 
 def test_what_one_process_releases_is_gone_in_another_that_has_it_in_memory(opened: Opened) -> None:
