@@ -22,6 +22,7 @@ from server.store import (
     Record,
     RememberedModel,
     Run,
+    is_handle,
     layout,
     mint,
     nbytes,
@@ -71,12 +72,15 @@ class DiskStore:
         return handle
 
     def get(self, handle: str, owner: str) -> Record:
-        rows = self._index.read("SELECT * FROM records WHERE handle = ? AND owner = ?", handle, owner)
+        query = "SELECT * FROM records WHERE handle = ? AND owner = ?"
+        rows = self._index.read(query, handle, owner) if is_handle(handle) else []
         if not rows:
             raise unknown(handle)
         return self._record(rows[0])
 
     def release(self, handle: str, owner: str) -> int:
+        if not is_handle(handle):
+            raise unknown(handle)
         if handle.startswith("run:"):
             self._runs.release(handle, owner)
             return 0
@@ -154,17 +158,17 @@ class DiskStore:
     def remember_model(
         self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
     ) -> RememberedModel:
-        known = (source, dense_layers, fingerprint)
+        known = (json.dumps(source), dense_layers, fingerprint)
         with self._index.writing() as db:
             row = db.execute(
                 "SELECT * FROM models WHERE source = ? AND dense_layers IS ? AND fingerprint = ?", known
             ).fetchone()
             if row is not None:
                 return _model(row)
-            made = RememberedModel(mint("model", name), name, *known, nbytes)
+            made = RememberedModel(mint("model", name), name, source, dense_layers, fingerprint, nbytes)
             db.execute(
                 "INSERT INTO models (handle, name, source, dense_layers, fingerprint, bytes) VALUES (?, ?, ?, ?, ?, ?)",
-                (made.handle, made.name, *known, made.nbytes),
+                (made.handle, json.dumps(name), *known, nbytes),
             )
         return made
 
@@ -185,9 +189,9 @@ _USED = "SELECT (SELECT coalesce(sum(file_bytes), 0) FROM records) + (SELECT coa
 
 
 def _model(row: sqlite3.Row) -> RememberedModel:
-    return RememberedModel(
-        *(row[name] for name in ("handle", "name", "source", "dense_layers", "fingerprint", "bytes"))
-    )
+    """Names and paths are kept as JSON: not every path is valid Unicode."""
+    name, source = json.loads(row["name"]), json.loads(row["source"])
+    return RememberedModel(row["handle"], name, source, row["dense_layers"], row["fingerprint"], row["bytes"])
 
 
 class OnDisk(Mapping[str, Array]):

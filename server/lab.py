@@ -12,7 +12,7 @@ from pydantic import ByteSize
 from engine import Model, load_model
 from engine.catalog import SYNTHETIC, Progress
 from engine.decoder import Tick
-from engine.errors import ModelError, UnknownModel
+from engine.errors import ModelError, UnknownModel, clipped
 from engine.load import layer_budget
 from server.logs import log
 from server.sources import Sources
@@ -146,7 +146,7 @@ class Lab:
         def room(wanted: int) -> None:
             self._make_room(wanted, source)
 
-        model = load_model(source, weights, tick, progress, layers, room)
+        model = load_model(source, weights, tick, progress, layers, room=room)
         self._make_room(model.params.nbytes, model.name)
         return model
 
@@ -215,9 +215,9 @@ class Lab:
                 return self._slots.setdefault(found[0].handle, found[0])
         if found:
             handles = ", ".join(slot.handle for slot in found)
-            raise UnknownModel(f"{reference!r} is loaded in {len(found)} forms; give a handle: {handles}")
+            raise UnknownModel(f"{clipped(reference)} is loaded in {len(found)} forms; give a handle: {handles}")
         raise UnknownModel(
-            f"no model {reference!r} is loaded; loaded: {self._names() or 'none'}{self._remembered()}. "
+            f"no model {clipped(reference)} is loaded; loaded: {self._names() or 'none'}{self._remembered()}. "
             f"Call load_model first (for example smollm2-135m-instruct or {SYNTHETIC})"
         )
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from server.index import Index
-from server.store import Run, StoreError, mint, unknown
+from server.store import Run, StoreError, is_handle, mint, unknown
 
 SAVE_EVERY = 1.0
 """Seconds between two writings of progress."""
@@ -85,7 +85,8 @@ class RunLog:
 
     def get(self, handle: str, owner: str) -> Run:
         """Raises `UnknownHandle`."""
-        rows = self._index.read("SELECT server, body FROM runs WHERE handle = ? AND owner = ?", handle, owner)
+        query = "SELECT server, body FROM runs WHERE handle = ? AND owner = ?"
+        rows = self._index.read(query, handle, owner) if is_handle(handle) else []
         if not rows:
             raise unknown(handle)
         return self._now(rows[0])

@@ -21,9 +21,11 @@ from typing import Any, Literal, Protocol
 
 from pydantic import ByteSize
 
+from engine.errors import clipped
 from engine.ops import Array
 
 KINDS = ("act", "vec", "kv", "run")
+_HANDLE = re.compile(r"[a-z]+:[a-z0-9.-]*-[0-9a-f]{32}")
 
 
 class StoreError(Exception):
@@ -249,7 +251,7 @@ class MemoryStore:
 def unknown(handle: str) -> UnknownHandle:
     """The same words for a handle that never was, was released, or is another principal's."""
     return UnknownHandle(
-        f"no such handle: {handle!r}. list_session shows the handles that exist; "
+        f"no such handle: {clipped(handle)}. list_session shows the handles that exist; "
         "capture_residuals, prefill_inject(keep=true) and start_job make new ones"
     )
 
@@ -277,6 +279,11 @@ def nbytes(tensors: Mapping[str, Array]) -> int:
 def layout(tensors: Mapping[str, Array]) -> dict[str, Any]:
     """{name: dtype and shape}, as provenance has it."""
     return {name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape)} for name, tensor in tensors.items()}
+
+
+def is_handle(text: str) -> bool:
+    """Whether `mint` may have made it; only then is it looked for."""
+    return _HANDLE.fullmatch(text) is not None
 
 
 def mint(kind: str, label: str) -> str:

@@ -37,9 +37,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sources that are really read, in order."""
     read: list[str] = []
 
-    def counted(source: str, *arguments: object) -> Model:
+    def counted(source: str, *arguments: Any, **named: Any) -> Model:
         read.append(source)
-        return load_model(source, *arguments)
+        return load_model(source, *arguments, **named)
 
     monkeypatch.setattr(server.lab, "load_model", counted)
     return read
@@ -162,10 +162,10 @@ async def test_tools_bring_a_model_back_while_the_server_answers_others(
     first, second = (lab.load(path, "dense").handle for path in paths[:2])
     reading, go_on = threading.Event(), threading.Event()
 
-    def slow(*arguments: object) -> Model:
+    def slow(*arguments: Any, **named: Any) -> Model:
         reading.set()
         assert go_on.wait(30)
-        return load_model(*arguments)
+        return load_model(*arguments, **named)
 
     monkeypatch.setattr(server.lab, "load_model", slow)
     async with connected(build_server(lab)) as client, anyio.create_task_group() as group:

@@ -60,6 +60,9 @@ def test_a_budget_that_is_used_up_is_an_error_that_names_what_to_release(store: 
 
 def test_a_model_keeps_its_handle_until_it_is_forgotten_or_its_weights_change(store: SessionStore) -> None:
     first = store.remember_model("tiny", "/m/tiny", None, "f0", 10)
+    strange = store.remember_model("\udcff", "/m/\udcff", None, "f0", 10)
+    assert store.models() == [first, strange]
+    store.forget_model(strange.handle)
     assert first.handle.startswith("model:tiny-")
     assert store.remember_model("tiny", "/m/tiny", None, "f0", 10) == first
     others = [store.remember_model("tiny", "/m/tiny", *other, 10) for other in ((1, "f0"), (None, "f1"))]
@@ -82,6 +85,15 @@ def test_to_another_principal_a_handle_does_not_exist(store: SessionStore) -> No
     assert str(theirs.value).replace(handle, "H") == str(nobody.value).replace(missing, "H")
     assert store.records("bob") == []
     assert [r.handle for r in store.records("ann")] == [handle]
+
+
+@pytest.mark.parametrize("text", ["", "act:", "act:\ud800-" + "0" * 32, "act:x\0", "model:x", "x" * 100_000, "run:x"])
+def test_what_never_was_a_handle_is_no_handle(store: SessionStore, text: str) -> None:
+    for look in (store.get, store.release, store.run):
+        with pytest.raises(UnknownHandle) as told:
+            look(text, "ann")
+        assert len(str(told.value)) < 500
+        str(told.value).encode()
 
 
 def test_a_released_handle_is_gone(store: SessionStore) -> None:
