@@ -62,10 +62,12 @@ def state(root: Path) -> tuple[bool, str]:
     finally:
         index.close()
     held = f"{found.handles} handles, {ByteSize(found.nbytes).human_readable()}"
-    strays = [] if busy else found.strays  # what a server is writing has no row yet
-    if strays or found.missing:
-        return False, f"{held}; {len(strays)} files too many, {len(found.missing)} too few: mechscope doctor --repair"
-    return True, f"{held}, {'in use' if busy else 'not in use'}"
+    if busy:  # files come before their rows and go after them, so nothing can be said
+        return True, f"{held}, in use by a server"
+    if found.strays or found.missing:
+        many, few = len(found.strays), len(found.missing)
+        return False, f"{held}; {many} files too many, {few} too few: mechscope doctor --repair"
+    return True, held
 
 
 def repair(root: Path, say: Say) -> None:

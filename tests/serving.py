@@ -68,7 +68,13 @@ class Served:
 
 @contextmanager
 def serving(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Served]:
-    served = Served(*arguments, env=env)
+    with ending(Served(*arguments, env=env)) as served:
+        yield served
+
+
+@contextmanager
+def ending(served: Served) -> Iterator[Served]:
+    """A server that is killed at the end of a `with` block."""
     try:
         yield served
     finally:

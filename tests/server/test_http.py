@@ -3,13 +3,15 @@
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
 import httpx2 as httpx
 import pytest
 from clients import ERAS, ask
-from serving import TRANSPORTS, Served, headers, reached, serving, token_file
+from serving import TRANSPORTS, Served, ending, headers, reached, serving, token_file
 from typer.testing import CliRunner
 
 from server.__main__ import app
@@ -119,6 +121,23 @@ def test_too_many_requests_are_told_to_wait() -> None:
     assert [answer.status_code for answer in answers[:5]] == [200] * 5
     assert {answer.status_code for answer in answers[5:]} == {429}
     assert int(answers[-1].headers["retry-after"]) > 0
+
+
+@pytest.mark.anyio
+async def test_two_servers_share_a_workspace_and_principals_stay_apart_in_both(tmp_path: Path) -> None:
+    arguments = ("--workspace", str(tmp_path / "new"), "--token-file", str(token_file(tmp_path)))
+    with ThreadPoolExecutor(2) as threads, ExitStack() as servers:
+        made = [threads.submit(Served, *arguments) for _ in range(2)]  # at once: both find no workspace
+        bases = [servers.enter_context(ending(served.result())).base for served in made]
+        async with reached(bases[0], "http", name="ann") as here, reached(bases[1], "http", name="ann") as there:
+            model = (await ask(here, "load_model", model="synthetic"))["model"]
+            held = await ask(here, "capture_residuals", prompt=PROMPT)
+            await ask(there, "logit_lens", tensor=held["handle"], layers=[-1], model=model)
+            async with reached(bases[1], "http", name="bob") as bob:
+                assert (await ask(bob, "list_session"))["handles"] == []
+                assert (await bob.call_tool("read_tensor", {"handle": held["handle"]})).is_error
+            await ask(there, "release", handle=held["handle"])
+            assert (await here.call_tool("read_tensor", {"handle": held["handle"]})).is_error
 
 
 def test_a_stopped_server_leaves_the_workspace_in_order_and_a_read_only_one_leaves_it_alone(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_repair_removes_what_no_handle_refers_to_and_handles_whose_file_is_missi
 
 def test_repair_is_refused_while_a_server_runs_and_a_server_waits_for_repairs(tmp_path: Path) -> None:
     store = open_store(tmp_path, *BUDGETS)
+    assert state(tmp_path) == (True, "0 handles, 0B, in use by a server")
     with pytest.raises(InUse, match="1 servers run"):
         repair(tmp_path, print)
     store.close()
