@@ -23,7 +23,9 @@ Tokens = Sequence[int] | Sequence[Sequence[int]]
 @dataclass(frozen=True, eq=False)
 class Network:
     """A loaded model. `fingerprint` is the sha256 of its weights; `weights` says how they are kept:
-    "dense" or "scoped"; `synthetic` is True for random or hand-written weights.
+    "dense" or "scoped"; `synthetic` is True for random or hand-written weights. `conversion` says how a dense model
+    came by its weights (see `converted.py`): "used" a conversion, "made" one for the next start, "not kept: " and
+    why, or "none".
     """
 
     name: str
@@ -33,6 +35,7 @@ class Network:
     fingerprint: str
     weights: str
     synthetic: bool = False
+    conversion: str = "none"
 
     def encode(self, prompt: str | Tokens) -> Tokens:
         """Token ids of a prompt; ids pass through."""

@@ -47,6 +47,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A catalogue name.")] = MODEL
 
 @app.command()
 def doctor(
+    thorough: Annotated[bool, typer.Option("--thorough", help="Read converted weights whole, to find damage.")] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Put the workspace in order; no server may run on it.")
     ] = False,
@@ -62,7 +63,7 @@ def doctor(
         place = read_settings({"workspace": workspace}, config).workspace
     except BadSettings as error:
         raise typer.BadParameter(str(error)) from None
-    raise typer.Exit(doctor.repair(place) if repair else doctor.run(place))
+    raise typer.Exit(doctor.repair(place) if repair else doctor.run(place, thorough))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from engine import forward, load_model
+from engine import converted, forward, load_model
 from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path
 from server.repair import repair as repair_workspace
 from server.repair import state
@@ -39,14 +39,15 @@ def repair(place: Path) -> int:
     return 0
 
 
-def run(place: Path) -> int:
-    """Run every check, with the workspace at `place`; returns the exit code."""
+def run(place: Path, thorough: bool = False) -> int:
+    """Run every check, with the workspace at `place`; `thorough` reads converted weights to the end. The exit code."""
     console = Console(highlight=False, soft_wrap=True)
     checks: dict[str, Callable[[], Verdict]] = {
         "python": python,
         "threads": threads,
         "models": models,
         "cache": cache,
+        "converted": lambda: conversions(thorough),
         "workspace": functools.partial(workspace, place),
         "packages": packages,
         "self-test": self_test,
@@ -91,6 +92,16 @@ def models() -> Verdict:
 def cache() -> Verdict:
     """Whether the cache directory, for models, can be written."""
     return _writable(cache_dir())
+
+
+def conversions(thorough: bool) -> Verdict:
+    """Weights converted for faster starts: how much room they take, and when thorough whether they are whole."""
+    files, place = converted.held(), converted.directory()
+    taken = sum(file.stat().st_size for file in files)
+    said = f"{len(files)} models, {taken / 1e6:.0f} MB in {place}; delete it to free them"
+    wrong = {file.name: damage for file in files if (damage := converted.damage(file))} if thorough else {}
+    told = "; ".join(f"{name}: {damage}, delete it" for name, damage in wrong.items())
+    return not wrong, f"{said}; {told}" if wrong else said
 
 
 def workspace(place: Path) -> Verdict:

@@ -74,11 +74,15 @@ class Lab:
     """
 
     def __init__(
-        self, store: SessionStore | None = None, sources: Sources | None = None, model_budget: int | None = None
+        self,
+        store: SessionStore | None = None,
+        sources: Sources | None = None,
+        model_budget: int | None = None,
+        converted: bool = True,
     ) -> None:
         self.store: SessionStore = MemoryStore() if store is None else store
         self.sources = Sources() if sources is None else sources
-        self._budget = model_budget
+        self._budget, self._converted = model_budget, converted
         self._slots: dict[str, Slot] = {}
         self._loading, self._lock = threading.Lock(), threading.RLock()
 
@@ -146,7 +150,7 @@ class Lab:
         def room(wanted: int) -> None:
             self._make_room(wanted, source)
 
-        model = load_model(source, weights, tick, progress, layers, room=room)
+        model = load_model(source, weights, tick, progress, layers, self._converted, room)
         self._make_room(model.params.nbytes, model.name)
         return model
 

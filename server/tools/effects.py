@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from engine import Intervention, Model, capture_donor_state, compile_interventions, forward
+from engine.cost import of_pass
 from engine.distribution import kl_divergence, softmax_of
 from engine.edits import Edit, Scope
 from engine.errors import InputError
@@ -16,7 +17,7 @@ from schemas.arguments import Scope as ScopeArgument
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
 from schemas.interventions import FurtherInterventions
 from server.call import Call, layer_list, probabilities, token_id, token_ids
-from server.interventions import described_interventions, replacements, scope
+from server.interventions import cost_of_passes, described_cost, described_interventions, replacements, scope
 from server.lab import LoadedModel
 
 LEAST_GAP = 0.05
@@ -51,7 +52,8 @@ def forward_ablate(
     loaded = call.loaded(model)
     engine = loaded.model
     ids = token_ids(engine, prompt)
-    call.expect(2 + len(mean_over or ()), engine)
+    taken = [] if layers is None or mode == "zero" else mean_over or []
+    call.expect(engine, cost_of_passes(engine, [*taken, ids, ids]) + described_cost(engine, interventions), len(ids))
     made = [] if layers is None else _ablations(call, engine, layers, point, positions, heads, mode, mean_over)
     effect = _compared(call, loaded, ids, made, interventions, token, against)
     if made and mode == "zero" and point == "resid_post" and positions == "all":
@@ -101,6 +103,9 @@ def forward_steer(
     """
     loaded = call.loaded(model)
     ids = token_ids(loaded.model, prompt)
+    call.expect(
+        loaded.model, of_pass(loaded.model.config, len(ids)) * 2 + described_cost(loaded.model, interventions), len(ids)
+    )
     made = steering(call, loaded.model, steers or (), scope(positions))
     return _compared(call, loaded, ids, made, interventions, token, against)
 
@@ -139,7 +144,9 @@ def patch_activations(
     engine = loaded.model
     ids, donor_ids = token_ids(engine, recipient), token_ids(engine, donor)
     pairs = dict.fromkeys(_pair(engine, target, len(donor_ids), len(ids)) for target in targets)
-    call.expect(4, engine)
+    captured = of_pass(engine.config, len(donor_ids), 1 + max(layer for layer, _, _ in pairs))
+    passes = cost_of_passes(engine, [donor_ids, ids, ids])
+    call.expect(engine, captured + passes + described_cost(engine, interventions), len(ids))
     state = capture_donor_state(engine, donor_ids, {(layer, source) for layer, source, _ in pairs}, point, call.tick)
     made = [
         Intervention("patch", (layer,), point, rows={dest: state.rows[layer, source]}) for layer, source, dest in pairs
@@ -188,8 +195,6 @@ def _compared(
         raise InputError("against needs token: logit(token) - logit(against) is reported")
     asked = None if token is None else token_id(engine, token)
     other = None if against is None else token_id(engine, against)
-    if call.expected is None:
-        call.expect(2, engine)
     made = [*own, *described_interventions(call, engine, described, len(ids))]
     if not made:
         raise InputError("nothing would be changed: give the tool's own arguments, or interventions")

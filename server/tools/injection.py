@@ -9,7 +9,7 @@ from engine import KVCache, Model
 from engine import kv_inject_test as scanned
 from engine import prefill_inject as injected
 from engine.errors import InputError
-from engine.injection import Injection, InjectionCell
+from engine.injection import Injection, InjectionCell, kv_inject_cost, prefill_inject_cost
 from schemas import effects
 from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
 from schemas.effects import InjectionResult, InjectionTest
@@ -45,7 +45,7 @@ def prefill_inject(
     engine = loaded.model
     ids = token_ids(engine, recipient)
     donor_ids, donor_cache = _donor(call, engine, donor)
-    call.expect(4 + 2 * max_new_tokens, engine)
+    call.expect(engine, prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens), len(ids))
     result = injected(
         engine, ids, donor_cache or donor_ids, layer_list(engine, layers),
         None if source is None else (source[0], source[1]), dest, what, rope, heads, max_new_tokens, call.tick,
@@ -133,7 +133,7 @@ def kv_inject_test(
     if isinstance(donor, str) and donor.startswith("kv:"):
         raise InputError("kv_inject_test runs the donor itself: give its prompt, not a kv: handle")
     chosen, wanted = layer_list(engine, layers), token_id(engine, target)
-    call.expect(6, engine)
+    call.expect(engine, kv_inject_cost(engine, ids, donor_ids, chosen), len(ids))
     scan = scanned(engine, ids, donor_ids, wanted, chosen, tick=call.tick)
     return InjectionTest(
         model=loaded.handle,

@@ -42,6 +42,7 @@ def load_model(
         family=cfg.family,
         fingerprint=loaded.model.fingerprint,
         weights=loaded.model.weights,
+        conversion=loaded.model.conversion,
         dense_layers=params.keep,
         n_layers=cfg.n_layers,
         d_model=cfg.d_model,

@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Metric, Model, Scan, patching_grid
+from engine.scans import patching_grid_cost
 from schemas.arguments import Layers, MetricName, ModelRef, PointName, Prompt, TokenRef
 from schemas.scans import CausalTrace, GridCell, TokenPair
 from server.call import Call, layer_list, token_id, token_ids
@@ -42,10 +43,9 @@ def causal_trace(
     engine = loaded.model
     ids, donor = token_ids(engine, corrupt), token_ids(engine, clean)
     wanted = _metric(engine, metric, token, against)
-    call.expect(3, engine)
-    grid = patching_grid(
-        engine, donor, ids, wanted, point, by, layer_list(engine, layers), positions, tick=call.tick
-    )  # fmt: skip
+    cells = point, by, layer_list(engine, layers), positions
+    call.expect(engine, patching_grid_cost(engine, donor, ids, *cells), len(ids))
+    grid = patching_grid(engine, donor, ids, wanted, *cells, tick=call.tick)
     return CausalTrace(
         model=loaded.handle,
         notice=loaded.notice,
