@@ -21,6 +21,9 @@ from engine.weights import Counted, SafetensorsDir, Tensors, read_json
 
 WEIGHTS = ("dense", "scoped")
 
+Room = Callable[[int], None]
+"""Called with bytes that are about to be taken; raises to refuse them."""
+
 
 def load_model(
     model: str | Path,
@@ -29,6 +32,7 @@ def load_model(
     progress: catalog.Progress | None = None,
     dense_layers: int | None = None,
     converted: bool = True,
+    room: Room | None = None,
 ) -> Model:
     """Load a model for study.
 
@@ -37,7 +41,8 @@ def load_model(
     the file as it is, memory-mapped, and makes a layer dense when it runs. `dense_layers` is the budget of "scoped":
     how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers. `converted` lets a
     dense model's weights be kept as float32 in the cache directory, so that the next start maps them and reads nothing
-    (`converted.py`); `Model.conversion` says what came of it. Raises `ModelError`s, and `InputError` for arguments.
+    (`converted.py`); `Model.conversion` says what came of it. `room` is asked for the bytes of dense weights before
+    most are read. Raises `ModelError`s, and `InputError` for arguments.
     """
     budget = layer_budget(weights, dense_layers)
     if (name := str(model)).split(":", 1)[0] == catalog.SYNTHETIC and dense_layers is not None:
@@ -52,7 +57,7 @@ def load_model(
         if conversion is not None:
             return _from_conversion(conversion, path, name, tick)
         before = stamp(path)
-        read = (_from_directory if path.is_dir() else _from_gguf)(path, name, budget, tick)
+        read = (_from_directory if path.is_dir() else _from_gguf)(path, name, budget, tick, room)
         return _kept(read, path, before, tick) if converted and budget is None else read.model
     except MemoryError:
         hint = (
@@ -139,7 +144,7 @@ def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick |
     return Model(name, cfg, conversion.params(cfg.n_layers), told, notes["fingerprint"], "dense", conversion="used")
 
 
-def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None) -> _Read:
+def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None, room: Room | None) -> _Read:
     if not (path / "config.json").exists():
         raise UnknownModel(f"{path} has no config.json; give a directory as Hugging Face writes it, or a .gguf file")
     raw = read_json(path / "config.json")
@@ -150,7 +155,7 @@ def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None
     reader = family(raw.get("model_type"))
     tensors = SafetensorsDir(path)
     words = _words(path, raw, None)
-    return _assembled(name, reader, raw, tensors, words, tensors.files, budget, tick)
+    return _assembled(name, reader, raw, tensors, words, tensors.files, budget, tick, room)
 
 
 def _refuse_code(path: Path, file: str, settings: dict[str, Any]) -> None:
@@ -158,11 +163,11 @@ def _refuse_code(path: Path, file: str, settings: dict[str, Any]) -> None:
         raise UnknownModel(f"{path.name} needs code of its own (auto_map in {file}); code in models is never run")
 
 
-def _from_gguf(path: Path, name: str, budget: int | None, tick: Tick | None) -> _Read:
+def _from_gguf(path: Path, name: str, budget: int | None, tick: Tick | None, room: Room | None) -> _Read:
     file = GgufFile.open(path)
     raw = config_json(file)
     words = _words(path, raw, file)
-    return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], budget, tick)
+    return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], budget, tick, room)
 
 
 def _words(path: Path, raw: dict[str, Any], file: GgufFile | None) -> tokenizer.Tokenizer:
@@ -203,6 +208,7 @@ def _assembled(
     files: list[Path],
     budget: int | None,
     tick: Tick | None,
+    room: Room | None,
 ) -> _Read:
     cfg = reader.config(raw)
     if words.vocabulary > cfg.d_vocab:
@@ -216,6 +222,8 @@ def _assembled(
         if tick is not None:
             tick(layer, cfg.n_layers, f"reading layer {layer}")
         params.layer(layer)
+        if layer == 0 and room is not None:
+            room(params.nbytes + (keep - 1) * sum(array.nbytes for _, array in params.layer(0).arrays()))
     source.check_all_read()
     kept = "dense" if budget is None else "scoped"
     return _Read(Model(name, cfg, params, words, catalog.sha256(sorted(files)), kept), raw)

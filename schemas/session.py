@@ -58,6 +58,7 @@ class Held(Strict):
     handle: str
     about: str
     bytes: int
+    in_memory: bool = Field(description="false: it is read from disk when it is used")
 
 
 class SessionInfo(Strict):

@@ -1,10 +1,11 @@
 """The command line: serve, demo, fetch, doctor."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from server.settings import Settings, flags
+from server.settings import CONFIG, BadSettings, Settings, flags, read_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,11 +48,22 @@ def fetch(name: Annotated[str, typer.Argument(help="A catalogue name.")] = MODEL
 @app.command()
 def doctor(
     thorough: Annotated[bool, typer.Option("--thorough", help="Read converted weights whole, to find damage.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put the workspace in order; no server may run on it.")
+    ] = False,
+    workspace: Annotated[
+        Path | None, typer.Option(help="The folder to look at; that of the settings if left out.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(envvar=CONFIG, help="The TOML file of settings.")] = None,
 ) -> None:
     """Check this installation: Python, BLAS, model files, folders, name clashes, and a self-test."""
-    from server.doctor import run
+    from server import doctor
 
-    raise typer.Exit(run(thorough))
+    try:
+        place = read_settings({"workspace": workspace}, config).workspace
+    except BadSettings as error:
+        raise typer.BadParameter(str(error)) from None
+    raise typer.Exit(doctor.repair(place) if repair else doctor.run(place, thorough))
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ class Call:
         """Say before any of it what the work on a prompt of `length` tokens will take. A dry run ends here."""
         if self.dry:
             raise Costed(model, cost, length)
-        self.expected = cost.layers
+        self.expected = self._ticks + cost.layers  # a model may have been loaded before
 
     def tick(self, done: int, total: int, what: str) -> None:
         """Engine progress, at least once per layer."""
@@ -85,7 +85,7 @@ class Call:
     # --- arguments ----------------------------------------------------------------------------------------
 
     def loaded(self, reference: str | None) -> LoadedModel:
-        return self.lab.model(reference)
+        return self.lab.model(reference, self.tick, self.progress)
 
     def record(self, handle: str, kind: str | None = None) -> Record:
         """A stored record; `kind` says which kind the argument takes."""

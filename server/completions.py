@@ -17,7 +17,7 @@ from mcp.types import (
 
 from engine import Model
 from engine.catalog import CATALOGUE, SYNTHETIC
-from engine.errors import TokenError, UnknownModel
+from engine.errors import TokenError
 from engine.planted import CIRCUITS
 from server.auth import principal
 from server.lab import Lab, LoadedModel
@@ -67,10 +67,11 @@ class Completions:
         yield from self._lab.sources.names()
 
     def _tokens(self, model: str | None) -> list[str]:
-        try:
-            item = self._lab.model(model or None)
-        except UnknownModel:
+        loaded = self._lab.models
+        meant = [item for item in loaded if model in (item.handle, item.model.name)] if model else loaded
+        if len(meant) != 1:
             return []
+        item = meant[0]
         if item not in self._pieces:
             self._pieces[item] = usable_pieces(item.model)
         return self._pieces[item]

@@ -6,6 +6,7 @@
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def run(model: str) -> int:
     try:
         if model in CATALOGUE:
             fetched(console, model)
-        anyio.run(_drive, console, model)
+        with tempfile.TemporaryDirectory() as workspace:
+            anyio.run(_drive, console, model, workspace)
     except* (EngineError, Failed, MCPError, OSError) as group:
         stopped += _leaves(group)
     except* SystemExit:  # the reader of a pipe went away
@@ -71,18 +73,19 @@ def _leaves(group: BaseExceptionGroup[Any]) -> list[Exception]:
     return [error for errors in inner for error in errors]
 
 
-def _server() -> StdioServerParameters:
+def _server(workspace: str) -> StdioServerParameters:
     """The `mechscope` script of this installation, with the caller's environment (cache and index settings)."""
     beside = Path(sys.executable).with_name("mechscope")
     command = str(beside) if beside.exists() else shutil.which("mechscope")
     if command is None:
         raise Failed("the mechscope script is not on the PATH; install mechscope first")
-    return StdioServerParameters(command=command, args=["serve", "--log-level", "warning"], env=dict(os.environ))
+    arguments = ["serve", "--log-level", "warning", "--workspace", workspace]
+    return StdioServerParameters(command=command, args=arguments, env=dict(os.environ))
 
 
-async def _drive(console: Console, model: str) -> None:
+async def _drive(console: Console, model: str, workspace: str) -> None:
     started = time.perf_counter()
-    async with Client(_server()) as client:
+    async with Client(_server(workspace)) as client:
         tools = (await client.list_tools()).tools
         console.print(f"[bold]mechscope[/bold] over stdio: {len(tools)} tools, protocol {client.protocol_version}")
         with bar(console, f"loading {model}") as show:

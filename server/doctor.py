@@ -1,5 +1,9 @@
-"""`mechscope doctor`: is this installation sound? Prints one line per check; exit code 1 if any fails."""
+"""`mechscope doctor`: is this installation sound? Prints one line per check; exit code 1 if any fails.
 
+With --repair it puts the workspace in order instead.
+"""
+
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -10,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from platformdirs import user_data_path
 from rich.console import Console
 
 from engine import converted, forward, load_model
 from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path
+from server.repair import repair as repair_workspace
+from server.repair import state
+from server.store import StoreError
 
 PACKAGES = ("engine", "schemas", "server")
 LEAST_PYTHON = (3, 11)
@@ -22,8 +28,19 @@ LEAST_PYTHON = (3, 11)
 Verdict = tuple[bool, str]
 
 
-def run(thorough: bool = False) -> int:
-    """Run every check; returns the exit code. `thorough` reads converted weights to the end."""
+def repair(place: Path) -> int:
+    """Put the workspace in order, a line for everything that was done; returns the exit code."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    try:
+        repair_workspace(place, console.print)
+    except StoreError as error:
+        console.print(str(error))
+        return 1
+    return 0
+
+
+def run(place: Path, thorough: bool = False) -> int:
+    """Run every check, with the workspace at `place`; `thorough` reads converted weights to the end. The exit code."""
     console = Console(highlight=False, soft_wrap=True)
     checks: dict[str, Callable[[], Verdict]] = {
         "python": python,
@@ -31,7 +48,7 @@ def run(thorough: bool = False) -> int:
         "models": models,
         "cache": cache,
         "converted": lambda: conversions(thorough),
-        "workspace": workspace,
+        "workspace": functools.partial(workspace, place),
         "packages": packages,
         "self-test": self_test,
     }
@@ -87,9 +104,13 @@ def conversions(thorough: bool) -> Verdict:
     return not wrong, f"{said}; {told}" if wrong else said
 
 
-def workspace() -> Verdict:
-    """Whether the workspace, for what sessions keep, can be written."""
-    return _writable(user_data_path("mechscope"))
+def workspace(place: Path) -> Verdict:
+    """Whether the workspace, for what sessions keep, can be written and is in order."""
+    writable, said = _writable(place)
+    if not writable:
+        return writable, said
+    sound, holds = state(place)
+    return sound, f"{said}: {holds}"
 
 
 def _writable(place: Path) -> Verdict:

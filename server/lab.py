@@ -1,17 +1,22 @@
 """The lab: models and records that outlive connections. One `Lab` per server process."""
 
 import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import anyio
+from pydantic import ByteSize
 
 from engine import Model, load_model
 from engine.catalog import SYNTHETIC, Progress
 from engine.decoder import Tick
-from engine.errors import UnknownModel
+from engine.errors import ModelError, UnknownModel, clipped
 from engine.load import layer_budget
+from server.logs import log
 from server.sources import Sources
-from server.store import MemoryStore, SessionStore, mint
+from server.store import MemoryStore, RememberedModel, SessionStore
 
 SYNTHETIC_NOTICE = "synthetic weights: the arithmetic is real, the numbers mean nothing about language"
 """Of random weights and of planted circuits."""
@@ -24,28 +29,73 @@ class LoadedModel:
     handle: str
     source: str
     model: Model
-    limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+    limiter: anyio.CapacityLimiter
 
     @property
     def notice(self) -> str | None:
         return SYNTHETIC_NOTICE if self.model.synthetic else None
 
 
+@dataclass(eq=False)
+class Slot:
+    """The place of a model that this process has used: in memory, or to be loaded again at its next use."""
+
+    known: RememberedModel
+    limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+    loaded: LoadedModel | None = None
+    users: int = 0
+    used: float = 0.0
+
+    @property
+    def handle(self) -> str:
+        return self.known.handle
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory now."""
+        return 0 if self.loaded is None else self.loaded.model.params.nbytes
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for the model; for the length of the `async with` block it is this call's, and stays in memory."""
+        async with self.limiter:
+            self.users += 1
+            try:
+                yield
+            finally:
+                self.users -= 1
+
+
 class Lab:
-    """Models are shared by all sessions and loaded once."""
+    """Models are shared by all sessions and loaded once.
+
+    Those nobody works with leave memory, the least recently used first, when others need the room of `model_budget`;
+    their handles stay, and the next use loads them again.
+    """
 
     def __init__(
-        self, store: SessionStore | None = None, sources: Sources | None = None, converted: bool = True
+        self,
+        store: SessionStore | None = None,
+        sources: Sources | None = None,
+        model_budget: int | None = None,
+        converted: bool = True,
     ) -> None:
         self.store: SessionStore = MemoryStore() if store is None else store
         self.sources = Sources() if sources is None else sources
-        self._converted = converted
-        self._models: dict[tuple[str, int | None], LoadedModel] = {}
-        self._loading = threading.Lock()
+        self._budget, self._converted = model_budget, converted
+        self._slots: dict[str, Slot] = {}
+        self._loading, self._lock = threading.Lock(), threading.RLock()
+
+    @property
+    def slots(self) -> list[Slot]:
+        return list(self._slots.values())
 
     @property
     def models(self) -> list[LoadedModel]:
-        return list(self._models.values())
+        """Those in memory."""
+        return [slot.loaded for slot in self.slots if slot.loaded is not None]
+
+    # --- loading ------------------------------------------------------------------------------------------
 
     def load(
         self,
@@ -56,38 +106,141 @@ class Lab:
         dense_layers: int | None = None,
     ) -> LoadedModel:
         """Load a model, or return it when it is loaded already with the same budget of dense layers."""
-        source = self.sources.checked(source)
-        with self._loading:
-            key = (source, layer_budget(weights, dense_layers))
-            if key not in self._models:
-                model = load_model(source, weights, tick, progress, dense_layers, self._converted)
-                self._models[key] = LoadedModel(mint("model", model.name), source, model)
-            return self._models[key]
+        source, keep = self.sources.checked(source), layer_budget(weights, dense_layers)
+        with self._loads_alone(progress):
+            for slot in self.slots:
+                same = (slot.known.source, slot.known.dense_layers) == (source, keep)
+                if same and (loaded := self._in_memory(slot)) is not None:
+                    return loaded
+            model = self._read(source, weights, dense_layers, tick, progress)
+            known = self.store.remember_model(model.name, source, keep, model.fingerprint, model.params.nbytes)
+            return self._placed(known, model)
 
-    def model(self, reference: str | None) -> LoadedModel:
-        """The model a handle or name stands for; the only one loaded when None. Raises `UnknownModel`."""
-        loaded = self.models
+    def model(self, reference: str | None, tick: Tick | None = None, progress: Progress | None = None) -> LoadedModel:
+        """The model a handle or name stands for, loaded again if it left memory. Raises `UnknownModel`, `ModelError`.
+
+        This may take long: not for the event loop.
+        """
+        slot = self.find(reference)
+        if (loaded := self._in_memory(slot)) is not None:
+            return loaded
+        with self._loads_alone(progress):
+            return self._in_memory(slot) or self._reloaded(slot.known, tick, progress)
+
+    def _reloaded(self, known: RememberedModel, tick: Tick | None, progress: Progress | None) -> LoadedModel:
+        scoped = known.dense_layers is not None
+        layers = known.dense_layers if scoped and known.dense_layers != layer_budget("scoped", None) else None
+        try:
+            self._make_room(known.nbytes, known.name)
+            source = self.sources.checked(known.source)
+            model = self._read(source, "scoped" if scoped else "dense", layers, tick, progress)
+        except ModelError as error:
+            raise ModelError(f"{known.handle} cannot be loaded again: {error}") from error
+        if model.fingerprint != known.fingerprint:
+            raise ModelError(
+                f"{known.handle} cannot be loaded again: {known.name} has other weights now (sha256 "
+                f"{model.fingerprint[:12]}, then {known.fingerprint[:12]}). Call load_model for a handle of the new "
+                "ones, and release this one"
+            )
+        return self._placed(known, model)
+
+    def _read(
+        self, source: str, weights: str, layers: int | None, tick: Tick | None, progress: Progress | None
+    ) -> Model:
+        def room(wanted: int) -> None:
+            self._make_room(wanted, source)
+
+        model = load_model(source, weights, tick, progress, layers, self._converted, room)
+        self._make_room(model.params.nbytes, model.name)
+        return model
+
+    def _placed(self, known: RememberedModel, model: Model) -> LoadedModel:
+        with self._lock:
+            slot = self._slots.setdefault(known.handle, Slot(known))
+            slot.loaded = LoadedModel(known.handle, known.source, model, slot.limiter)
+            slot.used = time.monotonic()
+            return slot.loaded
+
+    def _in_memory(self, slot: Slot) -> LoadedModel | None:
+        """The model, which counts as used now; None when it is to be loaded again."""
+        with self._lock:
+            slot.used = time.monotonic()
+            return slot.loaded
+
+    @contextmanager
+    def _loads_alone(self, progress: Progress | None) -> Iterator[None]:
+        """One model is loaded at a time; who waits can be cancelled."""
+        while not self._loading.acquire(timeout=0.2):
+            if progress is not None:
+                progress(0, 1, "waiting for another model to load")
+        try:
+            yield
+        finally:
+            self._loading.release()
+
+    def _make_room(self, wanted: int, name: str) -> None:
+        """Let idle models go until so many bytes fit. Raises `ModelError`, and then all stay."""
+        if self._budget is None:
+            return
+        with self._lock:
+            idle = sorted((s for s in self.slots if s.loaded is not None and not s.users), key=lambda s: s.used)
+            busy = sum(slot.nbytes for slot in self.slots if slot not in idle)
+            if busy + wanted > self._budget:
+                raise self._too_large(wanted, busy, self._budget, name)
+            while idle and busy + sum(slot.nbytes for slot in idle) + wanted > self._budget:
+                gone = idle.pop(0)
+                log.info("model left memory", extra={"model": gone.handle, "bytes": gone.nbytes})
+                gone.loaded = None
+
+    def _too_large(self, wanted: int, busy: int, budget: int, name: str) -> ModelError:
+        takes, may, held = (ByteSize(number).human_readable() for number in (wanted, budget, busy))
+        others = f", of which models that are working now hold {held}: try again later" if busy else ""
+        return ModelError(
+            f"{name} takes {takes} of memory, but models may take {may}{others}; load it with "
+            'weights="scoped", choose a smaller one, or start the server with a larger --model-budget'
+        )
+
+    # --- finding ------------------------------------------------------------------------------------------
+
+    def find(self, reference: str | None) -> Slot:
+        """The place of the model a handle or name stands for; of the only one in use when None. Raises `UnknownModel`.
+
+        What this process has not used yet may be known from before, by this workspace.
+        """
         if reference is None:
-            if len(loaded) == 1:
-                return loaded[0]
-            how = "load one with load_model" if not loaded else f"name one of them: {self._names()}"
-            raise UnknownModel(f"{len(loaded)} models are loaded; {how}")
-        found = [item for item in loaded if reference in (item.handle, item.model.name, item.source)]
+            if len(self.slots) == 1:
+                return self.slots[0]
+            how = "load one with load_model" if not self.slots else f"name one of them: {self._names()}"
+            raise UnknownModel(f"{len(self.slots)} models are loaded; {how}{self._remembered()}")
+        found = [slot for slot in self.slots if _is_meant(slot.known, reference)]
+        found = found or [Slot(known) for known in self.store.models() if _is_meant(known, reference)]
         if len(found) == 1:
-            return found[0]
-        if len(found) > 1:
-            handles = ", ".join(item.handle for item in found)
-            raise UnknownModel(f"{reference!r} is loaded in {len(found)} forms; give a handle: {handles}")
+            with self._lock:
+                return self._slots.setdefault(found[0].handle, found[0])
+        if found:
+            handles = ", ".join(slot.handle for slot in found)
+            raise UnknownModel(f"{clipped(reference)} is loaded in {len(found)} forms; give a handle: {handles}")
         raise UnknownModel(
-            f"no model {reference!r} is loaded; loaded: {self._names() or 'none'}. "
+            f"no model {clipped(reference)} is loaded; loaded: {self._names() or 'none'}{self._remembered()}. "
             f"Call load_model first (for example smollm2-135m-instruct or {SYNTHETIC})"
         )
 
     def _names(self) -> str:
-        return ", ".join(f"{item.model.name} ({item.handle})" for item in self.models)
+        return ", ".join(f"{slot.known.name} ({slot.handle})" for slot in self.slots)
+
+    def _remembered(self) -> str:
+        """Models of other times, which a handle brings back."""
+        known = [model.handle for model in self.store.models() if model.handle not in self._slots]
+        return f". Known from before, and loaded when used: {', '.join(known[-5:])}" if known else ""
 
     def release_model(self, handle: str) -> int:
-        """Forget a model; returns the bytes of its weights. Raises `UnknownModel`."""
-        item = self.model(handle)
-        self._models = {key: kept for key, kept in self._models.items() if kept is not item}
-        return item.model.params.nbytes
+        """Forget a model; returns the bytes of its weights that were in memory. Raises `UnknownModel`."""
+        slot = self.find(handle)
+        self.store.forget_model(slot.handle)
+        with self._lock:
+            self._slots.pop(slot.handle, None)
+        return slot.nbytes
+
+
+def _is_meant(known: RememberedModel, reference: str) -> bool:
+    return reference in (known.handle, known.name, known.source)

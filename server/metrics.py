@@ -34,10 +34,12 @@ class Metrics:
         held = Gauge("mechscope_bytes_held", "Bytes in memory", ["what"], registry=made)
         held.labels("models").set_function(lambda: sum(item.model.params.nbytes for item in lab.models))
         held.labels("records").set_function(lambda: lab.store.bytes_in_memory)
+        disk = Gauge("mechscope_bytes_on_disk", "Bytes of records and runs in the workspace", registry=made)
+        disk.set_function(lambda: lab.store.bytes_on_disk)
         inside = Gauge("mechscope_calls_inside", "Tool calls that run or wait", registry=made)
         inside.set_function(lambda: gate.inside)
         queue = Gauge("mechscope_queue", "Tool calls that wait for a model", registry=made)
-        queue.set_function(lambda: sum(item.limiter.statistics().tasks_waiting for item in lab.models))
+        queue.set_function(lambda: sum(slot.limiter.statistics().tasks_waiting for slot in lab.slots))
 
     def shown(self) -> bytes:
         """The text that Prometheus reads."""

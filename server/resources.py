@@ -23,7 +23,7 @@ from schemas.jobs import RunRecord
 from schemas.session import KnownModel, Models, TensorRecord, TensorSummary
 from server.auth import principal
 from server.lab import Lab
-from server.store import Record, UnknownHandle
+from server.store import Record, StoreError
 from server.tools.session import described, held, statistics
 
 SCHEME = "mechscope://"
@@ -56,8 +56,7 @@ class Resources:
 
     def tensors(self, handle: str) -> str:
         """How a captured tensor, cache or direction was made, and its tensors' shapes and statistics."""
-        record = _found(self._lab.store.get, handle)
-        return _record(record).model_dump_json()
+        return _found(lambda handle, owner: _record(self._lab.store.get(handle, owner)), handle).model_dump_json()
 
     def runs(self, handle: str) -> str:
         """A job: its tool and arguments, how far it is, its result or error."""
@@ -103,7 +102,7 @@ def add_resources(server: MCPServer[Any], lab: Lab) -> None:
 def _found(get: Callable[[str, str], Kept], handle: str) -> Kept:
     try:
         return get(handle, principal())
-    except UnknownHandle as error:
+    except StoreError as error:
         raise ResourceNotFoundError(str(error)) from None
 
 
@@ -115,7 +114,7 @@ def _record(record: Record) -> TensorRecord:
     shown = list(record.tensors.items())[:MOST_TENSORS]
     return TensorRecord(
         handle=record.handle,
-        provenance={name: _short(value) for name, value in record.provenance.items()},
+        provenance={name: _short(value) for name, value in record.provenance.items() if name != "tensors"},
         bytes=record.nbytes,
         tensor_count=len(record.tensors),
         tensors=[

@@ -18,10 +18,13 @@ from mcp.server import MCPServer
 from server import logs
 from server.app import build_server
 from server.auth import Tokens
+from server.disk_store import open_store
 from server.gate import Gate
 from server.lab import Lab
-from server.settings import Settings
+from server.machine import physical_memory
+from server.settings import BadSettings, Settings
 from server.sources import Sources
+from server.store import MemoryStore, SessionStore, StoreError
 from server.watch import Watch
 from server.web import http_app
 
@@ -32,13 +35,32 @@ FLUSH = 0.2
 def serve(settings: Settings) -> None:
     """Serve MCP over stdio, or with --http over HTTP: /mcp (Streamable HTTP) and /sse on one port."""
     logs.configure(settings.log_level)
-    lab = Lab(sources=sources(settings), converted=settings.converted and not settings.read_only)
+    converted = settings.converted and not settings.read_only
+    lab = Lab(store(settings), sources(settings), model_budget(settings), converted)
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
     server = build_server(lab, settings.toolset, settings.read_only, watch)
     if settings.http:
         _serve_http(server, settings, watch)
     else:
         anyio.run(_serve_stdio, server, watch.gate, settings.stop_within)
+
+
+def store(settings: Settings) -> SessionStore:
+    """A read-only server leaves the workspace alone: what its clients capture lives as long as it does."""
+    if settings.read_only:
+        return MemoryStore(settings.memory_budget)
+    try:
+        return open_store(settings.workspace, settings.memory_budget, settings.disk_budget)
+    except StoreError as error:
+        raise BadSettings(f"workspace: {error}") from None
+
+
+def model_budget(settings: Settings) -> int | None:
+    """Four fifths of the memory there is, if nothing else is said: activations and records need the rest."""
+    if settings.model_budget is not None:
+        return settings.model_budget
+    memory = physical_memory()
+    return None if memory is None else memory * 4 // 5
 
 
 def sources(settings: Settings) -> Sources:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import typer
-from platformdirs import user_config_path
+from platformdirs import user_config_path, user_data_path
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
@@ -61,6 +61,14 @@ class Settings(BaseSettings):
         description="Folders that models given by path must be in. Without any: stdio loads from everywhere, "
         "HTTP from nowhere.",
     )
+    workspace: Path = Field(
+        user_data_path("mechscope"), description="Folder of captures, vectors, caches and runs. Servers may share it."
+    )
+    memory_budget: ByteSize = Field(ByteSize(2 << 30), description="Memory for captures, vectors and caches.")
+    disk_budget: ByteSize = Field(ByteSize(20 << 30), description="What the workspace may hold, in all its servers.")
+    model_budget: ByteSize | None = Field(
+        None, description="Memory for models; the least recently used go. Without one: 80% of the machine's."
+    )
     downloads: bool = Field(True, description="Fetch models of the catalogue and the hub that are not there yet.")
     converted: bool = Field(
         True, description="Keep weights as float32 in the cache directory, so that the next start maps them."
@@ -84,6 +92,11 @@ class Settings(BaseSettings):
 
         parse(value)
         return value
+
+    @field_validator("workspace")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
 
     @field_validator("models_dir")
     @classmethod

@@ -23,7 +23,7 @@ class Sources:
         self._downloads = downloads
 
     def checked(self, name: str) -> str:
-        """The name to load by: below folders, the real path. Raises `UnknownModel`."""
+        """The name to load by, from wherever: an absolute path, below folders the real one. Raises `UnknownModel`."""
         if name.split(":", 1)[0] == SYNTHETIC:
             return name
         if name in CATALOGUE:
@@ -32,7 +32,7 @@ class Sources:
             return name
         if (path := self._found(name)) is not None:
             self._check_files(path)
-            return name if self._roots is None else str(path)
+            return str(Path(name).expanduser().absolute() if self._roots is None else path)
         if is_hub_id(name) and self._downloads and not _exists(Path(name)):
             return name
         if self._roots is None and not is_hub_id(name):

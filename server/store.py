@@ -1,38 +1,63 @@
-"""The session store: handles for what tools keep. `SessionStore` is the interface, `MemoryStore` keeps it in memory.
+"""The session store: handles for what tools keep. `SessionStore` is the interface, `MemoryStore` keeps it in memory,
+`server.disk_store.DiskStore` on disk.
 
 A handle is `kind:readable-part-<128 random bits>`; it belongs to the principal that made it, and to others it does
-not exist. Kinds: act (captured tensors), vec (directions), kv (caches), run (a tool call that was started as a job).
+not exist. Kinds: act (captured tensors), vec (directions), kv (caches), run (a tool call that was started as a job);
+and model, which all principals share.
+
+StoreError          what a store cannot do; the message says what to do instead
+    UnknownHandle   no such handle, or not this principal's
+    OutOfSpace      a budget is used up
+    DamagedRecord   the file of a record is missing or not what was written
 """
 
 import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from pydantic import ByteSize
+
+from engine.errors import clipped
 from engine.ops import Array
 
 KINDS = ("act", "vec", "kv", "run")
+_HANDLE = re.compile(r"[a-z]+:[a-z0-9.-]*-[0-9a-f]{32}")
 
 
-class UnknownHandle(Exception):
+class StoreError(Exception):
+    """What a store cannot do."""
+
+
+class UnknownHandle(StoreError):
     """No such handle, or not this principal's."""
+
+
+class OutOfSpace(StoreError):
+    """There is no room for what was to be kept."""
+
+
+class DamagedRecord(StoreError):
+    """A record's tensors cannot be had back."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a handle stands for: named tensors, and how they were made (JSON values)."""
+    """What a handle stands for: named tensors, and how they were made (JSON values).
+
+    Provenance has what the tool said, and `tensors`: dtype and shape of each; on disk also the file's `sha256`.
+    Tensors that are on disk only are read when one is looked at: that may raise `DamagedRecord`.
+    """
 
     handle: str
     owner: str
     tensors: Mapping[str, Array]
     provenance: Mapping[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+    nbytes: int
+    in_memory: bool = True
 
 
 State = Literal["running", "done", "failed", "cancelled", "interrupted"]
@@ -59,8 +84,21 @@ class Run:
     ended: float | None = None
 
 
+@dataclass(frozen=True)
+class RememberedModel:
+    """A model that was loaded once: what it takes to load it again under its handle."""
+
+    handle: str
+    name: str
+    source: str
+    dense_layers: int | None
+    """The budget of scoped weights; None for dense ones."""
+    fingerprint: str
+    nbytes: int
+
+
 class SessionStore(Protocol):
-    """Where records and runs live."""
+    """Where records, runs and the handles of models live."""
 
     def put(
         self, kind: str, label: str, owner: str, tensors: Mapping[str, Array], provenance: Mapping[str, Any]
@@ -96,26 +134,53 @@ class SessionStore(Protocol):
         """All runs of one principal, oldest first."""
         ...
 
+    def remember_model(
+        self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
+    ) -> RememberedModel:
+        """A model with its handle: the one it got before, or a new one for other weights."""
+        ...
+
+    def models(self) -> list[RememberedModel]:
+        """All models that have handles, oldest first."""
+        ...
+
+    def forget_model(self, handle: str) -> None:
+        """Forget the handle of a model, if it is known."""
+        ...
+
     @property
     def bytes_in_memory(self) -> int:
         """What all principals' records take in memory."""
+        ...
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """What all principals' records and runs take on disk."""
         ...
 
 
 class MemoryStore:
     """A `SessionStore` that lives as long as the process."""
 
-    def __init__(self) -> None:
+    bytes_on_disk = 0
+
+    def __init__(self, budget: int | None = None) -> None:
+        """Records take at most `budget` bytes."""
+        self._budget = budget
         self._records: dict[str, Record] = {}
         self._runs: dict[str, Run] = {}
-        self._lock = threading.Lock()
+        self._models: dict[str, RememberedModel] = {}
+        self._lock = threading.RLock()
 
     def put(
         self, kind: str, label: str, owner: str, tensors: Mapping[str, Array], provenance: Mapping[str, Any]
     ) -> str:
-        handle = mint(kind, label)
+        handle, size = mint(kind, label), nbytes(tensors)
+        made = Record(handle, owner, dict(tensors), {**provenance, "tensors": layout(tensors)}, size)
         with self._lock:
-            self._records[handle] = Record(handle, owner, dict(tensors), dict(provenance))
+            if self._budget is not None and self.bytes_in_memory + size > self._budget:
+                raise no_room(size, self.bytes_in_memory, self._budget, self.records(owner))
+            self._records[handle] = made
         return handle
 
     def get(self, handle: str, owner: str) -> Record:
@@ -160,6 +225,23 @@ class MemoryStore:
         with self._lock:
             return [run for run in self._runs.values() if run.owner == owner]
 
+    def remember_model(
+        self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
+    ) -> RememberedModel:
+        made = RememberedModel(mint("model", name), name, source, dense_layers, fingerprint, nbytes)
+        with self._lock:
+            known = next((model for model in self._models.values() if is_same(model, made)), made)
+            self._models[known.handle] = known
+        return known
+
+    def models(self) -> list[RememberedModel]:
+        with self._lock:
+            return list(self._models.values())
+
+    def forget_model(self, handle: str) -> None:
+        with self._lock:
+            self._models.pop(handle, None)
+
     @property
     def bytes_in_memory(self) -> int:
         with self._lock:
@@ -169,9 +251,39 @@ class MemoryStore:
 def unknown(handle: str) -> UnknownHandle:
     """The same words for a handle that never was, was released, or is another principal's."""
     return UnknownHandle(
-        f"no such handle: {handle!r}. list_session shows the handles that exist; "
+        f"no such handle: {clipped(handle)}. list_session shows the handles that exist; "
         "capture_residuals, prefill_inject(keep=true) and start_job make new ones"
     )
+
+
+def no_room(wanted: int, used: int, budget: int, own: Sequence[Record]) -> OutOfSpace:
+    """The error of a budget that is used up; it names the principal's largest handles."""
+    largest = sorted(own, key=lambda record: -record.nbytes)[:3]
+    names = ", ".join(f"{record.handle} ({ByteSize(record.nbytes).human_readable()})" for record in largest)
+    wants, has, may = (ByteSize(number).human_readable() for number in (wanted, used, budget))
+    return OutOfSpace(
+        f"this takes {wants}, and {has} of {may} are used: nothing was kept. Release what is no longer needed; "
+        f"your largest: {names or 'none, so others hold it all'}"
+    )
+
+
+def is_same(one: RememberedModel, other: RememberedModel) -> bool:
+    """Whether two are the same weights from the same place, kept in the same way."""
+    return (one.source, one.dense_layers, one.fingerprint) == (other.source, other.dense_layers, other.fingerprint)
+
+
+def nbytes(tensors: Mapping[str, Array]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def layout(tensors: Mapping[str, Array]) -> dict[str, Any]:
+    """{name: dtype and shape}, as provenance has it."""
+    return {name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape)} for name, tensor in tensors.items()}
+
+
+def is_handle(text: str) -> bool:
+    """Whether `mint` may have made it; only then is it looked for."""
+    return _HANDLE.fullmatch(text) is not None
 
 
 def mint(kind: str, label: str) -> str:

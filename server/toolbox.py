@@ -26,10 +26,10 @@ from server.auth import principal
 from server.call import Call, Costed
 from server.complaints import explain
 from server.jobs import DryRun, Jobs
-from server.lab import Lab, LoadedModel
+from server.lab import Lab, Slot
 from server.logs import log
 from server.metrics import count_fault
-from server.store import UnknownHandle
+from server.store import StoreError
 
 ToolFunction = Callable[..., Any]
 """Returns a result model, or as a coroutine function awaits one."""
@@ -48,8 +48,8 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
         work = functools.partial(function, call, **arguments)
         try:
             async with AsyncExitStack() as turns:
-                for item in _worked_with(lab, arguments) if uses_model else ():
-                    await turns.enter_async_context(item.limiter)
+                for slot in _worked_with(lab, arguments) if uses_model else ():
+                    await turns.enter_async_context(slot.turn())
                 if call.dry:
                     return await anyio.to_thread.run_sync(_estimated, work)
                 result: BaseModel = await (work() if on_loop else anyio.to_thread.run_sync(work))
@@ -57,7 +57,7 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
                 return result
         except ToolError:
             raise
-        except (EngineError, UnknownHandle) as error:
+        except (EngineError, StoreError) as error:
             raise ToolError(str(error)) from error
         except Exception as error:
             fault = secrets.token_hex(4)
@@ -90,11 +90,11 @@ def _estimated(work: Callable[[], Any]) -> Estimate:
     return Estimate(forwards=0, seconds=0, bytes=0)
 
 
-def _worked_with(lab: Lab, arguments: dict[str, Any]) -> list[LoadedModel]:
+def _worked_with(lab: Lab, arguments: dict[str, Any]) -> list[Slot]:
     """The models a call works with, in an order of their own: those it names, or else the only one loaded."""
     sides = [side for side in (arguments.get("a"), arguments.get("b")) if str(side).startswith("model:")]
     named = [*sides, *([] if arguments["model"] is None else [arguments["model"]])]
-    return sorted({lab.model(name) for name in named or [None]}, key=lambda item: item.handle)
+    return sorted({lab.find(name) for name in named or [None]}, key=lambda slot: slot.handle)
 
 
 def _title(function: ToolFunction) -> str:

@@ -83,7 +83,7 @@ def _pages(watch: Watch) -> list[Route]:
         stopping = watch.gate.closed
         return JSONResponse({"status": "stopping" if stopping else "ready"}, 503 if stopping else 200)
 
-    async def metrics(request: Request) -> Response:
+    def metrics(request: Request) -> Response:  # on a worker thread: it asks the workspace
         return Response(watch.metrics.shown(), media_type=CONTENT_TYPE_LATEST)
 
     return [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]

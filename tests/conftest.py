@@ -5,15 +5,21 @@ model       each of the models in turn: `synthetic` (4 layers, one token per byt
 ids, donor  two prompts of one length that end in the same token, as ids of `model`
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy is imported: the workers share the cores already
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["MECHSCOPE_WORKSPACE"] = tempfile.mkdtemp(prefix="mechscope-tests-")  # of the servers that tests start
 
 import families
 import pytest
 
 import engine
+
+atexit.register(shutil.rmtree, os.environ["MECHSCOPE_WORKSPACE"], ignore_errors=True)
 
 REAL = "smollm2-135m-instruct"
 PROMPT, DONOR = "The capital of France is", "Our capital of Greece is"

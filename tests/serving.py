@@ -70,7 +70,13 @@ class Served:
 
 @contextmanager
 def serving(*arguments: str, env: dict[str, str] | None = None, command: Sequence[str] = MECHSCOPE) -> Iterator[Served]:
-    served = Served(*arguments, env=env, command=command)
+    with ending(Served(*arguments, env=env, command=command)) as served:
+        yield served
+
+
+@contextmanager
+def ending(served: Served) -> Iterator[Served]:
+    """A server that is killed at the end of a `with` block."""
     try:
         yield served
     finally:

@@ -13,6 +13,7 @@ from schemas.arguments import ModelRef
 from schemas.session import Held, ModelCard, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
 from server.call import Call, token_ids
 from server.lab import Lab, LoadedModel
+from server.store import RememberedModel
 
 
 def load_model(
@@ -62,25 +63,37 @@ def described(loaded: LoadedModel) -> ModelCard:
 
 
 def list_session(call: Call) -> SessionInfo:
-    """List the loaded models and every handle, with what each costs in memory."""
+    """List the models and every handle, with what each costs. What is not in memory comes back when it is used.
+
+    Captures, vectors, caches and runs stay until they are released, restarts included.
+    """
     return held(call.lab, call.owner)
 
 
 def held(lab: Lab, owner: str) -> SessionInfo:
     """The models, and the handles of one principal."""
-    models = [Held(handle=m.handle, about=_about(m.model), bytes=m.model.params.nbytes) for m in lab.models]
+    loaded = {item.handle: item.model for item in lab.models}
+    known = {model.handle: model for model in [*lab.store.models(), *(slot.known for slot in lab.slots)]}
+    models = [_held_model(model, loaded.get(handle)) for handle, model in known.items()]
     handles = [
-        Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes)
+        Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes, in_memory=r.in_memory)
         for r in lab.store.records(owner)
     ]
-    handles += [Held(handle=r.handle, about=f"{r.tool}, {r.state}", bytes=0) for r in lab.store.runs(owner)]
-    return SessionInfo(models=models, handles=handles, bytes_in_memory=sum(item.bytes for item in [*models, *handles]))
+    handles += [
+        Held(handle=r.handle, about=f"{r.tool}, {r.state}", bytes=0, in_memory=False) for r in lab.store.runs(owner)
+    ]
+    in_memory = sum(item.bytes for item in [*models, *handles] if item.in_memory)
+    return SessionInfo(models=models, handles=handles, bytes_in_memory=in_memory)
 
 
-def _about(model: Model) -> str:
-    if model.weights == "dense":
-        return f"{model.name}, dense"
-    return f"{model.name}, scoped: {len(model.params.dense_layers)} of {model.config.n_layers} layers dense now"
+def _held_model(known: RememberedModel, model: Model | None) -> Held:
+    weights = "dense" if known.dense_layers is None else "scoped"
+    if model is None:
+        about, size = f"{known.name}, {weights}: loaded again when it is used", known.nbytes
+    else:
+        layers = f": {len(model.params.dense_layers)} of {model.config.n_layers} layers dense now"
+        about, size = f"{known.name}, {model.weights}{layers * (model.weights != 'dense')}", model.params.nbytes
+    return Held(handle=known.handle, about=about, bytes=size, in_memory=model is not None)
 
 
 def release(call: Call, handle: Annotated[str, Field(description="any handle; list_session shows them")]) -> Released:

@@ -210,7 +210,7 @@ async def test_with_two_models_loaded_a_call_must_name_one(lab: Lab) -> None:
 
 
 async def test_a_defect_reaches_the_agent_as_a_defect_and_not_as_a_result(lab: Lab, monkeypatch) -> None:
-    def broken(reference: str | None) -> None:
+    def broken(*asked: object) -> None:
         raise ZeroDivisionError("secret detail")
 
     async with connected(build_server(lab)) as client:

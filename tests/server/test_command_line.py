@@ -50,7 +50,7 @@ def test_a_thorough_doctor_finds_damaged_weights_and_says_what_to_delete(tmp_pat
     assert "some-model.safetensors: its header is damaged, delete it" in whole.stdout
 
 
-@pytest.mark.parametrize("place", ["XDG_CACHE_HOME", "XDG_DATA_HOME"])
+@pytest.mark.parametrize("place", ["XDG_CACHE_HOME", "MECHSCOPE_WORKSPACE"])
 def test_the_doctor_finds_a_folder_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("not a directory")

@@ -3,16 +3,19 @@
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
 import httpx2 as httpx
 import pytest
 from clients import ERAS, ask
-from serving import TRANSPORTS, Served, headers, reached, serving, token_file
+from serving import TRANSPORTS, Served, ending, headers, reached, serving, token_file
 from typer.testing import CliRunner
 
 from server.__main__ import app
+from server.repair import state
 from server.settings import BadSettings, Settings, read_settings
 
 PROMPT = "The capital of France is"
@@ -120,6 +123,43 @@ def test_too_many_requests_are_told_to_wait() -> None:
     assert int(answers[-1].headers["retry-after"]) > 0
 
 
+@pytest.mark.anyio
+async def test_two_servers_share_a_workspace_and_principals_stay_apart_in_both(tmp_path: Path) -> None:
+    arguments = ("--workspace", str(tmp_path / "new"), "--token-file", str(token_file(tmp_path)))
+    with ThreadPoolExecutor(2) as threads, ExitStack() as servers:
+        made = [threads.submit(Served, *arguments) for _ in range(2)]  # at once: both find no workspace
+        bases = [servers.enter_context(ending(served.result())).base for served in made]
+        async with reached(bases[0], "http", name="ann") as here, reached(bases[1], "http", name="ann") as there:
+            model = (await ask(here, "load_model", model="synthetic"))["model"]
+            held = await ask(here, "capture_residuals", prompt=PROMPT)
+            await ask(there, "logit_lens", tensor=held["handle"], layers=[-1], model=model)
+            async with reached(bases[1], "http", name="bob") as bob:
+                assert (await ask(bob, "list_session"))["handles"] == []
+                assert (await bob.call_tool("read_tensor", {"handle": held["handle"]})).is_error
+            await ask(there, "release", handle=held["handle"])
+            assert (await here.call_tool("read_tensor", {"handle": held["handle"]})).is_error
+
+
+def test_a_stopped_server_leaves_the_workspace_in_order_and_a_read_only_one_leaves_it_alone(tmp_path: Path) -> None:
+    async def capture(served: Served) -> None:
+        async with reached(served.base, "http") as client:
+            await ask(client, "load_model", model="synthetic")
+            for _ in range(3):
+                await ask(client, "capture_residuals", prompt=PROMPT)
+            metrics = httpx.get(f"{served.base}/metrics").text
+            on_disk = float(metrics.split("\nmechscope_bytes_on_disk ")[1].split()[0])
+            assert (on_disk > 0) != ("--read-only" in served.process.args)
+
+    for more, handles in (("--read-only", 0), ("--no-read-only", 3)):
+        place = tmp_path / more
+        with serving("--workspace", str(place), more) as served:
+            anyio.run(capture, served)
+            assert served.stop(signal.SIGTERM) == 0
+        sound, said = state(place)
+        assert sound
+        assert f"{handles} handles" in said or (said, handles) == ("no handles yet", 0)
+
+
 def test_a_stopped_server_ends_running_calls_with_an_error_and_in_time() -> None:
     with serving("--stop-within", "1") as served:
         told: list[str] = []
@@ -165,6 +205,20 @@ def test_a_bad_file_says_what_is_wrong(tmp_path: Path, text: str, says: str) -> 
     (tmp_path / "config.toml").write_text(text + "\n")
     with pytest.raises(BadSettings, match=says):
         read_settings({}, tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize("way", ["flag", "variable", "file"])
+def test_the_workspace_and_its_budgets_are_set_in_every_way(tmp_path: Path, monkeypatch, way: str) -> None:
+    wanted = {"workspace": str(tmp_path / "w"), "memory_budget": "1MiB", "disk_budget": "2MB", "model_budget": "3GiB"}
+    monkeypatch.delenv("MECHSCOPE_WORKSPACE")
+    file = tmp_path / "config.toml"
+    file.write_text("".join(f'{name} = "{value}"\n' for name, value in wanted.items() if way == "file"))
+    for name, value in wanted.items():
+        if way == "variable":
+            monkeypatch.setenv(f"MECHSCOPE_{name.upper()}", value)
+    found = read_settings(wanted if way == "flag" else {}, file)
+    assert found.workspace == tmp_path / "w"
+    assert (found.memory_budget, found.disk_budget, found.model_budget) == (1 << 20, 2_000_000, 3 << 30)
 
 
 def test_a_misspelt_variable_is_refused(monkeypatch) -> None:

@@ -1,0 +1,119 @@
+"""What is wrong with a workspace, and `mechscope doctor --repair`, which puts it in order.
+
+A server that was killed may leave files that no handle refers to. Files that are missing or damaged are the work of
+others: a handle whose file is missing is removed, since nothing can bring it back; one whose file is damaged stays,
+and says so when it is used, until it is released.
+"""
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ByteSize
+
+from server import records
+from server.index import Index, migrate
+from server.store import StoreError
+from server.workspace import InUse, Workspace
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Files and handles that do not fit together."""
+
+    strays: list[Path]
+    """Files that no handle refers to, unfinished ones included."""
+    missing: list[str]
+    damaged: list[str]
+    handles: int
+    nbytes: int
+
+
+def inspect(workspace: Workspace, index: Index, deep: bool) -> Findings:
+    """Compare index and files; a `deep` look reads every file."""
+    present = set(workspace.records.iterdir())  # before the rows: a file precedes its row
+    rows = index.read("SELECT handle, sha256, file_bytes FROM records ORDER BY number")
+    paths = {row["handle"]: workspace.records / records.file_name(row["handle"]) for row in rows}
+    missing = [handle for handle, path in paths.items() if not path.exists()]
+    damaged = [
+        row["handle"]
+        for row in rows
+        if deep and row["handle"] not in missing and records.fault(paths[row["handle"]], row["sha256"])
+    ]
+    strays = sorted(present - set(paths.values()))
+    return Findings(strays, missing, damaged, len(rows), sum(row["file_bytes"] for row in rows))
+
+
+def state(root: Path) -> tuple[bool, str]:
+    """Whether a workspace is in order, at a quick look, and what it holds."""
+    workspace = Workspace(root)
+    if not workspace.index.exists():
+        return True, "no handles yet"
+    workspace.create()
+    busy = workspace.busy()
+    index = Index(workspace.index)
+    try:
+        found = inspect(workspace, index, deep=False)
+    except StoreError as error:
+        return False, str(error)
+    finally:
+        index.close()
+    held = f"{found.handles} handles, {ByteSize(found.nbytes).human_readable()}"
+    if busy:  # files come before their rows and go after them, so nothing can be said
+        return True, f"{held}, in use by a server"
+    if found.strays or found.missing:
+        many, few = len(found.strays), len(found.missing)
+        return False, f"{held}; {many} files too many, {few} too few: mechscope doctor --repair"
+    return True, held
+
+
+def repair(root: Path, say: Say) -> None:
+    """Put a workspace in order, telling each thing that is done. Raises `InUse` while a server runs on it."""
+    workspace = Workspace(root)
+    if not workspace.index.exists():
+        say(f"{root} has no workspace: there is nothing to repair")
+        return
+    workspace.create()
+    with workspace.locked(within=5):
+        if servers := workspace.living():
+            raise InUse(f"{len(servers)} servers run on {root}; stop them, then repair")
+        _check_database(workspace.index)
+        migrate(workspace.index)
+        index = Index(workspace.index)
+        try:
+            _tidy(workspace, index, say)
+        finally:
+            index.close()
+
+
+def _check_database(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    try:
+        (said,) = connection.execute("PRAGMA integrity_check").fetchone()
+    except sqlite3.Error as error:
+        said = str(error)
+    finally:
+        connection.close()
+    if said != "ok":
+        raise StoreError(
+            f"the index {path} is damaged ({said}) and its handles are lost. Their tensors are still in "
+            f"{path.parent / 'records'}, as safetensors files that say what they are: keep a copy of that folder, then "
+            f"delete {path.parent} to begin anew"
+        )
+
+
+def _tidy(workspace: Workspace, index: Index, say: Say) -> None:
+    found = inspect(workspace, index, deep=True)
+    for path in found.strays:
+        say(f"removed {path.name}, {ByteSize(path.stat().st_size).human_readable()}: no handle refers to it")
+        path.unlink()
+    for handle in found.missing:
+        with index.writing() as db:
+            db.execute("DELETE FROM records WHERE handle = ?", (handle,))
+        say(f"removed the handle {handle}: its file is missing")
+    for handle in found.damaged:
+        say(f"left {handle}, whose file is damaged: release it")
+    say(f"{workspace.root} is in order: {found.handles - len(found.missing)} handles")

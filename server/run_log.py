@@ -1,0 +1,130 @@
+"""`RunLog`: the runs of a workspace. The state a run ends in is always written; how far it is, once a second.
+
+A run belongs to the server that started it. When that server is gone, a run it left behind is `interrupted`.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from server.index import Index
+from server.store import Run, StoreError, is_handle, mint, unknown
+
+SAVE_EVERY = 1.0
+"""Seconds between two writings of progress."""
+
+RESERVED = 4096
+"""Bytes of disk budget that a run takes beyond its start, so that it can always end with a word of why."""
+
+Room = Callable[[Any, int, str], None]
+"""Raises `OutOfSpace` unless so many bytes of this principal fit; called within a transaction."""
+
+
+class RunLog:
+    """Runs in the index; those of this server also in memory, as they are now."""
+
+    def __init__(self, index: Index, server: str, lives: Callable[[str], bool], room: Room) -> None:
+        self._index, self._server, self._lives, self._room = index, server, lives, room
+        self._going: dict[str, Run] = {}
+        self._saved: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def start(self, owner: str, tool: str, arguments: Mapping[str, Any], provenance: Mapping[str, Any]) -> Run:
+        run = Run(mint("run", tool), owner, tool, dict(arguments), dict(provenance), time.time())
+        body = _body(run)
+        with self._index.writing() as db:
+            self._room(db, len(body) + RESERVED, owner)
+            db.execute(
+                "INSERT INTO runs (handle, owner, server, state, bytes, body) VALUES (?, ?, ?, ?, ?, ?)",
+                (run.handle, owner, self._server, run.state, len(body) + RESERVED, body),
+            )
+        with self._lock:
+            self._going[run.handle] = run
+        return run
+
+    def save(self, run: Run) -> None:
+        ended, now = run.state != "running", time.monotonic()
+        with self._lock:
+            if run.handle not in self._going or self._going[run.handle].state != "running":
+                return  # released, or it has ended
+            self._going[run.handle] = run
+            if not ended and now - self._saved.get(run.handle, 0.0) < SAVE_EVERY:
+                return
+            self._saved[run.handle] = now
+        try:
+            self._write(run)
+        finally:
+            if ended:
+                self._leave(run.handle)
+
+    def _write(self, run: Run) -> None:
+        try:
+            self._update(run)
+        except StoreError as error:
+            if run.state == "running":
+                raise
+            said = f"it was {run.state}, but what came of it could not be kept: {error}"[: RESERVED // 4]
+            self._update(replace(run, state="failed", result=None, error=said))
+
+    def _update(self, run: Run) -> None:
+        """What has ended stays as it is: progress may come late."""
+        body = _body(run)
+        with self._index.writing() as db:
+            row = db.execute("SELECT bytes FROM runs WHERE handle = ? AND state = 'running'", (run.handle,)).fetchone()
+            if row is None:
+                return
+            if len(body) > row["bytes"]:
+                self._room(db, len(body) - row["bytes"], run.owner)
+            size = max(len(body), row["bytes"]) if run.state == "running" else len(body)
+            db.execute(
+                "UPDATE runs SET state = ?, bytes = ?, body = ? WHERE handle = ?", (run.state, size, body, run.handle)
+            )
+
+    def get(self, handle: str, owner: str) -> Run:
+        """Raises `UnknownHandle`."""
+        query = "SELECT server, body FROM runs WHERE handle = ? AND owner = ?"
+        rows = self._index.read(query, handle, owner) if is_handle(handle) else []
+        if not rows:
+            raise unknown(handle)
+        return self._now(rows[0])
+
+    def all(self, owner: str) -> list[Run]:
+        """Oldest first."""
+        rows = self._index.read("SELECT server, body FROM runs WHERE owner = ? ORDER BY number", owner)
+        return [self._now(row) for row in rows]
+
+    def release(self, handle: str, owner: str) -> None:
+        """Raises `UnknownHandle`."""
+        with self._index.writing() as db:
+            gone = db.execute("DELETE FROM runs WHERE handle = ? AND owner = ?", (handle, owner)).rowcount
+        if not gone:
+            raise unknown(handle)
+        self._leave(handle)
+
+    def interrupt_abandoned(self) -> int:
+        """Runs of servers that are gone have ended; how many they were."""
+        rows = self._index.read("SELECT server, body FROM runs WHERE state = 'running'")
+        return sum(self._now(row).state == "interrupted" for row in rows)
+
+    def _now(self, row: Any) -> Run:
+        run = Run(**json.loads(row["body"]))
+        if run.state != "running" or row["server"] == self._server:
+            return self._going.get(run.handle, run)
+        if self._lives(row["server"]):
+            return run
+        ended = replace(run, state="interrupted", ended=time.time(), error="the server ended while this was going on")
+        self._update(ended)
+        return ended
+
+    def _leave(self, handle: str) -> None:
+        with self._lock:
+            self._going.pop(handle, None)
+            self._saved.pop(handle, None)
+
+
+def _body(run: Run) -> str:
+    """ASCII, so that its length is its bytes."""
+    return json.dumps(asdict(run), allow_nan=False)

@@ -1,0 +1,202 @@
+"""Models are shared, loaded once, let go by budget, and come back under their handle."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import tiny_files
+from clients import ask, connected, refused
+
+import server.lab
+from engine import Model, load_model
+from engine.errors import ModelError, UnknownModel
+from server.app import build_server
+from server.lab import Lab
+from server.sources import Sources
+from server.store import MemoryStore
+
+IDS = [1, 2, 3]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    """Three models of one size."""
+    return [str(tiny_files.hf_directory(tmp_path / f"m{i}", tiny_files.weights(i))) for i in range(3)]
+
+
+@pytest.fixture
+def size(paths: list[str]) -> int:
+    return load_model(paths[0]).params.nbytes
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sources that are really read, in order."""
+    read: list[str] = []
+
+    def counted(source: str, *arguments: Any, **named: Any) -> Model:
+        read.append(source)
+        return load_model(source, *arguments, **named)
+
+    monkeypatch.setattr(server.lab, "load_model", counted)
+    return read
+
+
+def in_memory(lab: Lab) -> list[str]:
+    return [model.source for model in lab.models]
+
+
+def test_a_model_is_loaded_once_however_many_ask_at_a_time(paths: list[str], loads: list[str]) -> None:
+    lab = Lab()
+    handles: list[str] = []
+    threads = [threading.Thread(target=lambda: handles.append(lab.load(paths[0], "dense").handle)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(handles) == 8
+    assert len(set(handles)) == 1
+    assert loads == [paths[0]]
+
+
+def test_the_least_recently_used_model_goes_and_comes_back_the_same(
+    paths: list[str], size: int, loads: list[str]
+) -> None:
+    lab = Lab(model_budget=2 * size)
+    first, second = (lab.load(path, "dense") for path in paths[:2])
+    lab.model(first.handle)
+    lab.load(paths[2], "dense")
+    assert in_memory(lab) == [paths[0], paths[2]]
+    again = lab.model(second.handle)
+    assert again.handle == second.handle
+    assert loads == [*paths, paths[1]]
+    np.testing.assert_array_equal(
+        again.model.forward_with_capture(IDS, [1])[1], second.model.forward_with_capture(IDS, [1])[1]
+    )
+
+
+def test_ten_times_as_many_models_as_fit_never_take_more_than_the_budget(tmp_path: Path, size: int) -> None:
+    lab = Lab(model_budget=2 * size)
+    handles = []
+    for i in range(20):
+        path = tiny_files.hf_directory(tmp_path / f"n{i}", tiny_files.weights(i))
+        handles.append(lab.load(str(path), "dense").handle)
+        assert sum(model.model.params.nbytes for model in lab.models) <= 2 * size
+    assert [lab.model(handle).handle for handle in handles] == handles
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read_and_the_others_stay(paths: list[str], size: int) -> None:
+    lab = Lab(model_budget=size)
+    lab.load(paths[0], "dense")
+    small = Lab(model_budget=size - 1)
+    layers: list[int] = []
+    with pytest.raises(ModelError, match="--model-budget"):
+        small.load(paths[1], "dense", tick=lambda done, total, what: layers.append(done))
+    assert layers == [0]
+    assert in_memory(small) == []
+    assert in_memory(lab) == [paths[0]]
+
+
+@pytest.mark.anyio
+async def test_a_model_that_is_worked_with_stays(paths: list[str], size: int) -> None:
+    lab = Lab(model_budget=2 * size)
+    first, _ = (lab.load(path, "dense") for path in paths[:2])
+    async with lab.find(first.handle).turn():
+        lab.load(paths[2], "dense")
+        assert in_memory(lab) == [paths[0], paths[2]]
+    lab.load(paths[1], "dense")
+    assert in_memory(lab) == [paths[1], paths[2]]
+
+
+def test_scoped_weights_come_back_scoped_with_their_budget(paths: list[str], size: int) -> None:
+    lab = Lab(model_budget=size)
+    for layers in (None, 2):
+        handle = lab.load(paths[0], "scoped", dense_layers=layers).handle
+        lab.load(paths[1], "dense")
+        again = lab.model(handle).model
+        assert (again.weights, again.params.keep) == ("scoped", layers or 1)
+
+
+def test_another_process_of_the_workspace_knows_the_handle_and_the_name(paths: list[str], loads: list[str]) -> None:
+    store = MemoryStore()
+    handle = Lab(store).load(paths[0], "dense").handle
+    assert Lab(store).model(handle).handle == handle
+    assert Lab(store).model("m0").handle == handle
+    assert Lab(store).load(paths[0], "dense").handle == handle
+    with pytest.raises(UnknownModel, match=f"Known from before.*{handle}"):
+        Lab(store).model(None)
+    Lab(store).release_model(handle)
+    with pytest.raises(UnknownModel):
+        Lab(store).model(handle)
+
+
+def test_other_weights_do_not_come_back_under_the_old_handle(paths: list[str], tmp_path: Path) -> None:
+    store = MemoryStore()
+    handle = Lab(store).load(paths[0], "dense").handle
+    Path(paths[0]).rename(tmp_path / "old")
+    with pytest.raises(ModelError, match=f"{handle} cannot be loaded again: .*no model"):
+        Lab(store).model(handle)
+    tiny_files.hf_directory(Path(paths[0]), tiny_files.weights(9))
+    lab = Lab(store)
+    with pytest.raises(ModelError, match="other weights now"):
+        lab.model(handle)
+    assert lab.load(paths[0], "dense").handle != handle
+
+
+def test_a_model_that_a_server_may_not_open_does_not_come_back_there(paths: list[str], tmp_path: Path) -> None:
+    store = MemoryStore()
+    handle = Lab(store).load(paths[0], "dense").handle
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="cannot be loaded again"):
+        Lab(store, Sources([tmp_path / "empty"])).model(handle)
+
+
+@pytest.mark.anyio
+async def test_tools_bring_a_model_back_while_the_server_answers_others(
+    paths: list[str], size: int, monkeypatch
+) -> None:
+    lab = Lab(model_budget=size)
+    first, second = (lab.load(path, "dense").handle for path in paths[:2])
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **named: Any) -> Model:
+        reading.set()
+        assert go_on.wait(30)
+        return load_model(*arguments, **named)
+
+    monkeypatch.setattr(server.lab, "load_model", slow)
+    async with connected(build_server(lab)) as client, anyio.create_task_group() as group:
+        answers: list[Any] = []
+        heard: list[str | None] = []
+
+        async def hear(progress: float, total: float | None, message: str | None) -> None:
+            heard.append(message)
+
+        async def call() -> None:
+            arguments = {"text": "the", "model": first}
+            result = await client.call_tool("tokenize", arguments, progress_callback=hear)
+            answers.append(result.structured_content)
+
+        group.start_soon(call)
+        await anyio.to_thread.run_sync(reading.wait)
+        listed = await ask(client, "list_session")
+        assert {row["handle"]: row["in_memory"] for row in listed["models"]} == {first: False, second: False}
+        go_on.set()
+    assert answers[0]["model"] == first
+    assert heard[0] == "reading layer 0"
+    assert in_memory(lab) == [paths[0]]
+
+
+@pytest.mark.anyio
+async def test_two_models_that_do_not_fit_together_cannot_be_compared_and_the_error_says_why(
+    paths: list[str], size: int
+) -> None:
+    lab = Lab(model_budget=size)
+    first, second = (lab.load(path, "dense").handle for path in paths[:2])
+    async with connected(build_server(lab)) as client:
+        text = await refused(client, "compare", a=first, b=second, prompt="the")
+        assert "--model-budget" in text
+        await ask(client, "tokenize", text="the", model=second)

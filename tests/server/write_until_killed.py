@@ -1,0 +1,49 @@
+"""Put, release and run in a workspace for ever, telling each handle once it was returned; `test_kills.py` kills it.
+
+`python write_until_killed.py FOLDER` forks a child for each seed it reads, which spares the imports. The child writes
+lines: a word, a handle, and for `put` the sha256 of its file.
+"""
+
+import os
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from server.disk_store import open_store
+
+LARGE = 1 << 40
+
+
+def main(root: Path, seed: int) -> None:
+    drawn = random.Random(seed)
+    print("begun", os.getpid(), flush=True)
+    store = open_store(root, 1 << 16, LARGE)
+    own: list[str] = []
+    while True:
+        tensors = {"a": np.full(drawn.choice([10, 5_000, 200_000]), drawn.random(), np.float32)}
+        handle = store.put("act", "x", "ann", tensors, {"about": "x"})
+        print("put", handle, store.get(handle, "ann").provenance["sha256"], flush=True)
+        own.append(handle)
+        if drawn.random() < 0.4:
+            gone = own.pop(drawn.randrange(len(own)))
+            print("releasing", gone, flush=True)
+            store.release(gone, "ann")
+            print("released", gone, flush=True)
+        if drawn.random() < 0.2:
+            run = store.start_run("ann", "causal_trace", {}, {})
+            print("started", run.handle, flush=True)
+            if drawn.random() < 0.5:
+                store.save_run(replace(run, state="done", result={}))
+                print("done", run.handle, flush=True)
+
+
+if __name__ == "__main__":
+    for seed in iter(sys.stdin.readline, ""):
+        if child := os.fork():
+            os.waitpid(child, 0)
+            print("killed", child, flush=True)
+        else:
+            main(Path(sys.argv[1]), int(seed))
