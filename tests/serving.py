@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from mcp.shared._httpx_utils import create_mcp_http_client
 
 TOKENS = {"ann": "a" * 40, "bob": "b" * 40}
 TRANSPORTS = ("stdio", "http", "sse")
+SERVE = (str(SCRIPT), "serve")
 
 
 class Served:
     """A server process. Its log is read as it is written, so that it never blocks."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        command = [str(SCRIPT), "serve", "--http", "--port", "0", *arguments]
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, serve: Sequence[str] = SERVE) -> None:
+        command = [*serve, "--http", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
         self.log: list[dict[str, Any]] = []
         self._listening = threading.Event()
@@ -67,8 +68,8 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Served]:
-    served = Served(*arguments, env=env)
+def serving(*arguments: str, env: dict[str, str] | None = None, serve: Sequence[str] = SERVE) -> Iterator[Served]:
+    served = Served(*arguments, env=env, serve=serve)
     try:
         yield served
     finally:
