@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
 from types import FrameType
 
 import anyio
@@ -30,12 +29,12 @@ FLUSH = 0.2
 """Seconds for the answers of ended calls to be written."""
 
 
-def serve(settings: Settings, build: Callable[..., MCPServer[None]] = build_server) -> None:
-    """Serve what `build` makes over stdio, or with --http over HTTP: /mcp (Streamable HTTP) and /sse on one port."""
+def serve(settings: Settings) -> None:
+    """Serve MCP over stdio, or with --http over HTTP: /mcp (Streamable HTTP) and /sse on one port."""
     logs.configure(settings.log_level)
     lab = Lab(sources=sources(settings))
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
-    server = build(lab, settings.toolset, settings.read_only, watch)
+    server = build_server(lab, settings.toolset, settings.read_only, watch)
     if settings.http:
         _serve_http(server, settings, watch)
     else:

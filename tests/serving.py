@@ -23,20 +23,21 @@ from mcp.shared._httpx_utils import create_mcp_http_client
 
 TOKENS = {"ann": "a" * 40, "bob": "b" * 40}
 TRANSPORTS = ("stdio", "http", "sse")
-SERVE = (str(SCRIPT), "serve")
+MECHSCOPE = (str(SCRIPT),)
 
 
 class Served:
     """A server process. Its log is read as it is written, so that it never blocks."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, serve: Sequence[str] = SERVE) -> None:
-        command = [*serve, "--http", "--port", "0", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, command: Sequence[str] = MECHSCOPE) -> None:
+        whole = [*command, "serve", "--http", "--port", "0", *arguments]
+        self.process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
         self.log: list[dict[str, Any]] = []
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if not self._listening.wait(30) or not self._urls:
+            self.stop(signal.SIGKILL)
             raise RuntimeError(f"the server did not start: {self.log}")
 
     _urls: dict[str, Any] | None = None
@@ -68,8 +69,8 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: str, env: dict[str, str] | None = None, serve: Sequence[str] = SERVE) -> Iterator[Served]:
-    served = Served(*arguments, env=env, serve=serve)
+def serving(*arguments: str, env: dict[str, str] | None = None, command: Sequence[str] = MECHSCOPE) -> Iterator[Served]:
+    served = Served(*arguments, env=env, command=command)
     try:
         yield served
     finally:
@@ -101,5 +102,5 @@ async def reached(base: str, transport: str, mode: str = "auto", name: str | Non
         yield client
 
 
-def over_stdio(*arguments: str) -> StdioServerParameters:
-    return StdioServerParameters(command=str(SCRIPT), args=["serve", *arguments], env=dict(os.environ))
+def over_stdio(*arguments: str, command: Sequence[str] = MECHSCOPE) -> StdioServerParameters:
+    return StdioServerParameters(command=command[0], args=[*command[1:], "serve", *arguments], env=dict(os.environ))

@@ -10,7 +10,7 @@ from e2e.fixtures.pages import REMOVED
 from e2e.fixtures.serve import with_fixtures
 from mcp import Client
 from mcp.server import MCPServer
-from serving import SERVE, serving
+from serving import MECHSCOPE, serving
 
 from server.app import build_server
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.parametrize("revision", REVISIONS)]
 TESTS = Path(__file__).parents[1]
 BUILDS = {
     "fixtures": ((sys.executable, "-m", "e2e.fixtures.serve"), {"PYTHONPATH": str(TESTS)}),
-    "production": (SERVE, {}),
+    "production": (MECHSCOPE, {}),
 }
 
 
@@ -28,7 +28,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ve
     """What the suite says of the build with its fixtures, and of production."""
     said: dict[str, dict[str, Verdict]] = {}
     for build, (command, env) in BUILDS.items():
-        with serving("--rate-limit", "10000/second", serve=command, env=env) as served:
+        with serving("--rate-limit", "10000/second", command=command, env=env) as served:
             said[build] = {r: judged(served.base, r, tmp_path_factory.mktemp(build)) for r in REVISIONS}
     return said
 
