@@ -8,7 +8,6 @@ import pytest
 from e2e.conformance import BASELINE, REVISIONS, Verdict, judged
 from e2e.fixtures.pages import REMOVED
 from e2e.fixtures.serve import with_fixtures
-from mcp import Client
 from mcp.server import MCPServer
 from serving import MECHSCOPE, serving
 
@@ -67,9 +66,6 @@ async def test_each_reason_in_the_baseline_is_a_fixture_that_production_lacks(re
 async def offered(server: MCPServer[None]) -> set[str]:
     """The names of all tools, prompts and resources of a server, and of the optional methods it answers to."""
     methods = {name for name in (*REMOVED, "completion/complete") if server._lowlevel_server.get_request_handler(name)}
-    async with Client(server) as client:
-        tools, prompts = (await client.list_tools()).tools, (await client.list_prompts()).prompts
-        resources = (await client.list_resources()).resources
-        templates = (await client.list_resource_templates()).resource_templates
-    named = {item.name for item in (*tools, *prompts)}
-    return methods | named | {item.uri for item in resources} | {item.uri_template for item in templates}
+    named = {item.name for item in (*await server.list_tools(), *await server.list_prompts())}
+    uris = {str(resource.uri) for resource in await server.list_resources()}
+    return methods | named | uris | {template.uri_template for template in await server.list_resource_templates()}
