@@ -6,6 +6,7 @@ ORACLE_GGUF := .oracle-gguf
 PEERS := .peers
 BUNDLE := .bundle
 BIN := $(VENV)/bin
+NODES := tests/e2e/node_modules
 # Where torch comes from; elsewhere on Linux the plain index gives a CUDA build:
 #   make oracle TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -16,10 +17,10 @@ PORT ?= 8765
 # The command line of desktop bundles, from npm.
 MCPB := @anthropic-ai/mcpb@2.1.2
 
-.PHONY: help demo test lint format serve mutants oracle oracle-gguf bench dockerfile bundle docs snapshot clean
+.PHONY: help demo test e2e lint format serve mutants oracle oracle-gguf bench dockerfile bundle docs snapshot clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1	/' | expand -t 14
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,7 +46,14 @@ demo: $(VENV)/.ready  ## fetch the default model, start the server and drive it 
 
 test: $(VENV)/.ready  ## run the tests
 	$(BIN)/mechscope fetch smollm2-135m-instruct
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not e2e"
+
+$(NODES)/.ready: tests/e2e/package.json tests/e2e/package-lock.json
+	npm ci --prefix tests/e2e --loglevel=error
+	touch $@
+
+e2e: $(VENV)/.ready $(NODES)/.ready  ## run other people's clients and the conformance suite against the server (needs npm)
+	$(BIN)/pytest -n 2 --dist loadfile -m e2e
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check .
@@ -103,4 +111,4 @@ serve: $(VENV)/.ready  ## serve MCP over HTTP on localhost
 	$(BIN)/mechscope serve --http --port $(PORT)
 
 clean:  ## remove environments and caches
-	rm -rf $(VENV) $(ORACLE) $(ORACLE_GGUF) $(PEERS) $(BUNDLE) bench/.model dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(NODES) $(VENV) $(ORACLE) $(ORACLE_GGUF) $(PEERS) $(BUNDLE) bench/.model dist .pytest_cache .mypy_cache .ruff_cache

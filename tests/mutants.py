@@ -84,7 +84,7 @@ def project_copy(mutant: Mutant | None = None) -> Iterator[Path]:
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "node_modules", ".*"))
             else:
                 shutil.copy(source, copy / name)
         if mutant is not None:

@@ -6,14 +6,14 @@ what an earlier step found.
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mcp import MCPError
 from mcp.server import MCPServer
 from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
-from mcp.types import INVALID_PARAMS
+from mcp.types import INVALID_PARAMS, Prompt
 
 from server.prompts.changing import steer_and_audit, transplant_kv_cache
 from server.prompts.locating import find_induction_heads, where_is_it_computed
@@ -37,7 +37,7 @@ def add_prompts(server: MCPServer[Any], offered: Collection[str]) -> None:
     functions = [function for function in PROMPTS if _tools(function) <= set(offered)]
     for function in functions:
         server.prompt(title=function.__name__.replace("_", " ").capitalize())(function)
-    server.middleware.append(Checked({function.__name__: _arguments(function) for function in functions}))
+    server.middleware.append(Checked(server))
 
 
 def _tools(function: Callable[..., str]) -> set[str]:
@@ -56,24 +56,26 @@ class Checked:
     An argument that is empty counts as left out: clients send what a form holds.
     """
 
-    def __init__(self, prompts: Mapping[str, Mapping[str, bool]]) -> None:
-        self._prompts = prompts
+    def __init__(self, server: MCPServer[Any]) -> None:
+        self._server = server
 
     async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
         if ctx.method == "prompts/get" and ctx.params is not None:
             given = ctx.params.get("arguments") or {}
             if isinstance(given, Mapping):
                 given = {name: text for name, text in given.items() if text != ""}
-                self._check(ctx.params.get("name"), given)
+                _check(await self._server.list_prompts(), ctx.params.get("name"), given)
                 ctx = replace(ctx, params={**ctx.params, "arguments": given})
         return await call_next(ctx)
 
-    def _check(self, name: object, given: Mapping[str, Any]) -> None:
-        if name not in self._prompts:
-            raise MCPError(INVALID_PARAMS, f"there is no prompt {name!r}; valid: {', '.join(self._prompts)}")
-        known = self._prompts[str(name)]
-        wrong = [f"{argument} is required" for argument, needed in known.items() if needed and argument not in given]
-        wrong += [f"{argument} is unknown" for argument in given if argument not in known]
-        if wrong:
-            valid = ", ".join(argument if needed else f"{argument} (optional)" for argument, needed in known.items())
-            raise MCPError(INVALID_PARAMS, f"{name}: {'; '.join(wrong)}; its arguments: {valid}")
+
+def _check(prompts: Sequence[Prompt], name: object, given: Mapping[str, Any]) -> None:
+    known = {prompt.name: {a.name: bool(a.required) for a in prompt.arguments or ()} for prompt in prompts}
+    if name not in known:
+        raise MCPError(INVALID_PARAMS, f"there is no prompt {name!r}; valid: {', '.join(known)}")
+    arguments = known[str(name)]
+    wrong = [f"{argument} is required" for argument, needed in arguments.items() if needed and argument not in given]
+    wrong += [f"{argument} is unknown" for argument in given if argument not in arguments]
+    if wrong:
+        valid = ", ".join(argument if needed else f"{argument} (optional)" for argument, needed in arguments.items())
+        raise MCPError(INVALID_PARAMS, f"{name}: {'; '.join(wrong)}; its arguments: {valid}")
