@@ -1,9 +1,14 @@
 """`build_server`: a lab and the tools -> an MCP server."""
 
 from importlib.metadata import version
+from typing import Any
 
 from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp.types import CallToolResult, InputRequiredResult
 
+from engine.errors import clipped
 from server.lab import Lab
 from server.toolbox import instrument
 from server.tools import DELETING, KEEPING, TOOLS, TOOLSETS
@@ -19,6 +24,21 @@ text must be exactly one token: mind the leading space.
 """
 
 
+class Microscope(MCPServer[None]):
+    """An MCP server whose error for an unknown tool lists the tools there are."""
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[None, Any] | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            names = [tool.name for tool in await self.list_tools()]
+            if name in names:
+                raise
+            raise ToolError(f"there is no tool {clipped(name)} here; there are {', '.join(names)}") from error
+
+
 def build_server(
     lab: Lab | None = None, toolset: str = "all", read_only: bool = False, watch: Watch | None = None
 ) -> MCPServer[None]:
@@ -26,7 +46,7 @@ def build_server(
     lab = Lab() if lab is None else lab
     watch = Watch(lab) if watch is None else watch
     offered = [f for f in TOOLSETS[toolset] if not (read_only and f in DELETING)]
-    server: MCPServer[None] = MCPServer(
+    server = Microscope(
         "mechscope",
         title="mechscope",
         version=version("mechscope"),

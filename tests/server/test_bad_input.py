@@ -5,6 +5,7 @@ from clients import ask, connected, refused
 
 from server.app import build_server
 from server.lab import Lab
+from server.tools import TOOLSETS
 
 pytestmark = pytest.mark.anyio
 
@@ -176,11 +177,14 @@ async def test_a_wrong_call_says_what_is_valid_and_loses_nothing(lab: Lab, name:
     assert after == before
 
 
-async def test_an_unknown_tool_is_an_error_and_the_server_goes_on(lab: Lab) -> None:
-    async with connected(build_server(lab)) as client:
-        result = await client.call_tool("no_such_tool", {})
-        assert result.is_error
-        assert "no_such_tool" in result.content[0].text
+@pytest.mark.parametrize("toolset", TOOLSETS)
+async def test_an_unknown_tool_gets_the_list_of_those_there_are_and_the_server_goes_on(lab: Lab, toolset: str) -> None:
+    async with connected(build_server(lab, toolset)) as client:
+        text = await refused(client, "no_such_tool")
+        listed = {tool.name for tool in (await client.list_tools()).tools}
+        assert "'no_such_tool'" in text
+        assert set(text.partition("there are ")[2].split(", ")) == listed
+        assert len(await refused(client, "x" * 10_000)) < 1000
         await ask(client, "list_session")
 
 
