@@ -13,10 +13,10 @@ LLAMA_CMAKE ?= -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGG
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8765
 
-.PHONY: help demo test lint format serve mutants oracle oracle-gguf bench dockerfile docs snapshot clean
+.PHONY: help demo test e2e lint format serve mutants oracle oracle-gguf bench dockerfile docs snapshot clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1	/' | expand -t 14
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,7 +42,10 @@ demo: $(VENV)/.ready  ## fetch the default model, start the server and drive it 
 
 test: $(VENV)/.ready  ## run the tests
 	$(BIN)/mechscope fetch smollm2-135m-instruct
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not e2e"
+
+e2e: $(VENV)/.ready  ## fuzz every tool, load a server, soak it (minutes)
+	$(BIN)/pytest -m e2e
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check .
