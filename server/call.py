@@ -17,6 +17,7 @@ from engine import Model
 from engine.distribution import softmax_of, top_k
 from engine.errors import InputError, LayerError, PositionError, VectorError
 from engine.lens import embedding_row, unembedding_row
+from engine.network import check_numbers
 from engine.ops import Array
 from schemas.arguments import DifferenceVector, HandleVector, RandomVector, TokenVector, ValuesVector
 from schemas.base import Token, TokenProbability
@@ -81,9 +82,8 @@ class Call:
         made = self._vector(model, spec, width)
         if made.shape != (width,):
             raise VectorError(f"the vector has {made.shape[-1]} features; it must have {width}")
-        if not np.isfinite(made).all():
-            raise VectorError("the vector holds NaN or infinity; every feature must be finite")
-        return made
+        check_numbers(made)
+        return made.astype(np.float32, copy=False)
 
     def _vector(self, model: Model, spec: Any, width: int) -> Array:
         match spec:
@@ -93,7 +93,7 @@ class Call:
                 row = embedding_row if space == "embed" else unembedding_row
                 return row(model, token_id(model, token))
             case ValuesVector(values=values):
-                return np.array(values, np.float32)
+                return np.array(values)  # float64: what float32 cannot hold is refused, not cast
             case RandomVector(random_seed=seed):
                 drawn = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
                 return drawn / np.linalg.norm(drawn)

@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from engine.errors import clipped
+
 MOST = 6
 """Complaints in one message."""
 
@@ -45,17 +47,23 @@ def _nearest(branches: dict[str, list[ErrorDetails]]) -> list[list[ErrorDetails]
 
 def _located(item: ErrorDetails, arguments: dict[str, Any]) -> tuple[str, str, str]:
     """(place in the arguments, place of the union it belongs to, name of the union's branch)."""
-    real: list[str] = []
+    shown: list[str] = []
     union, branch = "", ""
     value: Any = arguments
     for index, part in enumerate(item["loc"]):
         missing = index == len(item["loc"]) - 1 and item["type"] == "missing"
         if missing or _has(value, part):
-            real.append(str(part))
+            shown.append(_named(part))
             value = None if missing else value[part]
         elif not union:
-            union, branch = ".".join(real), str(part)
-    return ".".join(real) or "arguments", union, branch
+            union, branch = ".".join(shown), str(part)
+    return ".".join(shown) or "arguments", union, branch
+
+
+def _named(part: int | str) -> str:
+    """A key as a caller wrote it, unless it is long or cannot be written."""
+    name = str(part)
+    return name if len(name) <= 40 and name.isprintable() and name else clipped(name, 40)
 
 
 def _has(value: Any, part: int | str) -> bool:

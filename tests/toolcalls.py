@@ -123,6 +123,7 @@ OWN: dict[tuple[str, str], Strategy] = {
 """Where a name means something else in one tool."""
 
 APART: dict[str, tuple[tuple[str, ...], ...]] = {
+    "load_model": (("model", "weights"), ("model", "dense_layers")),
     "logit_lens": (("prompt",), ("tensor", "layers")),
     "embedding_neighbors": (("token", "k"), ("vector", "k")),
     "project_through_unembed": (("token", "k"), ("vector", "k")),
@@ -172,8 +173,11 @@ JUNK: Strategy = st.one_of(
     st.sampled_from(["", " ", "NaN", "Infinity", "1", "true", "null", "\x00", "\ud800", "a\udfffb", "x" * 5000, "{}"]),
     st.sampled_from(STALE) | _slot(*SLOTS),
     st.sampled_from(["::0", ":::", "1:2:3:4", "all:", "9" * 30 + ":", "../..", "synthetic:", "~", "/dev/zero", "a/b"]),
-    st.sampled_from([[], {}, [[]], [{}], [None], [float("nan")], {"x": 1}, {"": {}}, {"\ud800": None}]),
-    st.sampled_from([_nested(50), _nested(400), [0] * 2000, ["a"] * 60, {str(i): i for i in range(300)}]),
+    st.sampled_from([[], {}, [[]], [{}], [None], [float("nan")], {"x": 1}, {"": {}}, {"\ud800": None}]).map(
+        copy.deepcopy
+    ),
+    st.sampled_from([[0] * 2000, ["a"] * 60, {str(i): i for i in range(300)}]).map(copy.copy),
+    st.sampled_from([50, 200]).map(_nested),  # the client's own limit is 255
 )
 KEYS = st.sampled_from(["extra", "", "model ", "Prompt", "__proto__", "\ud800", "x" * 300, "0", "call", "ctx", "self"])
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import wait
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -80,7 +81,8 @@ class Session:
 
 
 @pytest.fixture
-def session() -> Iterator[Session]:
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    monkeypatch.setattr("engine.catalog.cache_dir", lambda: tmp_path)
     lab = Lab(sources=Sources([], downloads=False))
     with (
         start_blocking_portal() as portal,
