@@ -122,7 +122,7 @@ def _scope(positions: Scope, prompt_length: int, new_tokens: int) -> Scope:
     resolved = resolve_positions(positions, prompt_length)
     last = prompt_length + max(new_tokens - 1, 0) - 1  # the last generated token is never fed back
     if not resolved or max(resolved) > last:
-        raise InputError(f"positions {list(positions)}: this run computes positions 0 to {last}")
+        raise InputError(f"positions {clipped(list(positions))}: this run computes positions 0 to {last}")
     return resolved
 
 

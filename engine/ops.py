@@ -12,7 +12,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-LARGEST = np.float32(1e15)
+LARGEST = 1e15
 """What vectors and changed rows may hold: a norm squares them, and float32 ends at 3e38."""
 
 QUERY_BLOCK = 128

@@ -15,7 +15,7 @@ from mcp.server.mcpserver import Context
 
 from engine import Model
 from engine.distribution import softmax_of, top_k
-from engine.errors import InputError, LayerError, PositionError, VectorError
+from engine.errors import InputError, LayerError, PositionError, VectorError, clipped
 from engine.lens import embedding_row, unembedding_row
 from engine.network import check_numbers
 from engine.ops import Array
@@ -73,7 +73,7 @@ class Call:
         """A stored record; `kind` says which kind the argument takes."""
         record = self.lab.store.get(handle, self.owner)
         if kind is not None and not handle.startswith(f"{kind}:"):
-            raise InputError(f"{handle!r} is not a {kind}: handle")
+            raise InputError(f"{clipped(handle)} is not a {kind}: handle")
         return record
 
     def vector(self, model: Model, spec: Any, width: int | None = None) -> Array:
@@ -152,7 +152,9 @@ def layer_list(model: Model, layers: Sequence[int] | str) -> list[int]:
         except ValueError:
             chosen = []
         if not chosen:
-            raise LayerError(f'layers {layers!r} name no layer; use a list of 0 to {n - 1}, "all" or "start:stop:step"')
+            raise LayerError(
+                f'layers {clipped(layers)} name no layer; use a list of 0 to {n - 1}, "all" or "start:stop:step"'
+            )
         return chosen
     if not layers:
         raise LayerError(f"layers is empty; valid: 0 to {n - 1}")

@@ -74,5 +74,5 @@ def _has(value: Any, part: int | str) -> bool:
 
 def _reason(item: ErrorDetails, valid: list[str]) -> str:
     if item["type"] == "extra_forbidden":
-        return f"unknown argument; valid: {', '.join(valid)}" if len(item["loc"]) == 1 else "unknown field"
+        return f"unknown argument; valid: {', '.join(valid) or 'none'}" if len(item["loc"]) == 1 else "unknown field"
     return item["msg"]

@@ -8,7 +8,7 @@ import anyio
 from engine import Model, load_model
 from engine.catalog import SYNTHETIC, Progress
 from engine.decoder import Tick
-from engine.errors import UnknownModel
+from engine.errors import UnknownModel, clipped
 from engine.load import layer_budget
 from server.sources import Sources
 from server.store import MemoryStore, SessionStore, mint
@@ -76,7 +76,7 @@ class Lab:
             handles = ", ".join(item.handle for item in found)
             raise UnknownModel(f"{reference!r} is loaded in {len(found)} forms; give a handle: {handles}")
         raise UnknownModel(
-            f"no model {reference!r} is loaded; loaded: {self._names() or 'none'}. "
+            f"no model {clipped(reference)} is loaded; loaded: {self._names() or 'none'}. "
             f"Call load_model first (for example smollm2-135m-instruct or {SYNTHETIC})"
         )
 

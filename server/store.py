@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from engine.errors import clipped
 from engine.ops import Array
 
 KINDS = ("act", "vec", "kv", "run")
@@ -169,7 +170,7 @@ class MemoryStore:
 def unknown(handle: str) -> UnknownHandle:
     """The same words for a handle that never was, was released, or is another principal's."""
     return UnknownHandle(
-        f"no such handle: {handle!r}. list_session shows the handles that exist; "
+        f"no such handle: {clipped(handle)}. list_session shows the handles that exist; "
         "capture_residuals, prefill_inject(keep=true) and start_job make new ones"
     )
 
