@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from schemas.base import Number, Strict
+from schemas.base import Integers, Number, Strict
 
 PointName = Literal[
     "embed",
@@ -28,7 +28,7 @@ ModelRef = Annotated[
     str | None, Field(description="a model: handle or its readable name; may be left out when one model is loaded")
 ]
 Prompt = Annotated[
-    Annotated[str, Field(min_length=1, max_length=100_000)] | Annotated[list[int], Field(min_length=1)],
+    Annotated[str, Field(min_length=1, max_length=100_000)] | Annotated[Integers, Field(min_length=1)],
     Field(description="text, or a list of token ids"),
 ]
 TokenRef = Annotated[
@@ -36,15 +36,15 @@ TokenRef = Annotated[
     Field(description="text that is exactly one token (mind the leading space, as in ' Paris'), or a token id"),
 ]
 Layers = Annotated[
-    list[int] | str,
+    Integers | str,
     Field(description='layer numbers (negative from the end), "all", or "start:stop:step"'),
 ]
 Positions = Annotated[
-    Literal["last", "all"] | list[int],
+    Literal["last", "all"] | Integers,
     Field(description='"last", "all", or positions (negative from the end of the prompt)'),
 ]
 Scope = Annotated[
-    Literal["last", "all", "prompt", "generated"] | list[int],
+    Literal["last", "all", "prompt", "generated"] | Integers,
     Field(description='"last" (rows that emit a token), "all", "prompt", "generated", or absolute positions'),
 ]
 MetricName = Annotated[
@@ -72,7 +72,7 @@ class TokenVector(Strict):
 class ValuesVector(Strict):
     """Numbers given outright, d_model of them."""
 
-    values: Annotated[list[Number], Field(min_length=1, max_length=20_000)]
+    values: Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=20_000)]
 
 
 class RandomVector(Strict):

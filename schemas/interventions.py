@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from schemas.arguments import Layers, PointName, Prompt, Scope, Vector
-from schemas.base import Number, Strict
+from schemas.base import Integers, Number, Strict
 
 Kind = Literal["zero", "mean", "resample", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
 
@@ -37,8 +37,8 @@ class Intervention(Strict):
     positions: Annotated[
         Scope | None, Field(description='as elsewhere; default "last" for steer, "all" for the others')
     ] = None
-    heads: Annotated[list[int] | None, Field(description="q, attn_pattern, z; key-value heads at k, v")] = None
-    neurons: Annotated[list[int] | None, Field(description="mlp_act only")] = None
+    heads: Annotated[Integers | None, Field(description="q, attn_pattern, z; key-value heads at k, v")] = None
+    neurons: Annotated[Integers | None, Field(description="mlp_act only")] = None
     value: Annotated[Number | None, Field(description="scale: factor; steer: alpha; set_component: the component")] = (
         None
     )
@@ -57,7 +57,7 @@ class Intervention(Strict):
         Field(min_length=1, max_length=1000, description="patch: [donor position, position]; default each to itself"),
     ] = None
     keys: Annotated[
-        list[int] | None, Field(min_length=1, description="knockout: positions that the rows may not attend to")
+        Integers | None, Field(min_length=1, description="knockout: positions that the rows may not attend to")
     ] = None
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Validation errors -> one line an agent can act on: `explain`.
+"""Validation errors -> one line an agent can act on: `explain`; `crowded` finds what would make too many of them.
 
 Pydantic reports every branch of a union; of those, only the branches nearest to what was sent are told.
 """
@@ -13,6 +13,7 @@ from engine.errors import clipped
 
 MOST = 6
 """Complaints in one message."""
+MOST_FIELDS = 100
 
 
 def explain(tool: str, error: ValidationError, arguments: dict[str, Any], valid: list[str]) -> str:
@@ -32,6 +33,17 @@ def explain(tool: str, error: ValidationError, arguments: dict[str, Any], valid:
     lines = list(dict.fromkeys(lines))
     more = f" (and {len(lines) - MOST} more)" if len(lines) > MOST else ""
     return f"{tool} was not run. " + "; ".join(lines[:MOST]) + more
+
+
+def crowded(value: Any, place: str = "") -> str | None:
+    """The place of an object with more fields than any argument has: to tell each of a million takes minutes."""
+    if isinstance(value, dict) and len(value) > MOST_FIELDS:
+        return place or "arguments"
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    inner = (
+        crowded(item, f"{place}.{_named(key)}".lstrip(".")) for key, item in items if isinstance(item, dict | list)
+    )
+    return next((found for found in inner if found is not None), None)
 
 
 def _nearest(branches: dict[str, list[ErrorDetails]]) -> list[list[ErrorDetails]]:

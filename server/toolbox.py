@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.errors import EngineError
 from server.auth import principal
 from server.call import Call
-from server.complaints import explain
+from server.complaints import MOST_FIELDS, crowded, explain
 from server.lab import Lab, LoadedModel
 from server.logs import log
 from server.metrics import count_fault
@@ -96,6 +96,8 @@ class StrictTool(Tool):
         return cls(**(fields | {"parameters": _without_titles(arguments.model_json_schema(by_alias=True))}))
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        if (place := crowded(arguments)) is not None:
+            raise ToolError(f"{self.name} was not run. {place}: more than {MOST_FIELDS} fields, which nothing has")
         try:
             result = await super().run(arguments, context, convert_result=False)
         except ToolError as error:

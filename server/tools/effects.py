@@ -13,6 +13,7 @@ from engine.errors import InputError
 from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, PointName, Prompt, Steer, Target, TokenRef
 from schemas.arguments import Scope as ScopeArgument
+from schemas.base import Integers
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
 from schemas.interventions import Interventions
 from server.call import Call, layer_list, probabilities, token_id, token_ids
@@ -22,7 +23,7 @@ from server.lab import LoadedModel
 LEAST_GAP = 0.05
 SHOWN = 5
 
-Heads = Annotated[list[int] | None, Field(description="limit to these heads (points q, k, v, attn_pattern, z)")]
+Heads = Annotated[Integers | None, Field(description="limit to these heads (points q, k, v, attn_pattern, z)")]
 Asked = Annotated[TokenRef | None, Field(description="report this token's probability and logit too")]
 Against = Annotated[TokenRef | None, Field(description="with token: report logit(token) - logit(against)")]
 

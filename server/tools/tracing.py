@@ -7,6 +7,7 @@ from pydantic import Field
 
 from engine import Metric, Model, Scan, patching_grid
 from schemas.arguments import Layers, MetricName, ModelRef, PointName, Prompt, TokenRef
+from schemas.base import Integers
 from schemas.scans import CausalTrace, GridCell, TokenPair
 from server.call import Call, layer_list, token_id, token_ids
 from server.lab import LoadedModel
@@ -28,7 +29,7 @@ def causal_trace(
         Field(description="a cell is one position, one head at all positions, or one head at one position"),
     ] = "position",
     layers: Layers = "all",
-    positions: Annotated[list[int] | None, Field(min_length=1, description="left out: all")] = None,
+    positions: Annotated[Integers | None, Field(min_length=1, description="left out: all")] = None,
     k: Annotated[int, Field(ge=1, le=50, description="how many cells to list")] = 10,
     model: ModelRef = None,
 ) -> CausalTrace:

@@ -1,5 +1,7 @@
 """Every wrong call gets an error that says what is valid, and the server goes on serving."""
 
+import time
+
 import pytest
 from clients import ask, connected, refused
 
@@ -200,6 +202,32 @@ async def test_a_wrong_call_says_what_is_valid_and_loses_nothing(lab: Lab, name:
     assert [word for word in expected if word not in text] == [], text
     assert len(text) < 1000
     assert after == before
+
+
+HUGE = {
+    "a prompt": ("logit_lens", {"prompt": ["a"] * 300_000}, "prompt.0: Input should be a valid integer"),
+    "layers": ("logit_lens", P | {"layers": ["a"] * 300_000}, "layers.0: Input should be a valid integer"),
+    "a vector": (
+        "forward_steer",
+        steers(vector={"values": ["a"] * 300_000}),
+        "values.0: Input should be a valid number",
+    ),
+    "an object": ("list_session", {str(i): i for i in range(100_000)}, "arguments: more than 100 fields"),
+    "an object inside": (
+        "forward_steer",
+        steers(**{str(i): i for i in range(100_000)}),
+        "steers.0: more than 100 fields",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+async def test_a_million_mistakes_are_refused_at_the_first(lab: Lab, name: str) -> None:
+    tool, arguments, expected = HUGE[name]
+    async with connected(build_server(lab)) as client:
+        started = time.perf_counter()
+        assert expected in await refused(client, tool, **arguments)
+        assert time.perf_counter() - started < 3
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-39, 1e-7])
