@@ -18,7 +18,7 @@ from hypothesis_jsonschema import from_schema
 Arguments = dict[str, Any]
 Strategy = st.SearchStrategy[Any]
 
-SLOTS = ("act", "grid", "kv", "vec", "model")
+SLOTS = ("act", "grid", "kv", "vec", "run", "model")
 STALE = ["act:gone-00", "kv:gone-00", "vec:gone-00", "run:gone-00", "model:gone-00", "act:", "act", ":", "<gone>"]
 LENGTH, LAYERS, WIDTH, VOCABULARY = 8, 4, 64, 257
 TEXTS = ["The cat.", "A  dog!\n", "abcabcab", "abdabdab", "12345678", "\x00\x7f\t<|>[]", "naïve c", "日本.."]
@@ -110,6 +110,8 @@ NAMES: dict[str, Strategy] = {
     "source": st.tuples(st.integers(0, 3), st.integers(4, LENGTH - 1)).map(list),
     "dest": st.integers(0, 3),
     "start": st.integers(0, 500),
+    "run": _slot("run"),
+    "wait_seconds": st.floats(0, 0.05),
 }
 """What an argument of this name means in every tool."""
 
@@ -119,6 +121,8 @@ OWN: dict[tuple[str, str], Strategy] = {
     ("read_tensor", "tensor"): st.sampled_from(["resid_post.0", "resid_post.3", "grid", "vector"]),
     ("causal_trace", "positions"): _lists(POSITION),
     ("release", "handle"): _slot(*SLOTS),
+    ("start_job", "tool"): st.just("logit_lens"),
+    ("start_job", "arguments"): _with(prompt=PROMPT, layers_=LAYERS_OF),
 }
 """Where a name means something else in one tool."""
 
@@ -150,9 +154,8 @@ def sound(draw: st.DrawFn, tool: str, schema: Arguments) -> Arguments:
 
 
 def _argument(tool: str, name: str, schema: Arguments) -> Strategy:
-    if (tool, name) in OWN or name in NAMES:
-        return OWN.get((tool, name), NAMES.get(name, st.nothing()))
-    return from_schema(schema["properties"][name] | {"$defs": schema.get("$defs", {})})
+    known = OWN.get((tool, name), NAMES.get(name))
+    return from_schema(schema["properties"][name] | {"$defs": schema.get("$defs", {})}) if known is None else known
 
 
 # --- what nothing takes -----------------------------------------------------------------------------------

@@ -40,9 +40,10 @@ MOST_WORDS = 4000
 KEPT = {
     "act": ("capture_residuals", {"prompt": toolcalls.TEXTS[0], "positions": "all"}),
     "grid": ("causal_trace", {"clean": toolcalls.TEXTS[2], "corrupt": toolcalls.TEXTS[3], "metric": "kl"}),
+    "run": ("start_job", {"tool": "logit_lens", "arguments": {"prompt": toolcalls.TEXTS[0]}}),
     "kv": ("prefill_inject", {"recipient": toolcalls.TEXTS[0], "donor": toolcalls.TEXTS[1], "keep": True}),
 }
-"""slot -> the call that makes its handle"""
+"""slot -> the call that makes its handle, where there is such a tool"""
 
 
 class Session:
@@ -71,10 +72,10 @@ class Session:
         for handle in held - set(self.handles.values()):
             store.release(handle, LOCAL)
         for slot, (tool, arguments) in KEPT.items():
-            if self.handles.get(slot) not in held:
+            if tool in self.tools and self.handles.get(slot) not in held:
                 made = self.call(tool, arguments).structured_content
                 assert made is not None
-                self.handles[slot] = made["handle"]
+                self.handles[slot] = made["run" if slot == "run" else "handle"]
         if self.handles.get("vec") not in held:
             vector = {"vector": np.linspace(-1, 1, toolcalls.WIDTH, dtype=np.float32)}
             self.handles["vec"] = store.put("vec", "ramp", LOCAL, vector, {"about": "a ramp"})
