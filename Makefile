@@ -4,6 +4,7 @@ VENV := .venv
 ORACLE := .oracle
 ORACLE_GGUF := .oracle-gguf
 PEERS := .peers
+BUNDLE := .bundle
 BIN := $(VENV)/bin
 # Where torch comes from; elsewhere on Linux the plain index gives a CUDA build:
 #   make oracle TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
@@ -12,8 +13,10 @@ TORCH_INDEX ?=
 LLAMA_CMAKE ?= -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8765
+# The command line of desktop bundles, from npm.
+MCPB := @anthropic-ai/mcpb@2.1.2
 
-.PHONY: help demo test e2e lint format serve mutants oracle oracle-gguf bench dockerfile docs snapshot clean
+.PHONY: help demo test e2e lint format serve mutants oracle oracle-gguf bench dockerfile bundle docs snapshot clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1	/' | expand -t 14
@@ -81,6 +84,17 @@ bench: $(VENV)/.ready $(PEERS)/.ready  ## time mechscope against its peers (an h
 dockerfile: $(VENV)/.ready  ## follow the Dockerfile in an empty directory, without Docker
 	$(BIN)/python tests/dockerfile.py MODEL=$(MODEL)
 
+$(BUNDLE)/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(BUNDLE)
+	$(BUNDLE)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BUNDLE)/bin/python -m pip install --quiet --group bundle
+	npm install --silent --prefix $(BUNDLE) $(MCPB)
+	touch $@
+
+bundle: $(VENV)/.ready $(BUNDLE)/.ready  ## build and try dist/mechscope.mcpb for desktop hosts (needs Node)
+	$(BIN)/python deploy/bundle.py $(BUNDLE)/node_modules/.bin/mcpb
+	PATH=$(abspath $(BUNDLE)/bin):$$PATH $(BIN)/python tests/bundle.py $(BUNDLE)/node_modules/.bin/mcpb dist/mechscope.mcpb
+
 docs: $(VENV)/.ready  ## write the generated documentation
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/run.py
@@ -92,4 +106,4 @@ serve: $(VENV)/.ready  ## serve MCP over HTTP on localhost
 	$(BIN)/mechscope serve --http --port $(PORT)
 
 clean:  ## remove environments and caches
-	rm -rf $(VENV) $(ORACLE) $(ORACLE_GGUF) $(PEERS) bench/.model dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ORACLE) $(ORACLE_GGUF) $(PEERS) $(BUNDLE) bench/.model dist .pytest_cache .mypy_cache .ruff_cache

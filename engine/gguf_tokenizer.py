@@ -10,9 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tokenizers
-from tokenizers import Regex, models, pre_tokenizers
-
 from engine.errors import DamagedFile, UnknownModel, clipped
 from engine.spm import SPACE, SentencePiece
 from engine.tokenizer import Tokenizer, byte_alphabet, eos_ids
@@ -47,16 +44,22 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _split(digits: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
     pattern = Regex(f"{_CONTRACTIONS}|{_WORDS}|{digits}|{_REST}")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), bytes_only])
 
 
 def _gpt2() -> Any:
+    from tokenizers import pre_tokenizers
+
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def _smollm() -> Any:
+    from tokenizers import pre_tokenizers
+
     digits = pre_tokenizers.Digits(individual_digits=True)
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
@@ -87,6 +90,9 @@ PRE_TOKENIZERS = {
 
 
 def _bpe(metadata: Metadata, ids: dict[str, int], pre: PreTokenizer) -> Words:
+    import tokenizers
+    from tokenizers import models
+
     merges = [tuple(merge.split(" ", 1)) for merge in _strings(metadata, "tokenizer.ggml.merges")]
     try:
         library = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=pre.words_first))  # type: ignore[arg-type]

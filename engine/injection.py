@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from engine.cache import KVCache
+from engine.cost import Cost, of_pass
 from engine.decoder import Tick, forward
 from engine.distribution import kl_divergence, softmax_of
 from engine.errors import PromptError
@@ -19,7 +20,7 @@ from engine.generate import Generation, generate
 from engine.metrics import Metric
 from engine.network import Network
 from engine.ops import Array
-from engine.sweep import Read, Variant, sweep
+from engine.sweep import Read, Variant, sweep, sweep_cost
 
 LEAST_GAP = 0.05
 """`recovered` is not reported when donor and baseline probabilities differ by less."""
@@ -85,6 +86,17 @@ def prefill_inject(
     places = range(dest, dest + rows[1] - rows[0])
     unseen = _out_of_window(model, chosen, places, len(recipient) - 1)
     return Injection(baseline, injected, kl, baseline_text, injected_text, chosen, rows, dest, replaced, edited, unseen)
+
+
+def prefill_inject_cost(
+    model: Network, recipient: Sequence[int], donor: Sequence[int] | KVCache, max_new_tokens: int = 20
+) -> Cost:
+    """What `prefill_inject` will take."""
+    cfg = model.config
+    theirs = Cost() if isinstance(donor, KVCache) else of_pass(cfg, len(donor) - 1)
+    decoded = of_pass(cfg, 1) + of_pass(cfg, 1) * max_new_tokens
+    caches = 8 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * (3 * len(recipient) + max_new_tokens)
+    return (of_pass(cfg, len(recipient) - 1) + theirs + decoded * 2).holding(caches)
 
 
 def _out_of_window(model: Network, layers: Iterable[int], positions: Iterable[int], query: int) -> dict[int, list[int]]:
@@ -164,8 +176,7 @@ def kv_inject_test(
         _transplanted(mine, cache, chosen, rows) for cache in (theirs, mine, prefilled(model, random, tick))
     )
     carried = float(softmax_of(next_logits(model, theirs, donor[-1], tick))[token])
-    spans = [[layer] for layer in chosen]
-    spans += [chosen[i:] for i in reversed(range(len(chosen)))] + [chosen[: i + 1] for i in range(len(chosen))]
+    spans = _spans(chosen)
     variants = [Variant(kv={layer: moved[layer] for layer in span}) for span in spans]
     run = sweep(model, recipient, [*variants, Variant(kv=own), Variant(kv=unrelated)], _read(token), tick=tick)
     baseline = float(run.baseline[0])
@@ -181,6 +192,26 @@ def kv_inject_test(
     return InjectionScan(
         baseline, carried, rows, 0, cells[:n], cells[n : 2 * n], cells[2 * n : 3 * n], cells[-2], cells[-1]
     )
+
+
+def kv_inject_cost(
+    model: Network, recipient: Sequence[int], donor: Sequence[int], layers: Iterable[int] | None = None
+) -> Cost:
+    """What `kv_inject_test` will take."""
+    cfg, n = model.config, len(recipient)
+    chosen = sorted(model.resolve_layers(range(cfg.n_layers) if layers is None else layers))
+    blank = np.broadcast_to(np.float32(0), (cfg.n_kv_heads, n - 1, cfg.d_head))
+    variants = [Variant(kv=dict.fromkeys(span, (blank, blank))) for span in [*_spans(chosen), chosen, chosen]]
+    prefills = of_pass(cfg, n - 1) + of_pass(cfg, len(donor) - 1) * 2
+    caches = 8 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * (4 * n + 2 * len(donor))
+    return (prefills + of_pass(cfg, 1) + sweep_cost(model, recipient, variants)).holding(caches)
+
+
+def _spans(layers: list[int]) -> list[list[int]]:
+    """Layer by layer, from the last downwards, from the first upwards."""
+    n = len(layers)
+    from_last = [layers[i:] for i in reversed(range(n))]
+    return [[layer] for layer in layers] + from_last + [layers[: i + 1] for i in range(n)]
 
 
 def _transplanted(

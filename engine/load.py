@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine import catalog, gguf_tokenizer, tokenizer
+from engine.converted import LEAST, Conversion, Stamp, find, keep, stamp
 from engine.decoder import Tick
 from engine.errors import DamagedFile, EngineError, InputError, ModelError, TokenError, UnknownModel, clipped
 from engine.families import Family, family, part_read
@@ -26,14 +28,16 @@ def load_model(
     tick: Tick | None = None,
     progress: catalog.Progress | None = None,
     dense_layers: int | None = None,
+    converted: bool = True,
 ) -> Model:
     """Load a model for study.
 
     `model` is a catalogue name, "synthetic", a planted circuit such as "synthetic:induction", a directory with
     config.json and safetensors, a .gguf file, or a hub id. `weights`: "dense" keeps float32 in memory; "scoped" leaves
     the file as it is, memory-mapped, and makes a layer dense when it runs. `dense_layers` is the budget of "scoped":
-    how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers. Raises `ModelError`s,
-    and `InputError` for arguments.
+    how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers. `converted` lets a
+    dense model's weights be kept as float32 in the cache directory, so that the next start maps them and reads nothing
+    (`converted.py`); `Model.conversion` says what came of it. Raises `ModelError`s, and `InputError` for arguments.
     """
     budget = layer_budget(weights, dense_layers)
     if (name := str(model)).split(":", 1)[0] == catalog.SYNTHETIC and dense_layers is not None:
@@ -42,10 +46,14 @@ def load_model(
         return synthetic()
     if name.startswith(f"{catalog.SYNTHETIC}:"):
         return planted(name.removeprefix(f"{catalog.SYNTHETIC}:"))
-    path = catalog.locate(str(model), progress)
+    path, conversion = _located(str(model), progress, converted and budget is None)
     name = _name(str(model), path)
     try:
-        return (_from_directory if path.is_dir() else _from_gguf)(path, name, budget, tick)
+        if conversion is not None:
+            return _from_conversion(conversion, path, name, tick)
+        before = stamp(path)
+        read = (_from_directory if path.is_dir() else _from_gguf)(path, name, budget, tick)
+        return _kept(read, path, before, tick) if converted and budget is None else read.model
     except MemoryError:
         hint = (
             'load it with weights="scoped", or choose a smaller model' if weights == "dense" else "choose a smaller one"
@@ -78,7 +86,60 @@ def _name(asked: str, path: Path) -> str:
     return path.stem.lower()
 
 
-def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None) -> Model:
+def _located(asked: str, progress: catalog.Progress | None, converted: bool) -> tuple[Path, Conversion | None]:
+    """Where a model is, and its conversion: one that fits its files vouches for them, so they are not read again."""
+    here = catalog.in_place(asked) if converted else None
+    if here is not None and (conversion := find(here)) is not None:
+        return here, conversion
+    path = catalog.locate(asked, progress)
+    return path, find(path) if converted and path != here else None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A model as its files have it, and its config.json."""
+
+    model: Model
+    raw: dict[str, Any]
+
+
+def _kept(read: _Read, path: Path, before: Stamp, tick: Tick | None) -> Model:
+    """The model, its converted weights kept for the next start."""
+    model, n = read.model, read.model.config.n_layers
+    if model.params.nbytes < LEAST:
+        return model
+    if tick is not None:
+        tick(n, n, "keeping the converted weights")
+    words = model.tokenizer
+    notes = {
+        "config": read.raw,
+        "fingerprint": model.fingerprint,
+        "vocabulary": words.vocabulary,
+        "bos": words.bos,
+        "eos": words.eos,
+    }
+    why_not = keep(path, before, notes, model.params, n)
+    return replace(model, conversion="made" if why_not is None else f"not kept: {why_not}")
+
+
+def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick | None) -> Model:
+    notes = conversion.notes
+    raw, known = notes["config"], stamp(path)
+    cfg = family(raw["model_type"]).config(raw)
+    if tick is not None:
+        tick(0, cfg.n_layers, "mapping the converted weights")
+
+    def words() -> tokenizer.Tokenizer:
+        if stamp(path) != known:
+            raise DamagedFile(f"{path.name} has changed since it was loaded; load the model again")
+        return _words(path, raw, None if path.is_dir() else GgufFile.open(path))
+
+    backend = tokenizer.Deferred(words, notes["vocabulary"])
+    told = tokenizer.Tokenizer(backend, notes["bos"], notes["eos"])
+    return Model(name, cfg, conversion.params(cfg.n_layers), told, notes["fingerprint"], "dense", conversion="used")
+
+
+def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None) -> _Read:
     if not (path / "config.json").exists():
         raise UnknownModel(f"{path} has no config.json; give a directory as Hugging Face writes it, or a .gguf file")
     raw = read_json(path / "config.json")
@@ -88,7 +149,7 @@ def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None
         _refuse_code(path, "tokenizer_config.json", read_json(path / "tokenizer_config.json"))
     reader = family(raw.get("model_type"))
     tensors = SafetensorsDir(path)
-    words = _tried(lambda: tokenizer.from_directory(path, raw))
+    words = _words(path, raw, None)
     return _assembled(name, reader, raw, tensors, words, tensors.files, budget, tick)
 
 
@@ -97,11 +158,18 @@ def _refuse_code(path: Path, file: str, settings: dict[str, Any]) -> None:
         raise UnknownModel(f"{path.name} needs code of its own (auto_map in {file}); code in models is never run")
 
 
-def _from_gguf(path: Path, name: str, budget: int | None, tick: Tick | None) -> Model:
+def _from_gguf(path: Path, name: str, budget: int | None, tick: Tick | None) -> _Read:
     file = GgufFile.open(path)
     raw = config_json(file)
-    words = _tried(lambda: gguf_tokenizer.from_gguf(file.metadata))
+    words = _words(path, raw, file)
     return _assembled(name, family(raw["model_type"]), raw, GgufTensors(file, raw), words, [path], budget, tick)
+
+
+def _words(path: Path, raw: dict[str, Any], file: GgufFile | None) -> tokenizer.Tokenizer:
+    """The tokenizer of a GGUF file, or of a directory when `file` is None."""
+    if file is None:
+        return _tried(lambda: tokenizer.from_directory(path, raw))
+    return _tried(lambda: gguf_tokenizer.from_gguf(file.metadata))
 
 
 _TRIAL = "The 12 \t\n(é ☃ \U0001f642)"
@@ -135,7 +203,7 @@ def _assembled(
     files: list[Path],
     budget: int | None,
     tick: Tick | None,
-) -> Model:
+) -> _Read:
     cfg = reader.config(raw)
     if words.vocabulary > cfg.d_vocab:
         raise DamagedFile(f"the tokenizer has {words.vocabulary} tokens, the model only {cfg.d_vocab} embeddings")
@@ -150,4 +218,4 @@ def _assembled(
         params.layer(layer)
     source.check_all_read()
     kept = "dense" if budget is None else "scoped"
-    return Model(name, cfg, params, words, catalog.sha256(sorted(files)), kept)
+    return _Read(Model(name, cfg, params, words, catalog.sha256(sorted(files)), kept), raw)

@@ -31,7 +31,9 @@ def check_numbers(vector: Array, what: str = "the vector") -> None:
 @dataclass(frozen=True, eq=False)
 class Network:
     """A loaded model. `fingerprint` is the sha256 of its weights; `weights` says how they are kept:
-    "dense" or "scoped"; `synthetic` is True for random or hand-written weights.
+    "dense" or "scoped"; `synthetic` is True for random or hand-written weights. `conversion` says how a dense model
+    came by its weights (see `converted.py`): "used" a conversion, "made" one for the next start, "not kept: " and
+    why, or "none".
     """
 
     name: str
@@ -41,6 +43,7 @@ class Network:
     fingerprint: str
     weights: str
     synthetic: bool = False
+    conversion: str = "none"
 
     def encode(self, prompt: str | Tokens) -> Tokens:
         """Token ids of a prompt; ids pass through."""

@@ -1,13 +1,14 @@
 """The named sweeps: what is varied, as lists of variants for `sweep`.
 
-patching_grid     a donor's activations into a run, cell by cell (Meng et al. 2022; Heimersheim & Nanda 2024)
+patching_grid     a donor's activations into a run, cell by cell (Meng et al. 2022; Heimersheim & Nanda 2024);
+                  patching_grid_cost says what it will take
 ablation_scan     zero, mean or resample ablation by layer, component or head
 knockout_scan     attention cut, by layer and head or key (Geva et al. 2023)
 alpha_sweep       one steering vector at many strengths
 Scan              the result: one number per cell
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from engine.cost import Cost, of_pass, row_shape
 from engine.decoder import Tick, forward
 from engine.edits import Scope, Unit
 from engine.errors import InputError, PointError, PromptError, clipped
@@ -27,7 +29,7 @@ from engine.ops import Array
 from engine.patching import by_position, pooled_rows
 from engine.points import ONCE
 from engine.points import point as point_named
-from engine.sweep import BUDGET, Variant, sweep
+from engine.sweep import BUDGET, Variant, sweep, sweep_cost
 
 GridBy = Literal["position", "head", "head_position"]
 AblateBy = Literal["layer", "component", "head"]
@@ -92,6 +94,43 @@ def patching_grid(
     head at one position; heads are key-value heads at k and v. Both prompts must have the same number of tokens; cells
     before the first token that differs are answered without a run.
     """
+    axes, cells = _grid(model, donor, recipient, point, by, layers, positions)
+    record = RecordHook.for_layers(axes["layer"], points=[point])
+    logits = forward(model, donor, hook=record, tick=tick).logits
+    assert logits is not None
+    rows = {layer: by_position(array, point) for layer, array in record.get(point).items()}
+    return _scan(model, recipient, metric, axes, cells(rows), budget, tick, logits[0, -1])
+
+
+def patching_grid_cost(
+    model: Network,
+    donor: Tokens,
+    recipient: Tokens,
+    point: str = "resid_post",
+    by: GridBy = "position",
+    layers: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+    budget: int = BUDGET,
+) -> Cost:
+    """What `patching_grid` will take."""
+    axes, cells = _grid(model, donor, recipient, point, by, layers, positions)
+    length = model.token_batch(donor).shape[1]
+    blank = np.broadcast_to(np.float32(0), (length, *row_shape(model.config, point, length)))
+    variants = [cell for cell in cells(dict.fromkeys(axes["layer"], blank)) if cell is not None]
+    held = 4 * len(axes["layer"]) * blank.size
+    return of_pass(model.config, length).holding(held) + sweep_cost(model, recipient, variants, budget).holding(held)
+
+
+def _grid(
+    model: Network,
+    donor: Tokens,
+    recipient: Tokens,
+    point: str,
+    by: GridBy,
+    layers: Iterable[int] | None,
+    positions: Iterable[int] | None,
+) -> tuple[Axes, Callable[[Mapping[int, Array]], list[Variant | None]]]:
+    """The axes of a grid, and its cells once the donor's rows {layer: (seq, ...)} are known."""
     ids, theirs = model.token_batch(recipient)[0], model.token_batch(donor)[0]
     if len(ids) != len(theirs):
         raise PromptError(
@@ -100,20 +139,20 @@ def patching_grid(
         )
     places = [model.resolve_position(p, len(ids)) for p in (range(len(ids)) if positions is None else positions)]
     axes = _grid_axes(model, point, by, _grid_layers(model, point, layers), places)
-    record = RecordHook.for_layers(axes["layer"], points=[point])
-    logits = forward(model, theirs.tolist(), hook=record, tick=tick).logits
-    assert logits is not None
-    rows = {layer: by_position(array, point) for layer, array in record.get(point).items()}
     first = next((i for i, (mine, other) in enumerate(zip(ids, theirs, strict=True)) if mine != other), len(ids))
 
-    def cell(layer: int, head: int | None = None, position: int | None = None) -> Variant | None:
+    def cell(
+        rows: Mapping[int, Array], layer: int, head: int | None = None, position: int | None = None
+    ) -> Variant | None:
         moved = [p for p in (places if position is None else [position]) if p >= first]
         which = {p: rows[layer][p] if head is None else rows[layer][p, [head]] for p in moved}
         only = None if head is None else (head,)
         return Variant((Intervention("patch", (layer,), point, heads=only, rows=which),)) if moved else None
 
-    cells = [cell(**dict(zip(axes, place, strict=True))) for place in product(*axes.values())]
-    return _scan(model, recipient, metric, axes, cells, budget, tick, logits[0, -1])
+    def cells(rows: Mapping[int, Array]) -> list[Variant | None]:
+        return [cell(rows, **dict(zip(axes, place, strict=True))) for place in product(*axes.values())]
+
+    return axes, cells
 
 
 def ablation_scan(

@@ -7,6 +7,7 @@ a layer go through it as one batch of rows.
 
 Variant     what one variant changes: interventions, or keys and values that its last row reads
 sweep       base run and variants -> what `read` takes from each one's next-token logits
+sweep_cost  what that will take
 Sweep       the result
 """
 
@@ -18,13 +19,14 @@ import numpy as np
 
 from engine.cache import KVCache
 from engine.config import Config, Rope
+from engine.cost import Cost, working_bytes
 from engine.decoder import Pass, Tick, block, forward, masked_attention, norm, unembed
 from engine.edits import Edit, rows_in_scope
 from engine.errors import InputError, LayerError
 from engine.hooks import LayerHook, Listeners, RecordHook
 from engine.interventions import Intervention, compile_interventions
 from engine.network import Network, Tokens
-from engine.ops import QUERY_BLOCK, Array, IntArray
+from engine.ops import Array, IntArray
 from engine.points import POINTS
 
 Read = Callable[[Array, Array], Array]
@@ -84,19 +86,27 @@ def sweep(
     Results equal runs one by one. `budget` bounds the bytes of a slice of variants; more than fit run one slice after
     another. Raises `InputError` for an intervention that no row of the prompt meets.
     """
-    ids = model.token_batch(tokens)
-    if len(ids) != 1:
-        raise InputError(f"a sweep varies one prompt, not {len(ids)}")
-    forks = [_fork(model, index, variant, ids.shape[1]) for index, variant in enumerate(variants)]
-    slices = _slices(model.config, forks, ids.shape[1], budget)
-    progress = _Progress(tick, model.config.n_layers * (1 + len(slices)) - sum(part[0].layer for part in slices))
+    length, forks = _forks(model, tokens, variants)
+    slices = _slices(model.config, forks, length, budget)
+    progress = _Progress(tick, _layers_entered(model.config, slices))
     base = _base_run(model, tokens, min((fork.layer for fork in forks), default=model.config.n_layers), progress)
     baseline = read(base.logits[None], base.logits)[0]
     values = np.empty((len(forks), *np.shape(baseline)), np.float32)
-    rows = model.config.n_layers * ids.shape[1]
+    rows = model.config.n_layers * length
     for part in slices:
         rows += _Slice(model, base, part).run(read, values, progress)
     return Sweep(np.asarray(baseline), values, base.logits, [fork.edits for fork in forks], rows, len(slices))
+
+
+def sweep_cost(model: Network, tokens: Tokens, variants: Sequence[Variant], budget: int = BUDGET) -> Cost:
+    """What `sweep` will take. Nothing is run; of vectors, rows, keys and values only the shapes matter."""
+    length, forks = _forks(model, tokens, variants)
+    cfg = model.config
+    slices = _slices(cfg, forks, length, budget)
+    rows = cfg.n_layers * length + sum((cfg.n_layers - fork.layer) * (length - fork.start) for fork in forks)
+    base = 4 * cfg.n_layers * length * (cfg.d_model + 2 * cfg.n_kv_heads * cfg.d_head)
+    largest = max((sum(working_bytes(cfg, length - f.start, length) for f in part) for part in slices), default=0)
+    return Cost(_layers_entered(cfg, slices), rows, 0, base + largest)
 
 
 # --- what forks where -----------------------------------------------------------------------------------------
@@ -115,6 +125,20 @@ class _Fork:
     def made_at_entry(self) -> Iterable[Edit]:
         """Edits between the layer before the first and the first: they change what the fork copies."""
         return (e for e in self.edits if e.point == "embed" or (_enters(e) == self.layer and e.point == "resid_post"))
+
+
+def _forks(model: Network, tokens: Tokens, variants: Sequence[Variant]) -> tuple[int, list[_Fork]]:
+    """The prompt's length, and where each variant forks from it."""
+    ids = model.token_batch(tokens)
+    if len(ids) != 1:
+        raise InputError(f"a sweep varies one prompt, not {len(ids)}")
+    length = ids.shape[1]
+    return length, [_fork(model, index, variant, length) for index, variant in enumerate(variants)]
+
+
+def _layers_entered(cfg: Config, slices: Sequence[Sequence[_Fork]]) -> int:
+    """The base run's layers, and each slice's from its first fork on."""
+    return cfg.n_layers * (1 + len(slices)) - sum(part[0].layer for part in slices)
 
 
 def _fork(model: Network, index: int, variant: Variant, length: int) -> _Fork:
@@ -159,21 +183,13 @@ def _slices(cfg: Config, forks: Sequence[_Fork], length: int, budget: int) -> li
     slices: list[list[_Fork]] = []
     held = 0
     for fork in sorted(forks, key=lambda fork: (fork.layer, fork.start)):
-        needed = _bytes(cfg, length - fork.start, length)
+        needed = working_bytes(cfg, length - fork.start, length)
         if not slices or held + needed > budget:
             slices.append([])
             held = 0
         slices[-1].append(fork)
         held += needed
     return slices
-
-
-def _bytes(cfg: Config, rows: int, length: int) -> int:
-    """About what a variant of so many rows needs inside a block: activations, all its keys and values, a pattern."""
-    heads = cfg.n_heads * cfg.d_head
-    by_row = 6 * cfg.d_model + 3 * cfg.d_mlp + 4 * heads
-    keys = 3 * length * cfg.n_kv_heads * cfg.d_head
-    return 4 * (rows * by_row + keys + 2 * cfg.n_heads * min(rows, QUERY_BLOCK) * length)
 
 
 # --- the base run ---------------------------------------------------------------------------------------------

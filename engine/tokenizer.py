@@ -4,15 +4,16 @@
 tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
-
-import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.errors import DamagedFile, TokenError, UnknownModel, clipped
 from engine.weights import read_json
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Backend(Protocol):
@@ -26,7 +27,7 @@ class Backend(Protocol):
 class Library:
     """A `Backend`: a tokenizer of the `tokenizers` library."""
 
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
+    def __init__(self, library: "tokenizers.Tokenizer") -> None:
         self._library = library
 
     def size(self) -> int:
@@ -43,12 +44,32 @@ PIECES_SHOWN = 12
 """Of text that is several tokens, in an error."""
 
 
+class Deferred:
+    """A `Backend` that is read from its file when it is first used."""
+
+    def __init__(self, read: "Callable[[], Tokenizer]", size: int) -> None:
+        self._read, self._size = read, size
+
+    @cached_property
+    def _backend(self) -> Backend:
+        return self._read().backend
+
+    def size(self) -> int:
+        return self._size
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(ids)
+
+
 class Tokenizer:
     """encode, decode, piece, single. `vocabulary` is the number of ids the tokenizer knows."""
 
     def __init__(self, backend: Backend, bos: int | None, eos: Sequence[int]) -> None:
         """`bos` is put in front of every prompt unless None; generation stops at any of `eos`."""
-        self._backend = backend
+        self.backend = backend
         self.bos = bos
         self.eos = tuple(eos)
         self.vocabulary = backend.size()
@@ -59,12 +80,12 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from None
-        ids = self._backend.encode(text)
+        ids = self.backend.encode(text)
         return ids if self.bos is None else [self.bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
-        return self._backend.decode(ids)
+        return self.backend.decode(ids)
 
     def piece(self, token_id: int) -> str:
         """The text of one token; bytes that are only part of a character show as U+FFFD."""
@@ -72,7 +93,7 @@ class Tokenizer:
 
     def single(self, text: str) -> int:
         """The id of text that is exactly one token; raises `TokenError` showing the pieces otherwise."""
-        ids = self._backend.encode(text)
+        ids = self.backend.encode(text)
         if len(ids) != 1:
             pieces = ", ".join(f"{self.piece(i)!r} ({i})" for i in ids[:PIECES_SHOWN]) or "nothing"
             pieces += f" and {len(ids) - PIECES_SHOWN} more" if len(ids) > PIECES_SHOWN else ""
@@ -85,6 +106,8 @@ class Tokenizer:
 
 def from_directory(directory: Path, raw: dict[str, Any]) -> Tokenizer:
     """tokenizer.json (+ tokenizer_config.json for the BOS rule, config.json for the end of text)."""
+    import tokenizers
+
     path = directory / "tokenizer.json"
     if not path.exists():
         raise UnknownModel(
@@ -121,8 +144,11 @@ def eos_ids(value: object) -> tuple[int, ...]:
 
 def byte_level() -> Tokenizer:
     """One token per byte (ids 0-255) and an end-of-text token (256): the synthetic models' tokenizer."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Made
+
     by_byte = {byte: char for char, byte in byte_alphabet().items()}
-    backend = tokenizers.Tokenizer(models.BPE({by_byte[b]: b for b in range(256)} | {"<|end|>": 256}, []))
+    backend = Made(models.BPE({by_byte[b]: b for b in range(256)} | {"<|end|>": 256}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|end|>", normalized=False, special=True)])

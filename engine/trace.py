@@ -6,19 +6,16 @@ JSON Schema is docs/trace-manifest.schema.json. `VERSION` grows when a reader of
 
 import hashlib
 import json
-import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from engine.decoder import Tick, forward
 from engine.errors import DamagedFile, InputError, PromptError, clipped
@@ -69,7 +66,7 @@ def export_trace(
         "schema": SCHEMA,
         "version": VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "producer": {"name": "mechscope", "version": version("mechscope")},
+        "producer": _producer(),
         "environment": _environment(),
         "model": _described(model),
         "prompt": {"text": prompt if isinstance(prompt, str) else None, "ids": ids[0].tolist()},
@@ -81,6 +78,8 @@ def export_trace(
 
 def load_trace(path: str | Path) -> StoredTrace:
     """Read a trace; raises `DamagedFile` unless every tensor is the one that the manifest describes."""
+    from safetensors.numpy import load_file
+
     folder = Path(path)
     manifest = _manifest(folder)
     try:
@@ -147,7 +146,16 @@ def _described(model: Network) -> dict[str, Any]:
     }
 
 
+def _producer() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"name": "mechscope", "version": version("mechscope")}
+
+
 def _environment() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
     return {
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -160,6 +168,8 @@ def _environment() -> dict[str, str]:
 
 def _write(target: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
     """Both files into a folder beside the target, which then takes its name."""
+    from safetensors.numpy import save_file
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

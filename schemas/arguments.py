@@ -24,34 +24,41 @@ PointName = Literal[
     "final_norm",
 ]
 
-ModelRef = Annotated[
-    str | None, Field(description="a model: handle or its readable name; may be left out when one model is loaded")
-]
+_POINT = "as in capture_residuals"
+
+PointRef = Annotated[PointName, Field(description=_POINT), WithJsonSchema({"type": "string", "description": _POINT})]
+"""A point, where the names need not be published once more."""
+
+ModelRef = str | None
+"""A model: handle or the model's readable name; may be left out when exactly one is loaded."""
+
 Prompt = Annotated[
     Annotated[str, Field(min_length=1, max_length=100_000)] | Annotated[Integers, Field(min_length=1)],
-    Field(description="text, or a list of token ids"),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]}),
 ]
+"""Text, or a list of token ids."""
+
 TokenRef = Annotated[
     str | int,
-    Field(description="text that is exactly one token (mind the leading space, as in ' Paris'), or a token id"),
+    Field(description="an id, or text that is exactly one token, as ' Paris' with its space"),
 ]
 Layers = Annotated[
     Integers | str,
-    Field(description='layer numbers (negative from the end), "all", or "start:stop:step"'),
+    Field(description='or "all", "start:stop:step"'),
 ]
 Positions = Annotated[
     Literal["last", "all"] | Integers,
-    Field(description='"last", "all", or positions (negative from the end of the prompt)'),
+    Field(description="-1 is the prompt's last"),
 ]
 Scope = Annotated[
     Literal["last", "all", "prompt", "generated"] | Integers,
-    Field(description='"last" (rows that emit a token), "all", "prompt", "generated", or absolute positions'),
+    Field(description="last: rows that emit a token"),
 ]
 MetricName = Annotated[
     Literal["probability", "logit", "logit_difference", "kl"],
-    Field(description="of token; logit_difference: logit(token) - logit(against); kl: to the unchanged run, no token"),
+    Field(description="logit_difference: of token - against; kl: to the unchanged run, no token"),
 ]
-TopK = Annotated[int, Field(ge=1, le=50, description="how many tokens to list")]
+TopK = Annotated[int, Field(ge=1, le=50, description="tokens listed")]
 
 
 class HandleVector(Strict):
@@ -91,28 +98,38 @@ class DifferenceVector(Strict):
 
 
 _VECTOR = (
-    '{"handle", "layer"?, "position"?}, {"token", "space": "embed"|"unembed"}, {"values": [numbers]}, {"random_seed"}, '
-    'or {"minus": [vector, vector]}'
+    "{handle, layer?, position?} or {token, space: embed|unembed} or {values: [numbers]} or {random_seed} "
+    "or {minus: [vector, vector]}"
 )
 
 Vector = Annotated[
     PlainVector | DifferenceVector,
     Field(description=_VECTOR),
-    WithJsonSchema({"type": "object", "description": _VECTOR, "minProperties": 1}),
+    WithJsonSchema({"type": "object", "description": _VECTOR}),
 ]
 """The published schema is its description: written out, the five forms would cost an agent 2 kB wherever they occur."""
 
 
 class Steer(Strict):
-    """Add alpha * vector to `resid_post` of a layer."""
+    """alpha * vector is added to resid_post of layer."""
 
     layer: int
     vector: Vector
     alpha: Number
 
 
+_STEERS = "as in forward_steer"
+
+Steers = Annotated[
+    list[Steer],
+    Field(max_length=64),
+    WithJsonSchema({"type": "array", "items": {"type": "object"}, "description": _STEERS}),
+]
+"""What forward_steer publishes in full."""
+
+
 class Target(Strict):
-    """A row to patch: the same position in donor and recipient, or one in each; negative from each prompt's end."""
+    """A row to patch: the same position in both prompts, or one in each; -1 is each prompt's last."""
 
     layer: int
     position: int | None = None

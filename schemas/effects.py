@@ -51,7 +51,6 @@ class PatchEffect(Effect):
 
     donor: list[TokenProbability]
     recovered: Number | None = Field(
-        None,
         description="(effect - baseline) / (donor - baseline) of the token's probability; null without a token or when "
         "donor and baseline are closer than 0.05",
     )

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from schemas.arguments import Layers, PointName, Prompt, Scope, Vector
 from schemas.base import Integers, Number, Strict
@@ -33,32 +33,32 @@ class Intervention(Strict):
 
     kind: Kind
     layers: Layers
-    point: Annotated[PointName | None, Field(description="default resid_post; attn_pattern for knockout")] = None
-    positions: Annotated[
-        Scope | None, Field(description='as elsewhere; default "last" for steer, "all" for the others')
+    point: Annotated[
+        PointName | None,
+        Field(description="default resid_post, or attn_pattern for knockout"),
+        WithJsonSchema({"type": "string", "description": "as elsewhere; default resid_post, knockout: attn_pattern"}),
     ] = None
-    heads: Annotated[Integers | None, Field(description="q, attn_pattern, z; key-value heads at k, v")] = None
-    neurons: Annotated[Integers | None, Field(description="mlp_act only")] = None
-    value: Annotated[Number | None, Field(description="scale: factor; steer: alpha; set_component: the component")] = (
-        None
-    )
+    positions: Annotated[Scope | None, Field(description='default "last" for steer, "all" for the others')] = None
+    heads: Annotated[Integers | None, Field(description="at q, attn_pattern, z; key-value heads at k, v")] = None
+    neurons: Annotated[Integers | None, Field(description="at mlp_act")] = None
+    value: Annotated[Number | None, Field(description="scale: factor; steer: alpha; set_component: component")] = None
     vector: Annotated[Vector | None, Field(description="steer, set_component, project_out")] = None
     unit: Annotated[
         Literal["raw", "unit", "row"] | None,
-        Field(description="steer: alpha times the vector, its unit vector, or that times the row's norm; default raw"),
+        Field(
+            description="steer: alpha is of the vector (raw, default), its unit vector, or that times the row's norm"
+        ),
     ] = None
-    over: Annotated[
-        list[Prompt] | None, Field(min_length=1, max_length=50, description="mean, resample: prompts to take rows from")
-    ] = None
-    seed: Annotated[int | None, Field(ge=0, description="resample: which rows are drawn; default 0")] = None
-    donor: Annotated[Prompt | None, Field(description="patch: the prompt whose rows are put in")] = None
+    over: Annotated[list[Prompt] | None, Field(min_length=1, max_length=50, description="mean, resample: prompts")] = (
+        None
+    )
+    seed: Annotated[int | None, Field(ge=0, description="resample")] = None
+    donor: Annotated[Prompt | None, Field(description="patch: prompt")] = None
     pairs: Annotated[
         list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None,
-        Field(min_length=1, max_length=1000, description="patch: [donor position, position]; default each to itself"),
+        Field(min_length=1, max_length=1000, description="patch: [donor position, position]; default: same positions"),
     ] = None
-    keys: Annotated[
-        Integers | None, Field(min_length=1, description="knockout: positions that the rows may not attend to")
-    ] = None
+    keys: Annotated[Integers | None, Field(min_length=1, description="knockout: positions not attended to")] = None
 
     @model_validator(mode="after")
     def fields_of_the_kind(self) -> Self:
@@ -76,5 +76,14 @@ class Intervention(Strict):
 
 
 Interventions = Annotated[
-    list[Intervention] | None, Field(max_length=64, description="further changes, applied after the others, in order")
+    list[Intervention] | None, Field(max_length=64, description="applied after the others, in order")
 ]
+
+_ELSEWHERE = "applied after the others; as in generate_with_hooks"
+
+FurtherInterventions = Annotated[
+    list[Intervention] | None,
+    Field(max_length=64, description=_ELSEWHERE),
+    WithJsonSchema({"type": "array", "items": {"type": "object"}, "description": _ELSEWHERE}),
+]
+"""The same, but only generate_with_hooks publishes them in full: each further tool would cost an agent 2 kB."""

@@ -20,7 +20,7 @@ class GridCell(Strict):
     position: int | None = None
     head: int | None = None
     value: Number
-    recovered: Number | None = None
+    recovered: Number | None
 
 
 class CausalTrace(Result):

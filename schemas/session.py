@@ -12,6 +12,10 @@ class ModelInfo(Result):
     family: str
     fingerprint: str = Field(description="sha256 of the weights")
     weights: str = Field(description="dense (float32 in memory) or scoped (as the file stores them, memory-mapped)")
+    conversion: str = Field(
+        description="float32 weights kept for the next start: 'used', 'made' (this first start took longer), "
+        "'not kept: ' and why, or 'none'"
+    )
     dense_layers: int = Field(description="how many layers may be dense in memory at a time")
     n_layers: int
     d_model: int
@@ -21,7 +25,9 @@ class ModelInfo(Result):
     d_mlp: int
     d_vocab: int
     n_ctx: int
-    bytes_in_memory: int = Field(description="of dense weights now; what is memory-mapped is not counted")
+    bytes_in_memory: int = Field(
+        description="of dense weights now, mapped conversions included; a file mapped by scoped weights is not counted"
+    )
     seconds: Number
 
 

@@ -45,11 +45,13 @@ def fetch(name: Annotated[str, typer.Argument(help="A catalogue name.")] = MODEL
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    thorough: Annotated[bool, typer.Option("--thorough", help="Read converted weights whole, to find damage.")] = False,
+) -> None:
     """Check this installation: Python, BLAS, model files, folders, name clashes, and a self-test."""
     from server.doctor import run
 
-    raise typer.Exit(run())
+    raise typer.Exit(run(thorough))
 
 
 def main() -> None:

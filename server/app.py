@@ -19,8 +19,9 @@ A microscope for language models. Load a model with load_model, then look inside
 logit_lens and track_token read the residual stream, forward_ablate, forward_steer and patch_activations change a run
 and report the effect, generate_with_hooks writes text under interventions, prefill_inject and kv_inject_test move
 key-value cache from one prompt into another. Results hold handles (act:, vec:, kv:, model:) that other tools take.
-Every number is computed in the call that returns it. Positions are absolute, layers count from 0, a token given as
-text must be exactly one token: mind the leading space.
+Every number is computed in the call that returns it. A prompt is text or token ids; positions are absolute, layers
+count from 0, negative ones from the end; a token given as text must be exactly one token: mind the leading space.
+model may be left out when one is loaded.
 """
 
 

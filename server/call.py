@@ -14,6 +14,7 @@ import numpy as np
 from mcp.server.mcpserver import Context
 
 from engine import Model
+from engine.cost import Cost
 from engine.distribution import softmax_of, top_k
 from engine.errors import InputError, LayerError, PositionError, VectorError, clipped
 from engine.lens import embedding_row, unembedding_row
@@ -32,6 +33,13 @@ REPORT_EVERY = 0.1
 """Seconds between progress notifications."""
 
 
+class Costed(Exception):
+    """Ends a dry run: what the work would take, before any of it."""
+
+    def __init__(self, model: Model, cost: Cost, length: int) -> None:
+        self.model, self.cost, self.length = model, cost, length
+
+
 @dataclass
 class Call:
     """What a tool is given besides its arguments."""
@@ -39,18 +47,20 @@ class Call:
     lab: Lab
     context: Context[Any, Any]
     owner: str = LOCAL
+    dry: bool = False
     expected: int | None = None
     _ticks: int = 0
     _reported: float = field(default=0.0)
 
-    def expect(self, passes: int, model: Model) -> None:
-        """Say how many forward passes will run, so that progress has a total."""
-        self.expected = passes * model.config.n_layers
+    def expect(self, model: Model, cost: Cost, length: int) -> None:
+        """Say before any of it what the work on a prompt of `length` tokens will take. A dry run ends here."""
+        if self.dry:
+            raise Costed(model, cost, length)
+        self.expected = cost.layers
 
     def tick(self, done: int, total: int, what: str) -> None:
-        """Engine progress, at least once per layer. A sweep that needs more passes than expected moves the total."""
+        """Engine progress, at least once per layer."""
         self._ticks += 1
-        self.expected = None if self.expected is None else max(self.expected, self._ticks)
         self._report(self._ticks, self.expected, what)
 
     def progress(self, done: int, total: int, what: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from platformdirs import user_data_path
 from rich.console import Console
 
-from engine import forward, load_model
+from engine import converted, forward, load_model
 from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path
 
 PACKAGES = ("engine", "schemas", "server")
@@ -22,14 +22,15 @@ LEAST_PYTHON = (3, 11)
 Verdict = tuple[bool, str]
 
 
-def run() -> int:
-    """Run every check; returns the exit code."""
+def run(thorough: bool = False) -> int:
+    """Run every check; returns the exit code. `thorough` reads converted weights to the end."""
     console = Console(highlight=False, soft_wrap=True)
     checks: dict[str, Callable[[], Verdict]] = {
         "python": python,
         "threads": threads,
         "models": models,
         "cache": cache,
+        "converted": lambda: conversions(thorough),
         "workspace": workspace,
         "packages": packages,
         "self-test": self_test,
@@ -74,6 +75,16 @@ def models() -> Verdict:
 def cache() -> Verdict:
     """Whether the cache directory, for models, can be written."""
     return _writable(cache_dir())
+
+
+def conversions(thorough: bool) -> Verdict:
+    """Weights converted for faster starts: how much room they take, and when thorough whether they are whole."""
+    files, place = converted.held(), converted.directory()
+    taken = sum(file.stat().st_size for file in files)
+    said = f"{len(files)} models, {taken / 1e6:.0f} MB in {place}; delete it to free them"
+    wrong = {file.name: damage for file in files if (damage := converted.damage(file))} if thorough else {}
+    told = "; ".join(f"{name}: {damage}, delete it" for name, damage in wrong.items())
+    return not wrong, f"{said}; {told}" if wrong else said
 
 
 def workspace() -> Verdict:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from engine import Intervention, Model, capture_donor_state, pooled_rows
+from engine.cost import Cost, of_pass
 from engine.edits import Scope
 from engine.errors import InputError
 from engine.ops import Array
@@ -17,6 +18,21 @@ def described_interventions(
 ) -> list[Intervention]:
     """The engine's interventions for a prompt of `length` tokens; runs the donors and the prompts that are averaged."""
     return [made for item in items or () for made in _made(call, model, item, length)]
+
+
+def described_cost(model: Model, items: Iterable[described.Intervention] | None) -> Cost:
+    """What the donors and the prompts that are averaged take."""
+    cfg, cost = model.config, Cost()
+    for item in items or ():
+        cost += cost_of_passes(model, item.over or ())
+        if item.donor is not None:
+            cost += of_pass(cfg, len(model.encode(item.donor)), max(layer_list(model, item.layers)) + 1)
+    return cost
+
+
+def cost_of_passes(model: Model, prompts: Iterable[Any]) -> Cost:
+    """A pass of each prompt."""
+    return sum((of_pass(model.config, len(model.encode(prompt))) for prompt in prompts), Cost())
 
 
 def _made(call: Call, model: Model, item: described.Intervention, length: int) -> Iterator[Intervention]:

@@ -34,9 +34,12 @@ class LoadedModel:
 class Lab:
     """Models are shared by all sessions and loaded once."""
 
-    def __init__(self, store: SessionStore | None = None, sources: Sources | None = None) -> None:
+    def __init__(
+        self, store: SessionStore | None = None, sources: Sources | None = None, converted: bool = True
+    ) -> None:
         self.store: SessionStore = MemoryStore() if store is None else store
         self.sources = Sources() if sources is None else sources
+        self._converted = converted
         self._models: dict[tuple[str, int | None], LoadedModel] = {}
         self._loading = threading.Lock()
 
@@ -57,7 +60,7 @@ class Lab:
         with self._loading:
             key = (source, layer_budget(weights, dense_layers))
             if key not in self._models:
-                model = load_model(source, weights, tick, progress, dense_layers)
+                model = load_model(source, weights, tick, progress, dense_layers, self._converted)
                 self._models[key] = LoadedModel(mint("model", model.name), source, model)
             return self._models[key]
 

@@ -71,7 +71,7 @@ def _lens(a: Answer) -> list[RenderableType]:
     table = _table("layer", "top tokens at the position")
     for row in a["rows"]:
         table.add_row(str(row["layer"]), _tops(row["top"]))
-    error = a["identity_error"]
+    error = a.get("identity_error")
     return [table, *([] if error is None else [f"identity error at the last layer: {error:.1e}"])]
 
 
@@ -106,8 +106,7 @@ def _effect(a: Answer) -> list[RenderableType]:
     if "donor" in a:
         lines.append(f"donor     {_tops(a['donor'])}")
     told = [f"KL {a['kl']:.3f} nats"]
-    if a["logit_difference"]:
-        d = a["logit_difference"]
+    if (d := a.get("logit_difference")) is not None:
         difference = f"logit({_text(d['token'])}) - logit({_text(d['against'])})"
         told.append(f"{difference}: {d['baseline']:.2f} -> {d['effect']:.2f}")
     if a.get("recovered") is not None:
@@ -161,10 +160,10 @@ def _injection(a: Answer) -> list[RenderableType]:
         f"baseline  {_tops(a['baseline'])}",
         f"injected  {_tops(a['injected'])}",
         f"KL {a['kl']:.3f} nats, {a['rows_replaced']} rows of {_text(a['replaced_text'])} replaced by those of "
-        f"{_text(a['donor_text'])}",
+        f"{_text(a.get('donor_text', 'a kept cache'))}",
         f"baseline  {_text(a['baseline_continuation']['text'])}",
         f"injected  {_text(a['injected_continuation']['text'])}",
-        f"[dim]{a['handle']}[/]",
+        f"[dim]{a.get('handle', 'not kept')}[/]",
     ]
 
 

@@ -32,7 +32,7 @@ FLUSH = 0.2
 def serve(settings: Settings) -> None:
     """Serve MCP over stdio, or with --http over HTTP: /mcp (Streamable HTTP) and /sse on one port."""
     logs.configure(settings.log_level)
-    lab = Lab(sources=sources(settings))
+    lab = Lab(sources=sources(settings), converted=settings.converted and not settings.read_only)
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
     server = build_server(lab, settings.toolset, settings.read_only, watch)
     if settings.http:

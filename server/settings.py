@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import typer
-from limits import parse
 from platformdirs import user_config_path
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -63,6 +62,9 @@ class Settings(BaseSettings):
         "HTTP from nowhere.",
     )
     downloads: bool = Field(True, description="Fetch models of the catalogue and the hub that are not there yet.")
+    converted: bool = Field(
+        True, description="Keep weights as float32 in the cache directory, so that the next start maps them."
+    )
     toolset: Literal["core", "analysis", "all"] = Field("all", description="Which tools are offered.")
     read_only: bool = Field(False, description="Offer nothing that writes or deletes; fetch no models.")
     body_limit: ByteSize = Field(ByteSize(4 << 20), ge=1024, description="Longest HTTP request body, such as 4MiB.")
@@ -78,6 +80,8 @@ class Settings(BaseSettings):
     @field_validator("rate_limit")
     @classmethod
     def _a_rate(cls, value: str) -> str:
+        from limits import parse
+
         parse(value)
         return value
 

@@ -19,6 +19,7 @@ from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.errors import EngineError
+from server import published
 from server.auth import principal
 from server.call import Call
 from server.complaints import MOST_FIELDS, crowded, explain
@@ -77,7 +78,7 @@ def _annotations(function: ToolFunction) -> ToolAnnotations:
     changes = function.__name__ == "release"
     return ToolAnnotations(
         read_only_hint=not changes,
-        destructive_hint=changes,
+        destructive_hint=True if changes else None,
         idempotent_hint=True,
         open_world_hint=function.__name__ == "load_model",
     )
@@ -91,9 +92,9 @@ class StrictTool(Tool):
         arguments = tool.fn_metadata.arg_model
         arguments.model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", strict=True)
         arguments.model_rebuild(force=True)
-        tool.fn_metadata.output_schema = _without_titles(tool.fn_metadata.output_schema)
+        tool.fn_metadata.output_schema = published.result(tool.fn_metadata.output_schema or {})
         fields = {name: getattr(tool, name) for name in type(tool).model_fields}
-        return cls(**(fields | {"parameters": _without_titles(arguments.model_json_schema(by_alias=True))}))
+        return cls(**(fields | {"parameters": published.arguments(arguments.model_json_schema(by_alias=True))}))
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
         if (place := crowded(arguments)) is not None:
@@ -111,21 +112,6 @@ class StrictTool(Tool):
 
     def _compact(self, result: BaseModel) -> CallToolResult:
         """Structured content, and the same as one line of JSON for clients that only read text."""
-        structured = result.model_dump(mode="json", exclude_none=False)
-        text = result.model_dump_json(exclude_none=True)
+        structured = result.model_dump(mode="json", exclude_defaults=True)
+        text = result.model_dump_json(exclude_defaults=True)
         return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
-
-
-def _without_titles(schema: Any) -> Any:
-    """A JSON schema without the titles pydantic derives from names: they only cost an agent's context."""
-    if isinstance(schema, list):
-        return [_without_titles(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: {name: _without_titles(value) for name, value in inner.items()}
-        if key in ("properties", "$defs")
-        else _without_titles(inner)
-        for key, inner in schema.items()
-        if key != "title" or not isinstance(inner, str)
-    }

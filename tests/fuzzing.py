@@ -47,7 +47,7 @@ def family_directory(path: Path, row: str) -> Path:
         model.params.layer(layer)
     path.mkdir()
     (path / "config.json").write_text(json.dumps(families.ROWS[row]))
-    model.tokenizer._backend._library.save(str(path / "tokenizer.json"))
+    model.tokenizer.backend._library.save(str(path / "tokenizer.json"))
     save_file(tensors.made, path / "model.safetensors")
     return path
 

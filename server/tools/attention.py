@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Model, RecordHook, forward
+from engine.cost import of_pass
 from engine.errors import InputError
 from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, Positions, Prompt
@@ -41,7 +42,7 @@ def attention_pattern(
             f"{MOST_ENTRIES} entries; ask for fewer layers, heads or positions, or a smaller k"
         )
     record = RecordHook.for_layers(chosen, points=["attn_pattern"])
-    call.expect(1, engine)
+    call.expect(engine, of_pass(engine.config, len(ids), max(chosen) + 1), len(ids))
     forward(engine, ids, hook=record, stop=max(chosen) + 1, logits_at="none", tick=call.tick)
     patterns = record.attention_weights
     return Attention(

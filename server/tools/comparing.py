@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Model, trace_forward
+from engine.cost import Cost, of_pass
 from engine.distribution import kl_divergence
 from engine.errors import InputError
 from engine.lens import lens_logits
@@ -21,7 +22,7 @@ from server.tools.reading import residuals_at
 DIVERGED = 0.1
 """Nats of KL between two lenses from which layers count as different."""
 
-Side = Annotated[Prompt, Field(description="a prompt, an act: handle of a capture, or a model: handle")]
+Side = Annotated[Prompt, Field(description="a prompt, an act: handle or a model: handle")]
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,15 @@ def compare(
     b: Side,
     prompt: Annotated[Prompt | None, Field(description="what both run, when a and b are models")] = None,
     layers: Layers = "all",
-    position: Annotated[int, Field(description="in each prompt or capture; negative from its end")] = -1,
+    position: Annotated[int, Field(description="-1 is each one's last")] = -1,
     model: ModelRef = None,
 ) -> Comparison:
     """Compare two runs layer by layer: cosine and distance of the residuals, and KL of what the lens reads.
 
-    Two prompts on one model, two captures, or two models on one prompt. To find what makes the difference, patch one
-    into the other with causal_trace.
+    Two prompts on one model, two captures, or two models on one prompt. What makes the difference? Patch one into the
+    other with causal_trace.
     """
+    _expect(call, [a, b], prompt, layers, model)
     runs = [_run(call, side, prompt, layers, position, model) for side in (a, b)]
     if prompt is not None and not all(map(_is_model, (a, b))):
         raise InputError("prompt is for comparing two models: give a and b as model: handles")
@@ -73,15 +75,32 @@ def compare(
     )
 
 
+def _expect(call: Call, sides: Sequence[Any], prompt: Any, layers: list[int] | str, model: str | None) -> None:
+    """A pass of each side that is not a capture, as far as the last layer that is compared."""
+    cost, longest = Cost(), 1
+    for side in sides:
+        engine = call.loaded(side if _is_model(side) else model).model
+        text = prompt if _is_model(side) else side
+        if text is not None and not _is_capture(side):
+            length = len(engine.encode(text))
+            cost += of_pass(engine.config, length, max(layer_list(engine, layers)) + 1)
+            longest = max(longest, length)
+    call.expect(engine, cost, longest)
+
+
 def _is_model(side: str | Sequence[int]) -> bool:
     return isinstance(side, str) and side.startswith("model:")
+
+
+def _is_capture(side: str | Sequence[int]) -> bool:
+    return isinstance(side, str) and side.startswith("act:")
 
 
 def _run(call: Call, side: Any, prompt: Any, layers: list[int] | str, position: int, model: str | None) -> _Run:
     if _is_model(side) and prompt is None:
         raise InputError("to compare models, give the prompt that both run")
     loaded = call.loaded(side if _is_model(side) else model)
-    if isinstance(side, str) and side.startswith("act:"):
+    if _is_capture(side):
         record = call.record(side, "act")
         if record.provenance["fingerprint"] != loaded.model.fingerprint:
             raise InputError(f"{side} was made with another model, {record.provenance['model']}")

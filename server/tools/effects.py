@@ -7,41 +7,42 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from engine import Intervention, Model, capture_donor_state, compile_interventions, forward
+from engine.cost import of_pass
 from engine.distribution import kl_divergence, softmax_of
 from engine.edits import Edit, Scope
 from engine.errors import InputError
 from engine.ops import Array
-from schemas.arguments import Layers, ModelRef, PointName, Prompt, Steer, Target, TokenRef
+from schemas.arguments import Layers, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
 from schemas.arguments import Scope as ScopeArgument
 from schemas.base import Integers
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
-from schemas.interventions import Interventions
+from schemas.interventions import FurtherInterventions
 from server.call import Call, layer_list, probabilities, token_id, token_ids
-from server.interventions import described_interventions, replacements, scope
+from server.interventions import cost_of_passes, described_cost, described_interventions, replacements, scope
 from server.lab import LoadedModel
 
 LEAST_GAP = 0.05
 SHOWN = 5
 
-Heads = Annotated[Integers | None, Field(description="limit to these heads (points q, k, v, attn_pattern, z)")]
-Asked = Annotated[TokenRef | None, Field(description="report this token's probability and logit too")]
-Against = Annotated[TokenRef | None, Field(description="with token: report logit(token) - logit(against)")]
+Heads = Annotated[Integers | None, Field(description="at q, k, v, attn_pattern, z")]
+Asked = Annotated[TokenRef | None, Field(description="also report this one")]
+Against = Annotated[TokenRef | None, Field(description="also report logit(token) - logit(against)")]
 
 
 def forward_ablate(
     call: Call,
     prompt: Prompt,
     layers: Layers | None = None,
-    point: PointName = "resid_post",
+    point: PointRef = "resid_post",
     positions: ScopeArgument = "all",
     heads: Heads = None,
     mode: Literal["zero", "mean", "resample"] = "zero",
     mean_over: Annotated[
-        list[Prompt] | None, Field(min_length=1, max_length=50, description="for mean and resample: the prompts")
+        list[Prompt] | None, Field(min_length=1, max_length=50, description="mean, resample: prompts")
     ] = None,
     token: Asked = None,
     against: Against = None,
-    interventions: Interventions = None,
+    interventions: FurtherInterventions = None,
     model: ModelRef = None,
 ) -> Effect:
     """Ablate a point of some layers and compare the next-token distribution with the baseline.
@@ -52,7 +53,8 @@ def forward_ablate(
     loaded = call.loaded(model)
     engine = loaded.model
     ids = token_ids(engine, prompt)
-    call.expect(2 + len(mean_over or ()), engine)
+    taken = [] if layers is None or mode == "zero" else mean_over or []
+    call.expect(engine, cost_of_passes(engine, [*taken, ids, ids]) + described_cost(engine, interventions), len(ids))
     made = [] if layers is None else _ablations(call, engine, layers, point, positions, heads, mode, mean_over)
     effect = _compared(call, loaded, ids, made, interventions, token, against)
     if made and mode == "zero" and point == "resid_post" and positions == "all":
@@ -93,7 +95,7 @@ def forward_steer(
     positions: ScopeArgument = "last",
     token: Asked = None,
     against: Against = None,
-    interventions: Interventions = None,
+    interventions: FurtherInterventions = None,
     model: ModelRef = None,
 ) -> Effect:
     """Add alpha * vector to resid_post of layers and compare the next-token distribution with the baseline.
@@ -102,6 +104,9 @@ def forward_steer(
     """
     loaded = call.loaded(model)
     ids = token_ids(loaded.model, prompt)
+    call.expect(
+        loaded.model, of_pass(loaded.model.config, len(ids)) * 2 + described_cost(loaded.model, interventions), len(ids)
+    )
     made = steering(call, loaded.model, steers or (), scope(positions))
     return _compared(call, loaded, ids, made, interventions, token, against)
 
@@ -125,10 +130,10 @@ def patch_activations(
     donor: Prompt,
     recipient: Prompt,
     targets: Annotated[list[Target], Field(min_length=1, max_length=1000)],
-    point: PointName = "resid_post",
+    point: PointRef = "resid_post",
     token: Asked = None,
     against: Against = None,
-    interventions: Interventions = None,
+    interventions: FurtherInterventions = None,
     model: ModelRef = None,
 ) -> PatchEffect:
     """Write the donor's rows at (layer, position) into the recipient's run: does the answer move to the donor's?
@@ -140,7 +145,9 @@ def patch_activations(
     engine = loaded.model
     ids, donor_ids = token_ids(engine, recipient), token_ids(engine, donor)
     pairs = dict.fromkeys(_pair(engine, target, len(donor_ids), len(ids)) for target in targets)
-    call.expect(4, engine)
+    captured = of_pass(engine.config, len(donor_ids), 1 + max(layer for layer, _, _ in pairs))
+    passes = cost_of_passes(engine, [donor_ids, ids, ids])
+    call.expect(engine, captured + passes + described_cost(engine, interventions), len(ids))
     state = capture_donor_state(engine, donor_ids, {(layer, source) for layer, source, _ in pairs}, point, call.tick)
     made = [
         Intervention("patch", (layer,), point, rows={dest: state.rows[layer, source]}) for layer, source, dest in pairs
@@ -179,7 +186,7 @@ def _compared(
     loaded: LoadedModel,
     ids: list[int],
     own: Sequence[Intervention],
-    described: Interventions,
+    described: FurtherInterventions,
     token: str | int | None,
     against: str | int | None,
 ) -> Effect:
@@ -189,8 +196,6 @@ def _compared(
         raise InputError("against needs token: logit(token) - logit(against) is reported")
     asked = None if token is None else token_id(engine, token)
     other = None if against is None else token_id(engine, against)
-    if call.expected is None:
-        call.expect(2, engine)
     made = [*own, *described_interventions(call, engine, described, len(ids))]
     if not made:
         raise InputError("nothing would be changed: give the tool's own arguments, or interventions")

@@ -9,7 +9,7 @@ from engine import KVCache, Model
 from engine import kv_inject_test as scanned
 from engine import prefill_inject as injected
 from engine.errors import InputError
-from engine.injection import Injection, InjectionCell
+from engine.injection import Injection, InjectionCell, kv_inject_cost, prefill_inject_cost
 from schemas import effects
 from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
 from schemas.base import Integers
@@ -26,17 +26,15 @@ def prefill_inject(
     recipient: Prompt,
     donor: Annotated[Prompt, Field(description="a prompt, or the kv: handle of a kept cache")],
     layers: Layers = "all",
-    source: Annotated[
-        Span | None, Field(description="[start, end) of the donor's positions; left out: all that fit")
-    ] = None,
-    dest: Annotated[int, Field(ge=0, description="where they go in the recipient")] = 0,
+    source: Annotated[Span | None, Field(description="[start, end) of the donor; left out: all that fit")] = None,
+    dest: Annotated[int, Field(ge=0, description="start in the recipient")] = 0,
     what: Literal["kv", "k", "v"] = "kv",
     rope: Annotated[
         Literal["realign", "keep"], Field(description="realign turns keys to their new positions")
     ] = "realign",
     heads: Annotated[Integers | None, Field(description="key-value heads; left out: all")] = None,
     max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
-    keep: Annotated[bool, Field(description="keep the edited cache as a kv: handle")] = False,
+    keep: Annotated[bool, Field(description="keep the cache as a kv: handle")] = False,
     model: ModelRef = None,
 ) -> InjectionResult:
     """Transplant part of the donor's key-value cache into the recipient and continue from it.
@@ -48,7 +46,7 @@ def prefill_inject(
     engine = loaded.model
     ids = token_ids(engine, recipient)
     donor_ids, donor_cache = _donor(call, engine, donor)
-    call.expect(4 + 2 * max_new_tokens, engine)
+    call.expect(engine, prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens), len(ids))
     result = injected(
         engine, ids, donor_cache or donor_ids, layer_list(engine, layers),
         None if source is None else (source[0], source[1]), dest, what, rope, heads, max_new_tokens, call.tick,
@@ -121,7 +119,7 @@ def kv_inject_test(
     call: Call,
     recipient: Prompt,
     donor: Prompt,
-    target: Annotated[TokenRef, Field(description="the donor's answer, one token")],
+    target: Annotated[TokenRef, Field(description="the donor's answer")],
     layers: Layers = "all",
     model: ModelRef = None,
 ) -> InjectionTest:
@@ -136,7 +134,7 @@ def kv_inject_test(
     if isinstance(donor, str) and donor.startswith("kv:"):
         raise InputError("kv_inject_test runs the donor itself: give its prompt, not a kv: handle")
     chosen, wanted = layer_list(engine, layers), token_id(engine, target)
-    call.expect(6, engine)
+    call.expect(engine, kv_inject_cost(engine, ids, donor_ids, chosen), len(ids))
     scan = scanned(engine, ids, donor_ids, wanted, chosen, tick=call.tick)
     return InjectionTest(
         model=loaded.handle,

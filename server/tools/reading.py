@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Model, RecordHook, forward, trace_forward
+from engine.cost import of_pass, row_size
 from engine.distribution import rank_of, softmax_of, top_k
 from engine.errors import InputError
 from engine.lens import lens_logits
@@ -32,7 +33,7 @@ def capture_residuals(
     layers: Layers = "all",
     points: Annotated[list[PointName], Field(fail_fast=True, min_length=1)] = ["resid_post"],  # noqa: B006
     positions: Positions = "last",
-    lens_k: Annotated[int, Field(ge=0, le=10, description="also read each row with the lens, top k")] = 0,
+    lens_k: Annotated[int, Field(ge=0, le=10, description="read each row with the lens, top k")] = 0,
     model: ModelRef = None,
 ) -> Capture:
     """Run a prompt and keep named activations under an act: handle, with their norms.
@@ -47,7 +48,8 @@ def capture_residuals(
     for name in names:
         engine.check_point(name)
     record = RecordHook.for_layers(chosen, points=names, positions=sorted(rows))
-    call.expect(1, engine)
+    held = sum(4 * len(chosen) * len(rows) * row_size(engine.config, name, len(ids)) for name in names)
+    call.expect(engine, of_pass(engine.config, len(ids)).holding(held), len(ids))
     forward(engine, ids, hook=record, logits_at="none", tick=call.tick)
     kept = {name: _ordered(record.get(name), name, rows) for name in names}
     tensors = {f"{name}.{layer}": array for name, by_layer in kept.items() for layer, array in by_layer.items()}
@@ -122,7 +124,7 @@ def _lens_rows(model: Model, by_layer: dict[int, Array], rows: list[int], k: int
 def logit_lens(
     call: Call,
     prompt: Prompt | None = None,
-    tensor: Annotated[str | None, Field(description="an act: handle that holds residuals")] = None,
+    tensor: Annotated[str | None, Field(description="act: handle of residuals")] = None,
     layers: Layers = "all",
     positions: Positions = "last",
     k: TopK = 3,
@@ -142,7 +144,7 @@ def logit_lens(
     chosen, rows = layer_list(engine, layers), position_list(engine, positions, len(ids))
     last = engine.config.n_layers - 1
     record = RecordHook.for_layers({*chosen, last}, points=["resid_post"])
-    call.expect(1, engine)
+    call.expect(engine, of_pass(engine.config, len(ids)), len(ids))
     own = forward(engine, ids, hook=record, logits_at=rows, tick=call.tick).logits
     assert own is not None
     kept = {layer: record.post_layer[layer][rows] for layer in {*chosen, last}}
@@ -201,7 +203,7 @@ def residuals_at(record: Record, layers: list[int] | str, position: int, model: 
 
 def _layer_logits(call: Call, model: Model, ids: list[int], layers: list[int], position: int) -> dict[int, Array]:
     """{layer: (d_vocab,)} lens logits at one position."""
-    call.expect(1, model)
+    call.expect(model, of_pass(model.config, len(ids)), len(ids))
     trace = trace_forward(model, ids, capture_layers=layers, positions=[position], tick=call.tick)
     return {layer: lens_logits(model, rows)[0] for layer, rows in trace.residuals.items()}
 
@@ -253,7 +255,7 @@ def track_race(
     prompt: Prompt,
     tokens: Annotated[
         list[TokenRef] | None,
-        Field(min_length=2, max_length=10, description="left out: the last layer's five most probable"),
+        Field(min_length=2, max_length=10, description="default: the five most probable"),
     ] = None,
     layers: Layers = "all",
     position: int = -1,

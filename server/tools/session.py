@@ -20,10 +20,10 @@ def load_model(
     ] = "smollm2-135m-instruct",
     weights: Annotated[
         Literal["dense", "scoped"],
-        Field(description="dense: float32 in memory; scoped: less memory, slower, the same numbers"),
+        Field(description="scoped: less memory, slower, same numbers"),
     ] = "dense",
     dense_layers: Annotated[
-        int | None, Field(ge=1, description="for scoped weights: how many layers stay dense, 1 if left out")
+        int | None, Field(ge=1, description="scoped: how many layers stay dense; default 1")
     ] = None,
 ) -> ModelInfo:
     """Load a model once and return its handle, shape and memory. Call this first; later calls return at once.
@@ -40,6 +40,7 @@ def load_model(
         family=cfg.family,
         fingerprint=loaded.model.fingerprint,
         weights=loaded.model.weights,
+        conversion=loaded.model.conversion,
         dense_layers=params.keep,
         n_layers=cfg.n_layers,
         d_model=cfg.d_model,
@@ -93,9 +94,7 @@ def tokenize(
 def read_tensor(
     call: Call,
     handle: Annotated[str, Field(description="an act:, vec: or kv: handle")],
-    tensor: Annotated[
-        str | None, Field(description="which tensor, as in resid_post.3; the first when left out")
-    ] = None,
+    tensor: Annotated[str | None, Field(description="as in resid_post.3; default the first")] = None,
     start: Annotated[int, Field(ge=0)] = 0,
     count: Annotated[int, Field(ge=1, le=500)] = 64,
 ) -> TensorPage:

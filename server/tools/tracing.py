@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Metric, Model, Scan, patching_grid
+from engine.scans import patching_grid_cost
 from schemas.arguments import Layers, MetricName, ModelRef, PointName, Prompt, TokenRef
 from schemas.base import Integers
 from schemas.scans import CausalTrace, GridCell, TokenPair
@@ -18,19 +19,19 @@ MOST_DIFFERENCES = 20
 
 def causal_trace(
     call: Call,
-    clean: Annotated[Prompt, Field(description="the prompt that gives the answer; its rows are put in")],
-    corrupt: Annotated[Prompt, Field(description="as many tokens, another answer; the run that is patched")],
+    clean: Annotated[Prompt, Field(description="gives the answer; its rows are put in")],
+    corrupt: Annotated[Prompt, Field(description="as many tokens, another answer; is patched")],
     token: Annotated[TokenRef | None, Field(description="the clean prompt's answer; not for kl")] = None,
     against: Annotated[TokenRef | None, Field(description="for logit_difference: the corrupt prompt's answer")] = None,
     point: PointName = "resid_post",
     metric: MetricName = "probability",
     by: Annotated[
         Literal["position", "head", "head_position"],
-        Field(description="a cell is one position, one head at all positions, or one head at one position"),
+        Field(description="a cell: a position, a head at all positions, or a head at a position"),
     ] = "position",
     layers: Layers = "all",
     positions: Annotated[Integers | None, Field(min_length=1, description="left out: all")] = None,
-    k: Annotated[int, Field(ge=1, le=50, description="how many cells to list")] = 10,
+    k: Annotated[int, Field(ge=1, le=50, description="cells listed")] = 10,
     model: ModelRef = None,
 ) -> CausalTrace:
     """Find where an answer is computed: patch a clean run's activations into a corrupt one, cell by cell.
@@ -43,10 +44,9 @@ def causal_trace(
     engine = loaded.model
     ids, donor = token_ids(engine, corrupt), token_ids(engine, clean)
     wanted = _metric(engine, metric, token, against)
-    call.expect(3, engine)
-    grid = patching_grid(
-        engine, donor, ids, wanted, point, by, layer_list(engine, layers), positions, tick=call.tick
-    )  # fmt: skip
+    cells = point, by, layer_list(engine, layers), positions
+    call.expect(engine, patching_grid_cost(engine, donor, ids, *cells), len(ids))
+    grid = patching_grid(engine, donor, ids, wanted, *cells, tick=call.tick)
     return CausalTrace(
         model=loaded.handle,
         notice=loaded.notice,

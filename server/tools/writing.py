@@ -6,12 +6,13 @@ from typing import Annotated
 from pydantic import Field
 
 from engine import Generation, Intervention, KVCache, Model, compile_interventions, generate
+from engine.cost import of_generation
 from engine.errors import InputError
-from schemas.arguments import Layers, ModelRef, Prompt, Steer
+from schemas.arguments import Layers, ModelRef, Prompt, Steers
 from schemas.effects import Continuation, HookedGeneration
 from schemas.interventions import Interventions
 from server.call import Call, layer_list, token_ids
-from server.interventions import described_interventions
+from server.interventions import described_cost, described_interventions
 from server.metrics import count_tokens
 from server.tools.effects import applied, steering
 
@@ -20,13 +21,13 @@ def generate_with_hooks(
     call: Call,
     prompt: Prompt,
     max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
-    ablate_layers: Annotated[Layers | None, Field(description="layers whose resid_post is zeroed, all rows")] = None,
-    steers: Annotated[list[Steer] | None, Field(max_length=64)] = None,
+    ablate_layers: Annotated[Layers | None, Field(description="resid_post zeroed, all rows")] = None,
+    steers: Steers | None = None,
     interventions: Interventions = None,
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0,
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
     seed: Annotated[int, Field(ge=0)] = 0,
-    cache: Annotated[str | None, Field(description="a kv: handle; the prompt's tokens follow what it holds")] = None,
+    cache: Annotated[str | None, Field(description="kv: handle; the prompt follows what it holds")] = None,
     model: ModelRef = None,
 ) -> HookedGeneration:
     """Generate text without and with ablation, steering and other interventions, the hooks active at every step.
@@ -40,11 +41,12 @@ def generate_with_hooks(
     start = None if cache is None else held_cache(call, engine, cache)
     length = len(ids) + (0 if start is None else start.next_position)
     ablated = () if ablate_layers is None else tuple(layer_list(engine, ablate_layers))
+    texts = of_generation(engine.config, len(ids), max_new_tokens) * 2
+    call.expect(engine, texts + described_cost(engine, interventions), len(ids))
     made = [Intervention("zero", ablated)] if ablated else []
     made += steering(call, engine, steers or (), "last")
     made += described_interventions(call, engine, interventions, length)
     hook = compile_interventions(engine, made, length, max_new_tokens)
-    call.expect(2 * max_new_tokens, engine)
     run = partial(generate, engine, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     baseline, hooked = (
         run(hook=h, cache=None if start is None else start.fork(), tick=call.tick) for h in (None, hook)

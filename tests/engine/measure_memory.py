@@ -1,6 +1,8 @@
 """Loads SmolLM2 and uses it, and prints what that took; run by test_memory.py.
 
-    python measure_memory.py dense|scoped
+    python measure_memory.py dense|mapped|scoped DIRECTORY
+
+"mapped" is dense weights from the conversion that "dense" leaves in DIRECTORY.
 
 Prints JSON in bytes: `peak`, the kernel's VmHWM: the largest resident set the process ever had, which is anonymous and
 file-backed pages together (RssAnon + RssFile + RssShmem), mapped files included; `before`, the same before the model is
@@ -15,7 +17,7 @@ from pathlib import Path
 import gguf.quants  # noqa: F401
 import tokenizers  # noqa: F401
 
-from engine import Model, RecordHook, forward, load_model
+from engine import Model, RecordHook, converted, forward, load_model
 
 
 def kilobytes(field: str) -> int:
@@ -31,9 +33,11 @@ def weights(model: Model) -> int:
 
 
 def main() -> None:
+    converted.directory = lambda: Path(sys.argv[2])
     gc.collect()
     before = kilobytes("VmHWM")
-    model = load_model("smollm2-135m-instruct", weights=sys.argv[1])
+    model = load_model("smollm2-135m-instruct", weights={"mapped": "dense"}.get(sys.argv[1], sys.argv[1]))
+    assert model.conversion == {"dense": "made", "mapped": "used", "scoped": "none"}[sys.argv[1]], model.conversion
     ids = list(range(1000, 1032))
     forward(model, ids)
     record = RecordHook.for_layers(range(model.config.n_layers))

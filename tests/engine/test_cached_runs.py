@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from declared import turns
 from recording import Calls, Replace, cached
-from tolerances import SAME, after_zeroing, assert_close, assert_moved, assert_same
+from tolerances import SAME, assert_close, assert_moved, assert_same, far_out
 
 from engine import CompositeHook, Intervention, KVCache, SteerHook, ZeroAblateHook, compile_interventions, forward
 from engine.errors import CacheError, InputError, PositionError
@@ -69,7 +69,7 @@ def test_cached_equals_uncached_under_intervention(model, ids, plain, name):
     expected = whole(model, ids, HOOKS[name](model), prompt=3)
     sizes = [size for size in (3, 1, 1, len(ids) - 5) if size]
     logits, _ = cached(model, ids, sizes, HOOKS[name](model), prompt=3)
-    tolerance = after_zeroing(model) if "ablation" in name else SAME
+    tolerance = far_out(model) if "ablation" in name else SAME
     assert_close(logits, expected, tolerance)
     assert_moved(logits, plain, tolerance)
 
@@ -95,8 +95,8 @@ def test_position_zero_is_the_first_token_in_every_chunk(model, ids, plain):
     logits, _ = cached(model, ids, [2, 1, len(ids) - 3], hook)
     assert hook.edits[0].fired == 1
     whole_run = whole(model, ids, ZeroAblateHook.for_layers([1], positions=[0]))
-    assert_close(logits, whole_run, after_zeroing(model))
-    assert_moved(logits, plain, after_zeroing(model))
+    assert_close(logits, whole_run, far_out(model))
+    assert_moved(logits, plain, far_out(model))
 
 
 def test_a_fork_continues_like_the_original_and_leaves_it_alone(model, ids, donor, plain):

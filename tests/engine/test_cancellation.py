@@ -100,5 +100,5 @@ def test_loading_ticks_per_layer_and_can_be_cancelled(smollm2):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        load_model("smollm2-135m-instruct", tick=cancel)
+        load_model("smollm2-135m-instruct", tick=cancel, converted=False)
     assert ticks == [(0, 30, "reading layer 0"), (1, 30, "reading layer 1")]

@@ -39,6 +39,17 @@ def test_the_doctor_finds_a_sound_installation_sound() -> None:
     assert all(word in made.stdout for word in ("Python", "openblas", "writable", "self-test", "cached and uncached"))
 
 
+def test_a_thorough_doctor_finds_damaged_weights_and_says_what_to_delete(tmp_path: Path) -> None:
+    place = tmp_path / "mechscope" / "converted"
+    place.mkdir(parents=True)
+    (place / "some-model.safetensors").write_bytes(b"damaged")
+    quick, whole = (run("doctor", *thorough, XDG_CACHE_HOME=str(tmp_path)) for thorough in ((), ("--thorough",)))
+    assert quick.returncode == 0, quick.stdout
+    assert f"1 models, 0 MB in {place}; delete it to free them" in quick.stdout
+    assert whole.returncode == 1
+    assert "some-model.safetensors: its header is damaged, delete it" in whole.stdout
+
+
 @pytest.mark.parametrize("place", ["XDG_CACHE_HOME", "XDG_DATA_HOME"])
 def test_the_doctor_finds_a_folder_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     in_the_way = tmp_path / "file"

@@ -2,7 +2,9 @@
 
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -57,16 +59,46 @@ async def test_every_tool_has_the_argument_names_the_design_fixes() -> None:
 
 
 @pytest.mark.anyio
-async def test_every_schema_is_valid_closed_and_published() -> None:
+async def test_every_schema_is_valid_and_arguments_are_closed() -> None:
     for tool in await listed("auto"):
         for schema in (tool["inputSchema"], tool["outputSchema"]):
             jsonschema.Draft202012Validator.check_schema(schema)
-            open_objects = [
-                name
-                for name, part in {"root": schema, **schema.get("$defs", {})}.items()
-                if part.get("type") == "object" and part.get("additionalProperties") is not False
-            ]
-            assert open_objects == [], f"{tool['name']} takes or gives unknown fields in {open_objects}"
+            assert tool["inputSchema"]["additionalProperties"] is False, tool["name"]
+
+
+def objects(schema: Any) -> Iterator[dict]:
+    """Every object that is described field by field, at any depth."""
+    if isinstance(schema, list):
+        for item in schema:
+            yield from objects(item)
+    elif isinstance(schema, dict):
+        if "properties" in schema and schema.get("type") == "object":
+            yield schema
+        for value in schema.values():
+            yield from objects(value)
+
+
+@pytest.mark.anyio
+async def test_arguments_are_closed_at_every_depth() -> None:
+    described = [(tool["name"], part) for tool in await listed("auto") for part in objects(tool["inputSchema"])]
+    assert len(described) > len(TOOLS)
+    assert [(name, part) for name, part in described if part.get("additionalProperties") is not False] == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("mode", ERAS)
+async def test_the_whole_list_fits_in_ten_thousand_tokens(mode: str) -> None:
+    whole = json.dumps(await listed(mode), separators=(",", ":"), ensure_ascii=False)
+    assert len(whole.encode()) < 40_000
+
+
+@pytest.mark.anyio
+async def test_annotations_say_what_a_tool_changes() -> None:
+    hints = {tool["name"]: tool["annotations"] for tool in await listed("auto")}
+    assert {name for name, hint in hints.items() if hint.get("destructiveHint")} == {"release"}
+    assert {name for name, hint in hints.items() if not hint["readOnlyHint"]} == {"release"}
+    assert all(hint["idempotentHint"] for hint in hints.values())
+    assert {name for name, hint in hints.items() if hint["openWorldHint"]} == {"load_model"}
 
 
 @pytest.mark.anyio

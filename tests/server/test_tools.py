@@ -160,9 +160,7 @@ async def test_forward_ablate_reports_the_effect_and_how_often_it_fired(lab: Lab
     assert close(answer["kl"], kl_divergence(changed, base))
     assert close(answer["token"]["probability"], softmax_of(changed)[ord("c")])
     assert close(answer["token"]["baseline_probability"], softmax_of(base)[ord("c")])
-    assert answer["applied"] == [
-        {"kind": "zero", "point": "resid_post", "layer": 1, "positions": [2, 3], "heads": None, "fired": 2}
-    ]
+    assert answer["applied"] == [{"kind": "zero", "point": "resid_post", "layer": 1, "positions": [2, 3], "fired": 2}]
 
 
 async def test_zeroing_a_whole_residual_names_the_points_that_answer_better(lab: Lab) -> None:

@@ -1,0 +1,108 @@
+"""What work will take, before it is done: `Cost`, in rows through layers; `seconds`, from passes timed now.
+
+of_pass          a forward pass
+of_generation    prefill and decode
+sweeps, grids and injections say theirs beside themselves: sweep_cost, patching_grid_cost, kv_inject_cost
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+from engine.cache import KVCache
+from engine.config import Config
+from engine.decoder import forward
+from engine.network import Network
+from engine.ops import QUERY_BLOCK
+from engine.points import point as point_named
+
+MOST_TIMED = 256
+"""Rows of the pass that is timed; longer ones take about as long by the row."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some work takes.
+
+    layers: layers entered, which is how often `tick` is called; rows: rows that go through a layer with others; steps:
+    rows that go through one alone, as in decoding; nbytes: of arrays held at one time, about, beside the weights.
+    """
+
+    layers: int = 0
+    rows: int = 0
+    steps: int = 0
+    nbytes: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """One after the other."""
+        nbytes = max(self.nbytes, other.nbytes)
+        return Cost(self.layers + other.layers, self.rows + other.rows, self.steps + other.steps, nbytes)
+
+    def __mul__(self, times: int) -> "Cost":
+        """So many times over."""
+        return Cost(self.layers * times, self.rows * times, self.steps * times, self.nbytes)
+
+    def holding(self, nbytes: int) -> "Cost":
+        """The same with so many bytes more held."""
+        return Cost(self.layers, self.rows, self.steps, self.nbytes + nbytes)
+
+    def passes(self, cfg: Config, length: int) -> float:
+        """In forward passes of a prompt of `length` tokens; a decoded token is one too."""
+        return (self.rows / length + self.steps) / cfg.n_layers
+
+
+def of_pass(cfg: Config, length: int, stop: int | None = None) -> Cost:
+    """A forward pass of `length` tokens, up to layer `stop`."""
+    layers = cfg.n_layers if stop is None else stop
+    alone = length == 1
+    rows = layers * length
+    return Cost(layers, 0 if alone else rows, rows if alone else 0, working_bytes(cfg, length, length))
+
+
+def of_generation(cfg: Config, length: int, max_new_tokens: int) -> Cost:
+    """A prompt of `length` tokens and at most so many new ones; the last of them is never fed back."""
+    cache = 8 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * (length + max_new_tokens)
+    return (of_pass(cfg, length) + of_pass(cfg, 1) * (max_new_tokens - 1)).holding(cache)
+
+
+def working_bytes(cfg: Config, rows: int, length: int) -> int:
+    """About what so many rows of a prompt need inside a block: activations, all keys and values, a pattern."""
+    heads = cfg.n_heads * cfg.d_head
+    by_row = 6 * cfg.d_model + 3 * cfg.d_mlp + 4 * heads
+    keys = 3 * length * cfg.n_kv_heads * cfg.d_head
+    return 4 * (rows * by_row + keys + 2 * cfg.n_heads * min(rows, QUERY_BLOCK) * length)
+
+
+def row_shape(cfg: Config, point: str, length: int) -> tuple[int, ...]:
+    """([heads,] width) of one position at a point, in a prompt of `length` tokens."""
+    feature = point_named(point).axes[-1]
+    width = length if feature == "key" else getattr(cfg, feature)
+    if point_named(point).head_axis is None:
+        return (width,)
+    return (cfg.n_kv_heads if point in ("k", "v") else cfg.n_heads, width)
+
+
+def row_size(cfg: Config, point: str, length: int) -> int:
+    """Numbers in one position's row."""
+    return math.prod(row_shape(cfg, point, length))
+
+
+def seconds(model: Network, cost: Cost) -> float:
+    """About how long the work will take: passes of its kind are timed now, on this machine, and scaled."""
+    layers, total = model.config.n_layers, 0.0
+    if cost.rows:
+        together = max(2, min(cost.rows // max(cost.layers, 1), MOST_TIMED, model.config.n_ctx))
+        total += cost.rows * _timed(model, together) / (layers * together)
+    if cost.steps:
+        total += cost.steps * _timed(model, 1) / layers
+    return total
+
+
+def _timed(model: Network, length: int) -> float:
+    """Seconds of a pass of so many tokens, the better of two."""
+    taken = []
+    for _ in range(2):
+        started = time.perf_counter()
+        forward(model, [[0] * length], cache=KVCache.with_layers(model.config.n_layers))
+        taken.append(time.perf_counter() - started)
+    return min(taken)

@@ -1,0 +1,273 @@
+"""Weights converted once: the next load maps what the first one made of the files, and never anything else."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf_rows
+import numpy as np
+import pytest
+import tiny_files
+from filelock import FileLock
+from safetensors.numpy import load_file
+from tolerances import assert_same
+
+import engine
+from engine import Model, converted, forward, load_model
+from engine.errors import DamagedFile, InputError
+
+IDS = [70, 3, 99, 5, 5, 180, 12]
+WORDS = "the thé 12"
+
+
+@pytest.fixture(autouse=True)
+def shelf(tmp_path, monkeypatch) -> Path:
+    """A cache directory of this test's own, where models of any size are kept."""
+    monkeypatch.setattr("engine.load.LEAST", 0)
+    monkeypatch.setattr(converted, "directory", lambda: tmp_path / "converted")
+    return tmp_path / "converted"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return tiny_files.hf_directory(tmp_path / "tiny")
+
+
+def logits(model: Model) -> np.ndarray:
+    return forward(model, IDS, logits_at="all").logits[0]
+
+
+def arrays(model: Model) -> dict[str, np.ndarray]:
+    return dict(converted._named(model.params, model.config.n_layers))
+
+
+def only_file() -> Path:
+    (file,) = converted.held()
+    return file
+
+
+def spoil(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def assert_same_model(a: Model, b: Model) -> None:
+    assert (a.config, a.fingerprint, a.name, a.weights) == (b.config, b.fingerprint, b.name, b.weights)
+    assert arrays(a).keys() == arrays(b).keys()
+    for name, array in arrays(a).items():
+        assert_same(array, arrays(b)[name])
+    assert (a.params.unembed is a.params.embed) == (b.params.unembed is b.params.embed)
+    assert_same(logits(a), logits(b))
+
+
+def gguf_file(row: str, at: Path) -> Path:
+    return gguf_rows.write(row, at / "tiny.gguf")
+
+
+@pytest.mark.parametrize("row", gguf_rows.ROWS)
+@pytest.mark.parametrize("write", [gguf_file, lambda row, at: gguf_rows.directory(row, at / "hf")], ids=["gguf", "hf"])
+def test_the_second_load_is_the_first_to_the_last_bit(row, write, tmp_path):
+    path = write(row, tmp_path)
+    first, second = load_model(path), load_model(path)
+    assert (first.conversion, second.conversion) == ("made", "used")
+    assert_same_model(second, first)
+    assert (second.tokenizer.bos, second.tokenizer.eos) == (first.tokenizer.bos, first.tokenizer.eos)
+    assert second.tokenizer.vocabulary == first.tokenizer.vocabulary
+    assert second.encode(WORDS) == first.encode(WORDS)
+    assert second.tokenizer.decode(IDS) == first.tokenizer.decode(IDS)
+
+
+def test_a_mapped_model_reads_its_files_only_for_words_and_refuses_others_then(tmp_path):
+    path = gguf_file("llama", tmp_path)
+    ids = load_model(path).encode(WORDS)
+    before, read = load_model(path), load_model(path)
+    assert read.encode(WORDS) == ids
+    path.write_bytes(path.read_bytes() + b"\0")
+    logits(before)
+    with pytest.raises(DamagedFile, match="has changed since it was loaded"):
+        before.encode(WORDS)
+    assert read.encode(WORDS) == ids, "what was read stays"
+
+
+def test_mapped_weights_cannot_be_written(source):
+    load_model(source)
+    weight = load_model(source).params.layer(0).q.weight
+    with pytest.raises(ValueError, match="read-only"):
+        weight[0, 0] = 1
+
+
+def test_arrays_begin_at_cache_lines_and_another_reader_reads_the_file(source):
+    first = load_model(source)
+    second = load_model(source)
+    first_weight = second.params.embed
+    assert first_weight.ctypes.data % converted.ALIGNMENT == 0
+    read = load_file(only_file())
+    assert {name: array.tolist() for name, array in read.items()} == {n: a.tolist() for n, a in arrays(first).items()}
+
+
+def test_another_model_at_the_same_path_is_converted_again(source, tmp_path):
+    old = load_model(source)
+    new = tiny_files.hf_directory(tmp_path / "new", tiny_files.weights(seed=1))
+    (new / "model.safetensors").replace(source / "model.safetensors")
+    changed = load_model(source)
+    assert changed.conversion == "made"
+    assert changed.fingerprint != old.fingerprint
+    assert_same_model(load_model(source), changed)
+    assert len(converted.held()) == 1, "the stale one is replaced"
+
+
+@pytest.mark.parametrize("change", ["config.json", "tokenizer.json"])
+def test_a_change_of_config_or_tokenizer_counts(change, source):
+    load_model(source)
+    text = json.loads((source / change).read_text())
+    (source / change).write_text(json.dumps(text, indent=1))
+    assert [load_model(source).conversion for _ in range(2)] == ["made", "used"]
+
+
+def test_files_swapped_for_others_of_one_size_and_time_are_noticed(source, tmp_path):
+    load_model(source)
+    weights = source / "model.safetensors"
+    was = weights.stat()
+    other = tiny_files.hf_directory(tmp_path / "new", tiny_files.weights(seed=1)) / "model.safetensors"
+    weights.write_bytes(other.read_bytes())
+    os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (was.st_size, was.st_mtime_ns)
+    assert load_model(source).conversion == "made"
+
+
+DAMAGE = {
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-4]),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + bytes(4)),
+    "empty": lambda file: file.write_bytes(b""),
+    "something else": lambda file: file.write_bytes(b"\xff" * 4096),
+    "its length field": lambda file: spoil(file, 0),
+    "an offset": lambda file: spoil(file, file.read_bytes().index(b"data_offsets") + 16),
+    "a note": lambda file: spoil(file, file.read_bytes().index(b"hidden_size") + 16),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_conversion_is_made_again(what, source):
+    first = load_model(source)
+    DAMAGE[what](only_file())
+    again = load_model(source)
+    assert again.conversion == "made"
+    assert_same_model(load_model(source), first)
+
+
+def test_numbers_that_rotted_are_told_by_their_digest(source):
+    load_model(source)
+    file = only_file()
+    assert converted.damage(file) is None
+    spoil(file, -2)
+    assert "numbers" in str(converted.damage(file))
+    spoil(file, 3)
+    assert "header" in str(converted.damage(file))
+
+
+def test_other_code_makes_its_own_conversion(source, monkeypatch):
+    load_model(source)
+    assert converted._code() == converted._code.__wrapped__(), "a digest of files, not of the process"
+    monkeypatch.setattr(converted, "_LOADERS", ("ops.py",))
+    converted._code.cache_clear()
+    try:
+        assert load_model(source).conversion == "made"
+    finally:
+        converted._code.cache_clear()
+
+
+def test_files_that_change_while_they_are_read_are_not_kept(source, shelf):
+    def tick(done, total, what):
+        if done == 1:
+            (source / "config.json").touch()
+
+    assert load_model(source, tick=tick).conversion == "not kept: its files changed while they were read"
+    assert converted.held() == []
+    assert list(shelf.glob("*.partial")) == []
+
+
+def test_a_conversion_that_another_process_is_making_is_left_to_it(source):
+    load_model(source)
+    file = only_file()
+    file.unlink()
+    with FileLock(file.with_suffix(".lock")):
+        waiting = load_model(source)
+    assert waiting.conversion == "not kept: another process is keeping it"
+    logits(waiting)
+
+
+def test_a_cache_that_cannot_be_written_stops_no_load(source, shelf):
+    shelf.write_text("a file")
+    model = load_model(source)
+    assert model.conversion.startswith("not kept: the cache directory cannot be written")
+    logits(model)
+
+
+def test_a_full_disk_stops_no_load_and_leaves_nothing(source, shelf, monkeypatch):
+    full = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr("engine.converted.shutil.disk_usage", lambda place: full)
+    assert "has no room for" in load_model(source).conversion
+    assert converted.held() == []
+
+
+def test_a_killed_process_leaves_no_conversion_and_its_remains_are_cleared(source, shelf):
+    script = f"""
+import os, sys
+sys.path[:0] = {sys.path!r}
+from engine import converted, load
+load.LEAST = 0
+converted.directory = lambda: __import__("pathlib").Path({str(shelf)!r})
+os.fsync = lambda fd: os.kill(os.getpid(), 9)
+load.load_model({str(source)!r})
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert ran.returncode == -9, ran.stderr
+    assert [file.suffix for file in shelf.iterdir() if file.suffix != ".lock"] == [".partial"]
+    assert [load_model(source).conversion for _ in range(2)] == ["made", "used"]
+    assert list(shelf.glob("*.partial")) == []
+
+
+@pytest.mark.parametrize("how", [{"converted": False}, {"weights": "scoped"}])
+def test_nothing_is_kept_or_used_where_it_is_not_wanted(how, source, shelf):
+    assert load_model(source, **how).conversion == "none"
+    assert not shelf.exists()
+    load_model(source)
+    assert load_model(source, **how).conversion == "none"
+
+
+def test_small_models_are_not_kept(source, shelf, monkeypatch):
+    monkeypatch.setattr("engine.load.LEAST", converted.LEAST)
+    assert load_model(source).conversion == "none"
+    assert not shelf.exists()
+
+
+def test_arguments_are_checked_with_a_conversion_too(source):
+    load_model(source)
+    with pytest.raises(InputError, match="dense_layers"):
+        load_model(source, dense_layers=1)
+
+
+def test_a_load_can_be_stopped_while_it_maps(source):
+    load_model(source)
+
+    class Stopped(Exception): ...
+
+    def stop(done, total, what):
+        raise Stopped(what)
+
+    with pytest.raises(Stopped, match="mapping the converted weights"):
+        load_model(source, tick=stop)
+
+
+@pytest.mark.real
+def test_smollm2_is_mapped_to_the_last_bit(smollm2):
+    assert load_model("smollm2-135m-instruct").conversion == "made"
+    mapped = load_model("smollm2-135m-instruct")
+    only_file().unlink()  # half a gigabyte; what is mapped stays
+    assert mapped.conversion == "used"
+    assert_same_model(mapped, smollm2)
+    assert mapped.encode("The capital of France is") == smollm2.encode("The capital of France is")
+    assert mapped.fingerprint == engine.catalog.CATALOGUE["smollm2-135m-instruct"].sha256

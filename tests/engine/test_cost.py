@@ -1,0 +1,114 @@
+"""What work is said to take is what it then takes: layers entered, rows through layers, bytes held."""
+
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+
+from engine import Metric, Model, RecordHook, forward, generate, kv_inject_test, load_model, patching_grid
+from engine import prefill_inject as injected
+from engine.cost import Cost, of_generation, of_pass, row_size, seconds
+from engine.injection import kv_inject_cost, prefill_inject_cost
+from engine.scans import patching_grid_cost
+from engine.sweep import Variant, sweep_cost
+
+DONOR, RECIPIENT = [5, 9, 2, 7, 7, 3], [5, 9, 4, 7, 1, 3]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model("synthetic")
+
+
+class Ticks:
+    """Counts what is counted: layers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.count += 1
+
+
+def counted(run: Callable[[Ticks], object]) -> int:
+    ticks = Ticks()
+    run(ticks)
+    return ticks.count
+
+
+@pytest.mark.parametrize("stop", [None, 2])
+def test_a_pass_enters_the_layers_it_is_said_to(model: Model, stop: int | None) -> None:
+    run = counted(lambda tick: forward(model, DONOR, stop=stop, logits_at="none", tick=tick))
+    cost = of_pass(model.config, len(DONOR), stop)
+    assert cost.layers == run == (stop or model.config.n_layers)
+    assert (cost.rows, cost.steps) == (run * len(DONOR), 0)
+
+
+def test_a_generation_runs_each_token_but_the_last(model: Model) -> None:
+    cost = of_generation(model.config, len(DONOR), 7)
+    made = []
+    run = counted(lambda tick: made.append(generate(model, DONOR, 7, tick=tick)))
+    assert made[0].stopped == "length"
+    assert cost.layers == run
+    assert cost.rows == model.config.n_layers * len(DONOR)
+    assert cost.steps == model.config.n_layers * 6
+
+
+@pytest.mark.parametrize(
+    ("point", "by"), [("resid_post", "position"), ("attn_out", "position"), ("z", "head"), ("k", "head_position")]
+)
+@pytest.mark.parametrize("budget", [2**28, 200_000])
+def test_a_grid_takes_the_rows_it_is_said_to(model: Model, point: str, by: str, budget: int) -> None:
+    cost = patching_grid_cost(model, DONOR, RECIPIENT, point, by, budget=budget)
+    grids = []
+    ticks = counted(
+        lambda tick: grids.append(
+            patching_grid(model, DONOR, RECIPIENT, Metric("kl"), point, by, budget=budget, tick=tick)
+        )
+    )
+    assert cost.layers == ticks
+    assert cost.rows == grids[0].layer_rows + of_pass(model.config, len(DONOR)).rows
+    assert (grids[0].slices > 1) == (budget < 2**28)
+
+
+@pytest.mark.parametrize("layers", [None, [1, 3]])
+def test_cache_surgery_takes_the_layers_it_is_said_to(model: Model, layers: list[int] | None) -> None:
+    scan = counted(lambda tick: kv_inject_test(model, RECIPIENT, DONOR, 7, layers, tick=tick))
+    assert kv_inject_cost(model, RECIPIENT, DONOR, layers).layers == scan
+    run = counted(lambda tick: injected(model, RECIPIENT, DONOR, layers, max_new_tokens=5, tick=tick))
+    assert prefill_inject_cost(model, RECIPIENT, DONOR, 5).layers == run
+
+
+def test_the_bytes_of_a_grid_are_those_it_holds(model: Model) -> None:
+    donor, recipient = [1, *range(40, 99)], [2, *range(40, 99)]
+    cost = patching_grid_cost(model, donor, recipient, "resid_post")
+    tracemalloc.start()
+    patching_grid(model, donor, recipient, Metric("kl"))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.4 * held < cost.nbytes < 2.5 * held
+
+
+def test_a_row_is_as_large_as_what_is_recorded(model: Model) -> None:
+    points = ["resid_post", "q", "k", "z", "mlp_act", "attn_pattern"]
+    record = RecordHook([1], points)
+    forward(model, DONOR, hook=record)
+    for point in points:
+        assert record.get(point)[1].size == len(DONOR) * row_size(model.config, point, len(DONOR)), point
+
+
+def test_costs_add_up_and_the_largest_is_what_is_held() -> None:
+    first, second = Cost(4, 20, 1, 300), Cost(2, 6, 0, 500)
+    assert first + second == Cost(6, 26, 1, 500)
+    assert first * 3 == Cost(12, 60, 3, 300)
+    assert first.holding(50).nbytes == 350
+
+
+def test_passes_are_counted_in_prompts_and_decoded_tokens(model: Model) -> None:
+    assert of_generation(model.config, 6, 7).passes(model.config, 6) == 7
+    assert sweep_cost(model, DONOR, [Variant()]).passes(model.config, 6) == 1
+
+
+def test_twice_the_work_is_said_to_take_longer(model: Model) -> None:
+    once = of_pass(model.config, 64)
+    assert 0 < seconds(model, once) < seconds(model, once * 50)
