@@ -55,14 +55,14 @@ LAYER = st.integers(-LAYERS, LAYERS - 1)
 POSITION = st.integers(-LENGTH, LENGTH - 1)
 PROMPT = st.sampled_from(TEXTS) | _lists(st.integers(0, VOCABULARY - 1), LENGTH, LENGTH)
 TOKEN = st.sampled_from("abc .T1") | st.integers(0, VOCABULARY - 1)
-NUMBER = st.floats(-100, 100, width=32) | st.sampled_from([0, 1, -1, 1e-30, 3e38])
+NUMBER = st.floats(-100, 100, width=32) | st.sampled_from([0, 1, -1, 1e-30, 1e14, 3e38])
 LAYERS_OF = _lists(LAYER) | st.sampled_from(["all", "1:", "::2", "-2:"])
 PLACES = st.sampled_from(["last", "all"]) | _lists(POSITION)
 PLAIN_VECTOR = st.one_of(
     _with(handle=_slot("act"), layer=LAYER, position=POSITION),
     _with(handle=_slot("vec")),
     _with(token=TOKEN, space=st.sampled_from(["embed", "unembed"])),
-    st.sampled_from([0.5, -2, 0]).map(lambda x: {"values": [x, *[1.0] * (WIDTH - 1)]}),
+    st.sampled_from([0.5, -2, 0, 1e14]).map(lambda x: {"values": [x, *[1.0] * (WIDTH - 1)]}),
     _with(random_seed=st.integers(0, 2**63)),
 )
 VECTOR = PLAIN_VECTOR | _with(minus=_lists(PLAIN_VECTOR, 2, 2))
