@@ -93,11 +93,12 @@ class Edit:
         return edited
 
     def _changed(self, rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
-        changed = self.function(rows, pos, key_pos)
-        if self.neurons is not None:
-            whole = rows.copy()
-            whole[..., self.neurons] = changed[..., self.neurons]
-            changed = whole
+        made = self.function(rows, pos, key_pos)
+        if self.neurons is None:
+            changed = made
+        else:
+            changed = rows.copy()
+            changed[..., self.neurons] = made[..., self.neurons]
         check_numbers(changed, f"what {self.kind} makes of {self.point}, layer {self.layer},")
         return changed
 
