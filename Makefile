@@ -52,8 +52,9 @@ $(NODES)/.ready: tests/e2e/package.json tests/e2e/package-lock.json
 	npm ci --prefix tests/e2e --loglevel=error
 	touch $@
 
-e2e: $(VENV)/.ready $(NODES)/.ready  ## run other people's clients and the conformance suite against the server (needs npm)
-	$(BIN)/pytest -n 2 --dist loadfile -m e2e
+e2e: $(VENV)/.ready $(NODES)/.ready  ## other people's clients, conformance, fuzzing, load and soak (minutes; needs npm)
+	$(BIN)/pytest -n 2 --dist loadfile -m e2e --ignore tests/e2e/test_load.py
+	$(BIN)/pytest -m e2e tests/e2e/test_load.py
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check .

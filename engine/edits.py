@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from engine.errors import HookError, PointError, PositionError, VectorError
+from engine.network import check_numbers
 from engine.ops import Array, IntArray
 from engine.points import POINTS, point
 
@@ -92,10 +93,13 @@ class Edit:
         return edited
 
     def _changed(self, rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        made = self.function(rows, pos, key_pos)
         if self.neurons is None:
-            return self.function(rows, pos, key_pos)
-        changed = rows.copy()
-        changed[..., self.neurons] = self.function(rows, pos, key_pos)[..., self.neurons]
+            changed = made
+        else:
+            changed = rows.copy()
+            changed[..., self.neurons] = made[..., self.neurons]
+        check_numbers(changed, f"what {self.kind} makes of {self.point}, layer {self.layer},")
         return changed
 
 

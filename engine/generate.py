@@ -8,7 +8,6 @@ import numpy as np
 
 from engine.cache import KVCache
 from engine.decoder import Tick, forward
-from engine.distribution import softmax_of
 from engine.errors import InputError
 from engine.hooks import LayerHook
 from engine.network import Network, Tokens
@@ -77,7 +76,10 @@ def pick(logits: Array, temperature: float, top_p: float, rng: np.random.Generat
     """The next token from (d_vocab,) logits."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = softmax_of(logits / np.float32(temperature)).astype(np.float64)
+    shifted = logits.astype(np.float64) - logits.max()
+    with np.errstate(over="ignore"):  # so cold that only the largest is left
+        weights = np.exp(shifted / temperature)
+    probabilities = weights / weights.sum()
     order = np.argsort(-probabilities, kind="stable")
     before = np.cumsum(probabilities[order]) - probabilities[order]
     kept = order[before < top_p]  # the smallest set that reaches top_p: never empty

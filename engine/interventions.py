@@ -36,8 +36,8 @@ from engine.edits import (
 )
 from engine.errors import InputError, PointError, VectorError, clipped
 from engine.hooks import EditHook
-from engine.network import Network
-from engine.ops import Array
+from engine.network import Network, check_numbers
+from engine.ops import LARGEST, Array
 from engine.points import ONCE, point
 
 Kind = Literal["zero", "mean", "resample", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
@@ -122,15 +122,16 @@ def _scope(positions: Scope, prompt_length: int, new_tokens: int) -> Scope:
     resolved = resolve_positions(positions, prompt_length)
     last = prompt_length + max(new_tokens - 1, 0) - 1  # the last generated token is never fed back
     if not resolved or max(resolved) > last:
-        raise InputError(f"positions {list(positions)}: this run computes positions 0 to {last}")
+        raise InputError(f"positions {clipped(list(positions))}: this run computes positions 0 to {last}")
     return resolved
 
 
 def _function(model: Network, item: Intervention, prompt_length: int, new_tokens: int) -> EditFunction:
     if item.kind not in KINDS:
         raise InputError(f"there is no intervention {clipped(item.kind)}; valid: {', '.join(KINDS)}")
-    if not np.isfinite(item.value):
-        raise InputError(f"{item.kind}: the number {item.value} is not finite")
+    if not abs(item.value) <= LARGEST:
+        told = "larger than the layers can compute with" if np.isfinite(item.value) else "not finite"
+        raise InputError(f"{item.kind}: the number {item.value} is {told}; valid: -{LARGEST:.0e} to {LARGEST:.0e}")
     match item.kind:
         case "zero":
             return zeroed
@@ -193,4 +194,5 @@ def _vector(model: Network, item: Intervention, given: Array | None) -> Array:
         shapes.append((all_heads if item.heads is None else len(item.heads), width))
     if vector.shape not in shapes or not np.isfinite(vector).all():
         raise VectorError(f"{item.kind} at {item.point} needs a vector of {width} finite numbers, not {vector.shape}")
+    check_numbers(vector, f"the vector of {item.kind}")
     return vector

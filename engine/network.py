@@ -12,12 +12,20 @@ import numpy as np
 
 from engine.config import Config
 from engine.errors import InputError, LayerError, PointError, PositionError, PromptError, TokenError, VectorError
-from engine.ops import Array, IntArray
+from engine.ops import LARGEST, Array, IntArray
 from engine.params import Params
 from engine.tokenizer import Tokenizer
 
 Tokens = Sequence[int] | Sequence[Sequence[int]]
 """Token ids of one prompt, or of several prompts of one length."""
+
+
+def check_numbers(vector: Array, what: str = "the vector") -> None:
+    """Raise `VectorError` for NaN, infinity, and what the next norm could not square."""
+    if not np.isfinite(vector).all():
+        raise VectorError(f"{what} holds NaN or infinity; every feature must be finite")
+    if (largest := np.abs(vector).max(initial=0)) > LARGEST:
+        raise VectorError(f"{what} holds {largest:.3g}; beyond {LARGEST:.0e} the layers after it leave float32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +92,7 @@ class Network:
             raise VectorError(f"a vector is {self.config.d_model} numbers") from None
         if checked.ndim not in (1, 2) or checked.shape[-1] != self.config.d_model:
             raise VectorError(f"the vector has shape {checked.shape}; it must have {self.config.d_model} features")
-        if not np.isfinite(checked).all():
-            raise VectorError("the vector holds NaN or infinity; every feature must be finite")
+        check_numbers(checked)
         return checked
 
     def resolve_layer(self, layer: int) -> int:

@@ -12,6 +12,9 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+LARGEST = 1e15
+"""What vectors and changed rows may hold: a norm squares them, and float32 ends at 3e38."""
+
 QUERY_BLOCK = 128
 """Query rows per block of attention: keys later than the block's last row are never multiplied."""
 

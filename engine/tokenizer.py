@@ -40,6 +40,10 @@ class Library:
         return str(self._library.decode(list(ids), skip_special_tokens=False))
 
 
+PIECES_SHOWN = 12
+"""Of text that is several tokens, in an error."""
+
+
 class Deferred:
     """A `Backend` that is read from its file when it is first used."""
 
@@ -91,9 +95,12 @@ class Tokenizer:
         """The id of text that is exactly one token; raises `TokenError` showing the pieces otherwise."""
         ids = self.backend.encode(text)
         if len(ids) != 1:
-            pieces = ", ".join(f"{self.piece(i)!r} ({i})" for i in ids) or "nothing"
+            pieces = ", ".join(f"{self.piece(i)!r} ({i})" for i in ids[:PIECES_SHOWN]) or "nothing"
+            pieces += f" and {len(ids) - PIECES_SHOWN} more" if len(ids) > PIECES_SHOWN else ""
             hint = " (a word inside a sentence usually starts with a space)" if not text.startswith(" ") else ""
-            raise TokenError(f"{text!r} is {len(ids)} tokens, not one: {pieces}; give one of them by text or id{hint}")
+            raise TokenError(
+                f"{clipped(text)} is {len(ids)} tokens, not one: {pieces}; give one of them by text or id{hint}"
+            )
         return ids[0]
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from schemas.base import Number, Strict
+from schemas.base import Integers, Number, Strict
 
 PointName = Literal[
     "embed",
@@ -33,7 +33,7 @@ ModelRef = str | None
 """A model: handle or the model's readable name; may be left out when exactly one is loaded."""
 
 Prompt = Annotated[
-    Annotated[str, Field(min_length=1, max_length=100_000)] | Annotated[list[int], Field(min_length=1)],
+    Annotated[str, Field(min_length=1, max_length=100_000)] | Annotated[Integers, Field(min_length=1)],
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]}),
 ]
 """Text, or a list of token ids."""
@@ -43,15 +43,15 @@ TokenRef = Annotated[
     Field(description="an id, or text that is exactly one token, as ' Paris' with its space"),
 ]
 Layers = Annotated[
-    list[int] | str,
+    Integers | str,
     Field(description='or "all", "start:stop:step"'),
 ]
 Positions = Annotated[
-    Literal["last", "all"] | list[int],
+    Literal["last", "all"] | Integers,
     Field(description="-1 is the prompt's last"),
 ]
 Scope = Annotated[
-    Literal["last", "all", "prompt", "generated"] | list[int],
+    Literal["last", "all", "prompt", "generated"] | Integers,
     Field(description="last: rows that emit a token"),
 ]
 MetricName = Annotated[
@@ -79,7 +79,7 @@ class TokenVector(Strict):
 class ValuesVector(Strict):
     """Numbers given outright, d_model of them."""
 
-    values: Annotated[list[Number], Field(min_length=1, max_length=20_000)]
+    values: Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=20_000)]
 
 
 class RandomVector(Strict):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, WithJsonSchema, model_validator
 
 from schemas.arguments import Layers, PointName, Prompt, Scope, Vector
-from schemas.base import Number, Strict
+from schemas.base import Integers, Number, Strict
 
 Kind = Literal["zero", "mean", "resample", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
 
@@ -39,8 +39,8 @@ class Intervention(Strict):
         WithJsonSchema({"type": "string", "description": "as elsewhere; default resid_post, knockout: attn_pattern"}),
     ] = None
     positions: Annotated[Scope | None, Field(description='default "last" for steer, "all" for the others')] = None
-    heads: Annotated[list[int] | None, Field(description="at q, attn_pattern, z; key-value heads at k, v")] = None
-    neurons: Annotated[list[int] | None, Field(description="at mlp_act")] = None
+    heads: Annotated[Integers | None, Field(description="at q, attn_pattern, z; key-value heads at k, v")] = None
+    neurons: Annotated[Integers | None, Field(description="at mlp_act")] = None
     value: Annotated[Number | None, Field(description="scale: factor; steer: alpha; set_component: component")] = None
     vector: Annotated[Vector | None, Field(description="steer, set_component, project_out")] = None
     unit: Annotated[
@@ -58,7 +58,7 @@ class Intervention(Strict):
         list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None,
         Field(min_length=1, max_length=1000, description="patch: [donor position, position]; default: same positions"),
     ] = None
-    keys: Annotated[list[int] | None, Field(min_length=1, description="knockout: positions not attended to")] = None
+    keys: Annotated[Integers | None, Field(min_length=1, description="knockout: positions not attended to")] = None
 
     @model_validator(mode="after")
     def fields_of_the_kind(self) -> Self:

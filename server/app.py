@@ -1,10 +1,15 @@
 """`build_server`: a lab and the tools -> an MCP server."""
 
 from importlib.metadata import version
+from typing import Any
 
 from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.mcpserver.tools import Tool
+from mcp.types import CallToolResult, InputRequiredResult
 
+from engine.errors import clipped
 from server.completions import add_completions
 from server.jobs import Jobs
 from server.lab import Lab
@@ -28,6 +33,21 @@ be exactly one token: mind the leading space. model may be left out when one is 
 """
 
 
+class Microscope(MCPServer[None]):
+    """An MCP server whose error for an unknown tool lists the tools there are."""
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[None, Any] | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            names = [tool.name for tool in await self.list_tools()]
+            if name in names:
+                raise
+            raise ToolError(f"there is no tool {clipped(name)} here; there are {', '.join(names)}") from error
+
+
 def build_server(
     lab: Lab | None = None, toolset: str = "all", read_only: bool = False, watch: Watch | None = None
 ) -> MCPServer[None]:
@@ -38,7 +58,7 @@ def build_server(
     jobs = Jobs(lab.store, watch.gate, watch.count)
     tools = [instrument(lab, jobs, f, KEEPING.get(f, ()) if read_only else ()) for f in offered]
     jobs.offer(tool for tool in tools if tool.name not in {f.__name__ for f in NEVER_JOBS})
-    server: MCPServer[None] = MCPServer(
+    server = Microscope(
         "mechscope",
         title="mechscope",
         version=version("mechscope"),

@@ -16,8 +16,9 @@ from mcp.server.mcpserver import Context
 from engine import Model
 from engine.cost import Cost
 from engine.distribution import softmax_of, top_k
-from engine.errors import InputError, LayerError, PositionError, VectorError
+from engine.errors import InputError, LayerError, PositionError, VectorError, clipped
 from engine.lens import embedding_row, unembedding_row
+from engine.network import check_numbers
 from engine.ops import Array
 from schemas.arguments import DifferenceVector, HandleVector, RandomVector, TokenVector, ValuesVector
 from schemas.base import Token, TokenProbability
@@ -91,7 +92,7 @@ class Call:
         """A stored record; `kind` says which kind the argument takes."""
         record = self.lab.store.get(handle, self.owner)
         if kind is not None and not handle.startswith(f"{kind}:"):
-            raise InputError(f"{handle!r} is not a {kind}: handle")
+            raise InputError(f"{clipped(handle)} is not a {kind}: handle")
         return record
 
     def vector(self, model: Model, spec: Any, width: int | None = None) -> Array:
@@ -100,9 +101,8 @@ class Call:
         made = self._vector(model, spec, width)
         if made.shape != (width,):
             raise VectorError(f"the vector has {made.shape[-1]} features; it must have {width}")
-        if not np.isfinite(made).all():
-            raise VectorError("the vector holds NaN or infinity; every feature must be finite")
-        return made
+        check_numbers(made)
+        return made.astype(np.float32, copy=False)
 
     def _vector(self, model: Model, spec: Any, width: int) -> Array:
         match spec:
@@ -112,7 +112,7 @@ class Call:
                 row = embedding_row if space == "embed" else unembedding_row
                 return row(model, token_id(model, token))
             case ValuesVector(values=values):
-                return np.array(values, np.float32)
+                return np.array(values)  # float64: what float32 cannot hold is refused, not cast
             case RandomVector(random_seed=seed):
                 drawn = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
                 return drawn / np.linalg.norm(drawn)
@@ -171,7 +171,9 @@ def layer_list(model: Model, layers: Sequence[int] | str) -> list[int]:
         except ValueError:
             chosen = []
         if not chosen:
-            raise LayerError(f'layers {layers!r} name no layer; use a list of 0 to {n - 1}, "all" or "start:stop:step"')
+            raise LayerError(
+                f'layers {clipped(layers)} name no layer; use a list of 0 to {n - 1}, "all" or "start:stop:step"'
+            )
         return chosen
     if not layers:
         raise LayerError(f"layers is empty; valid: 0 to {n - 1}")

@@ -1,4 +1,4 @@
-"""Validation errors -> one line an agent can act on: `explain`.
+"""Validation errors -> one line an agent can act on: `explain`; `crowded` finds what would make too many of them.
 
 Pydantic reports every branch of a union; of those, only the branches nearest to what was sent are told.
 """
@@ -9,8 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from engine.errors import clipped
+
 MOST = 6
 """Complaints in one message."""
+MOST_FIELDS = 100
 
 
 def explain(tool: str, error: ValidationError, arguments: dict[str, Any], valid: list[str]) -> str:
@@ -32,6 +35,17 @@ def explain(tool: str, error: ValidationError, arguments: dict[str, Any], valid:
     return f"{tool} was not run. " + "; ".join(lines[:MOST]) + more
 
 
+def crowded(value: Any, place: str = "") -> str | None:
+    """The place of an object with more fields than any argument has: to tell each of a million takes minutes."""
+    if isinstance(value, dict) and len(value) > MOST_FIELDS:
+        return place or "arguments"
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    inner = (
+        crowded(item, f"{place}.{_named(key)}".lstrip(".")) for key, item in items if isinstance(item, dict | list)
+    )
+    return next((found for found in inner if found is not None), None)
+
+
 def _nearest(branches: dict[str, list[ErrorDetails]]) -> list[list[ErrorDetails]]:
     """The branches of a union that fit best: the right fields first, then the fewest complaints."""
 
@@ -45,17 +59,23 @@ def _nearest(branches: dict[str, list[ErrorDetails]]) -> list[list[ErrorDetails]
 
 def _located(item: ErrorDetails, arguments: dict[str, Any]) -> tuple[str, str, str]:
     """(place in the arguments, place of the union it belongs to, name of the union's branch)."""
-    real: list[str] = []
+    shown: list[str] = []
     union, branch = "", ""
     value: Any = arguments
     for index, part in enumerate(item["loc"]):
         missing = index == len(item["loc"]) - 1 and item["type"] == "missing"
         if missing or _has(value, part):
-            real.append(str(part))
+            shown.append(_named(part))
             value = None if missing else value[part]
         elif not union:
-            union, branch = ".".join(real), str(part)
-    return ".".join(real) or "arguments", union, branch
+            union, branch = ".".join(shown), str(part)
+    return ".".join(shown) or "arguments", union, branch
+
+
+def _named(part: int | str) -> str:
+    """A key as a caller wrote it, unless it is long or cannot be written."""
+    name = str(part)
+    return name if len(name) <= 40 and name.isprintable() and name else clipped(name, 40)
 
 
 def _has(value: Any, part: int | str) -> bool:
@@ -66,5 +86,5 @@ def _has(value: Any, part: int | str) -> bool:
 
 def _reason(item: ErrorDetails, valid: list[str]) -> str:
     if item["type"] == "extra_forbidden":
-        return f"unknown argument; valid: {', '.join(valid)}" if len(item["loc"]) == 1 else "unknown field"
+        return f"unknown argument; valid: {', '.join(valid) or 'none'}" if len(item["loc"]) == 1 else "unknown field"
     return item["msg"]

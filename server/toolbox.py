@@ -24,7 +24,7 @@ from schemas.jobs import Estimate
 from server import published
 from server.auth import principal
 from server.call import Call, Costed
-from server.complaints import explain
+from server.complaints import MOST_FIELDS, crowded, explain
 from server.jobs import DryRun, Jobs
 from server.lab import Lab, Slot
 from server.logs import log
@@ -125,6 +125,7 @@ class StrictTool(Tool):
         return cls(**(fields | {"parameters": published.arguments(arguments.model_json_schema(by_alias=True))}))
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        self._check_size(arguments)
         try:
             result = await super().run(arguments, context, convert_result=False)
         except ToolError as error:
@@ -138,10 +139,15 @@ class StrictTool(Tool):
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raise what `run` would raise for arguments that do not fit the schema."""
+        self._check_size(arguments)
         try:
             self.fn_metadata.validate_arguments(arguments)
         except ValidationError as error:
             raise self._refusal(error, arguments) from error
+
+    def _check_size(self, arguments: dict[str, Any]) -> None:
+        if (place := crowded(arguments)) is not None:
+            raise ToolError(f"{self.name} was not run. {place}: more than {MOST_FIELDS} fields, which nothing has")
 
     def _refusal(self, error: ValidationError, arguments: dict[str, Any]) -> ToolError:
         return ToolError(explain(self.name, error, arguments, list(self.parameters["properties"])))

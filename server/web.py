@@ -7,6 +7,7 @@ the demand for a token. `/health` and `/ready` are for whoever watches the proce
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import anyio
 from mcp.server import MCPServer
 from mcp.server.auth.middleware.auth_context import AuthContextMiddleware
 from mcp.server.auth.middleware.bearer_auth import BearerAuthBackend
@@ -38,8 +39,10 @@ def http_app(server: MCPServer[None], settings: Settings, watch: Watch, tokens: 
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with server.session_manager.run():
+        async with server.session_manager.run(), anyio.create_task_group() as group:
+            group.start_soon(watch.metrics.follow_loop)
             yield
+            group.cancel_scope.cancel()
 
     return Starlette(
         routes=[*streamable.routes, *sse.routes, *_pages(watch)],

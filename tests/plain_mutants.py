@@ -165,7 +165,7 @@ PLAIN_MUTANTS = (
            "test_limits.py::test_negative_positions_count_from_the_end_of_each_prompt"),
     Mutant("a prompt's end forgets the cache", "generate.py", "prompt_length = cache.next_position + ids",
            "prompt_length = ids", "test_generation.py::test_scopes_count_positions_already_in_the_cache"),
-    Mutant("temperature ignored", "generate.py", "logits / np.float32(temperature)", "logits",
+    Mutant("temperature ignored", "generate.py", "np.exp(shifted / temperature)", "np.exp(shifted)",
            "test_generation.py::test_a_low_temperature_sharpens_and_a_high_one_flattens"),
     Mutant("end of text ignored", "generate.py", "if token in model.tokenizer.eos:", "if False:",
            "test_generation.py::test_generation_stops_at_the_end_of_text_without_emitting_it"),

@@ -10,6 +10,7 @@ from engine.cost import of_pass
 from engine.errors import InputError
 from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, Positions, Prompt
+from schemas.base import Integers
 from schemas.reading import Attention, AttentionRow, Source
 from server.call import Call, layer_list, position_list, token_ids
 from server.tools.reading import MOST_ENTRIES
@@ -19,7 +20,7 @@ def attention_pattern(
     call: Call,
     prompt: Prompt,
     layers: Layers,
-    heads: Annotated[list[int] | None, Field(min_length=1, description="left out: all")] = None,
+    heads: Annotated[Integers | None, Field(min_length=1, description="left out: all")] = None,
     positions: Positions = "last",
     k: Annotated[int, Field(ge=1, le=50, description="sources to list for each row")] = 3,
     model: ModelRef = None,

@@ -14,6 +14,7 @@ from engine.errors import InputError
 from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
 from schemas.arguments import Scope as ScopeArgument
+from schemas.base import Integers
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
 from schemas.interventions import FurtherInterventions
 from server.call import Call, layer_list, probabilities, token_id, token_ids
@@ -23,7 +24,7 @@ from server.lab import LoadedModel
 LEAST_GAP = 0.05
 SHOWN = 5
 
-Heads = Annotated[list[int] | None, Field(description="at q, k, v, attn_pattern, z")]
+Heads = Annotated[Integers | None, Field(description="at q, k, v, attn_pattern, z")]
 Asked = Annotated[TokenRef | None, Field(description="also report this one")]
 Against = Annotated[TokenRef | None, Field(description="also report logit(token) - logit(against)")]
 

@@ -12,6 +12,7 @@ from engine.errors import InputError
 from engine.injection import Injection, InjectionCell, kv_inject_cost, prefill_inject_cost
 from schemas import effects
 from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
+from schemas.base import Integers
 from schemas.effects import InjectionResult, InjectionTest
 from server.call import Call, layer_list, probabilities, token_id, token_ids
 from server.lab import LoadedModel
@@ -31,7 +32,7 @@ def prefill_inject(
     rope: Annotated[
         Literal["realign", "keep"], Field(description="realign turns keys to their new positions")
     ] = "realign",
-    heads: Annotated[list[int] | None, Field(description="key-value heads; left out: all")] = None,
+    heads: Annotated[Integers | None, Field(description="key-value heads; left out: all")] = None,
     max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
     keep: Annotated[bool, Field(description="keep the cache as a kv: handle")] = False,
     model: ModelRef = None,

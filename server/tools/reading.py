@@ -31,7 +31,7 @@ def capture_residuals(
     call: Call,
     prompt: Prompt,
     layers: Layers = "all",
-    points: Annotated[list[PointName], Field(min_length=1)] = ["resid_post"],  # noqa: B006
+    points: Annotated[list[PointName], Field(fail_fast=True, min_length=1)] = ["resid_post"],  # noqa: B006
     positions: Positions = "last",
     lens_k: Annotated[int, Field(ge=0, le=10, description="read each row with the lens, top k")] = 0,
     model: ModelRef = None,

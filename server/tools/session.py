@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Model
-from engine.errors import InputError
+from engine.errors import InputError, clipped
 from engine.ops import Array
 from schemas.arguments import ModelRef
 from schemas.session import Held, ModelCard, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
@@ -130,7 +130,7 @@ def read_tensor(
     names = list(record.tensors)
     name = names[0] if tensor is None else tensor
     if name not in record.tensors:
-        raise InputError(f"{handle} has no tensor {name!r}; it has {', '.join(names[:40])}")
+        raise InputError(f"{handle} has no tensor {clipped(name)}; it has {', '.join(names[:40])}")
     array = record.tensors[name]
     flat = array.reshape(-1)
     if start >= flat.size:

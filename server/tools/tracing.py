@@ -8,6 +8,7 @@ from pydantic import Field
 from engine import Metric, Model, Scan, patching_grid
 from engine.scans import patching_grid_cost
 from schemas.arguments import Layers, MetricName, ModelRef, PointRef, Prompt, TokenRef
+from schemas.base import Integers
 from schemas.scans import CausalTrace, GridCell, TokenPair
 from server.call import Call, layer_list, token_id, token_ids
 from server.lab import LoadedModel
@@ -29,7 +30,7 @@ def causal_trace(
         Field(description="a cell: a position, a head at all positions, or a head at a position"),
     ] = "position",
     layers: Layers = "all",
-    positions: Annotated[list[int] | None, Field(min_length=1, description="left out: all")] = None,
+    positions: Annotated[Integers | None, Field(min_length=1, description="left out: all")] = None,
     k: Annotated[int, Field(ge=1, le=50, description="cells listed")] = 10,
     model: ModelRef = None,
 ) -> CausalTrace:

@@ -1,10 +1,13 @@
 """Every wrong call gets an error that says what is valid, and the server goes on serving."""
 
+import time
+
 import pytest
 from clients import ask, connected, refused
 
 from server.app import build_server
 from server.lab import Lab
+from server.tools import TOOLSETS
 
 pytestmark = pytest.mark.anyio
 
@@ -63,6 +66,18 @@ CASES = {
     "NaN in a vector": ("forward_steer", steers(vector={"values": [float("nan")] * 64}), ["values.0", "number"]),
     "vector of the wrong length": ("forward_steer", steers(vector={"values": [1.0] * 63}), ["63", "64"]),
     "infinite alpha": ("forward_steer", steers(alpha=float("inf")), ["alpha", "number"]),
+    "alpha beyond float32": ("forward_steer", steers(alpha=1e300), ["steer", "1e+300", "1e+15"]),
+    "vector beyond float32": ("forward_steer", steers(vector={"values": [3e38] * 64}), ["3e+38", "1e+15"]),
+    "vector to look at beyond float32": (
+        "embedding_neighbors",
+        {"vector": {"values": [1e300] * 64}},
+        ["1e+300", "1e+15"],
+    ),
+    "steers that add up beyond float32": (
+        "forward_steer",
+        P | {"steers": [STEER | {"vector": {"values": [9e14] * 64}, "alpha": 2}]},
+        ["steer", "resid_post, layer 1", "1e+15"],
+    ),
     "vector of a stale handle": ("forward_steer", steers(vector={"handle": "act:gone-00"}), ["no such handle"]),
     "vector of no kind": ("forward_steer", steers(vector={"color": 1}), ["vector"]),
     "unknown field in a vector": ("forward_steer", steers(vector={"random_seed": 1, "x": 2}), ["vector.x"]),
@@ -89,10 +104,23 @@ CASES = {
         ["token", "vector", "exactly one"],
     ),
     "direction of zero": ("embedding_neighbors", {"vector": {"values": [0.0] * 64}}, ["zero"]),
+    "handle of any length": ("read_tensor", {"handle": "x" * 9000}, ["no such handle"]),
+    "model of any length": ("logit_lens", P | {"model": "x" * 9000}, ["no model"]),
+    "layers of any length": ("logit_lens", P | {"layers": "x" * 9000}, ["start:stop:step"]),
+    "token of any length": ("track_token", P | {"token": "x" * 9000}, ["9000 tokens"]),
+    "positions of any number": ("forward_ablate", P | {"layers": [1], "positions": [9] * 9000}, ["0 to 4"]),
+    "pieces of any length": ("compare", {"a": "hello", "b": "act:" + "x" * 9000}, ["no such handle"]),
     "stale handle": ("read_tensor", {"handle": "act:gone-00"}, ["act:gone-00", "list_session"]),
     "stale handle to release": ("release", {"handle": "kv:gone-00"}, ["no such handle"]),
     "stale cache": ("generate_with_hooks", P | {"cache": "kv:gone-00"}, ["no such handle"]),
     "unknown argument": ("tokenize", {"text": "a", "extra": 1}, ["extra", "unknown argument", "text"]),
+    "an argument where there are none": ("list_session", {"x": 1}, ["x: unknown argument", "valid: none"]),
+    "a name that would redraw the screen": (
+        "tokenize",
+        {"text": "a", "\x1b[31m": 1},
+        ["'\\x1b[31m': unknown argument"],
+    ),
+    "a name without an end": ("tokenize", {"text": "a", "x" * 5000: 1}, ["xxx", "unknown argument"]),
     "missing argument": ("tokenize", {}, ["text", "required"]),
     "too much at once": ("logit_lens", {"prompt": "x" * 300, "positions": "all"}, ["fewer"]),
     "one-token prompt for surgery": (
@@ -187,11 +215,48 @@ async def test_a_wrong_call_says_what_is_valid_and_loses_nothing(lab: Lab, name:
     assert after == before
 
 
-async def test_an_unknown_tool_is_an_error_and_the_server_goes_on(lab: Lab) -> None:
+HUGE = {
+    "a prompt": ("logit_lens", {"prompt": ["a"] * 300_000}, "prompt.0: Input should be a valid integer"),
+    "layers": ("logit_lens", P | {"layers": ["a"] * 300_000}, "layers.0: Input should be a valid integer"),
+    "a vector": (
+        "forward_steer",
+        steers(vector={"values": ["a"] * 300_000}),
+        "values.0: Input should be a valid number",
+    ),
+    "an object": ("list_session", {str(i): i for i in range(100_000)}, "arguments: more than 100 fields"),
+    "an object inside": (
+        "forward_steer",
+        steers(**{str(i): i for i in range(100_000)}),
+        "steers.0: more than 100 fields",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+async def test_a_million_mistakes_are_refused_at_the_first(lab: Lab, name: str) -> None:
+    tool, arguments, expected = HUGE[name]
     async with connected(build_server(lab)) as client:
-        result = await client.call_tool("no_such_tool", {})
-        assert result.is_error
-        assert "no_such_tool" in result.content[0].text
+        started = time.perf_counter()
+        assert expected in await refused(client, tool, **arguments)
+        assert time.perf_counter() - started < 3
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-39, 1e-7])
+async def test_so_cold_a_temperature_that_logits_overflow_is_greedy(lab: Lab, temperature: float) -> None:
+    async with connected(build_server(lab)) as client:
+        greedy = await ask(client, "generate_with_hooks", **P, max_new_tokens=5)
+        cold = await ask(client, "generate_with_hooks", **P, max_new_tokens=5, temperature=temperature)
+    assert cold["baseline"]["ids"] == greedy["baseline"]["ids"]
+
+
+@pytest.mark.parametrize("toolset", TOOLSETS)
+async def test_an_unknown_tool_gets_the_list_of_those_there_are_and_the_server_goes_on(lab: Lab, toolset: str) -> None:
+    async with connected(build_server(lab, toolset)) as client:
+        text = await refused(client, "no_such_tool")
+        listed = {tool.name for tool in (await client.list_tools()).tools}
+        assert "'no_such_tool'" in text
+        assert set(text.partition("there are ")[2].split(", ")) == listed
+        assert len(await refused(client, "x" * 10_000)) < 1000
         await ask(client, "list_session")
 
 

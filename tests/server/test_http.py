@@ -1,5 +1,6 @@
 """`mechscope serve` as a process: three transports, tokens, limits, what operators see, and a graceful stop."""
 
+import json
 import signal
 import threading
 import time
@@ -79,6 +80,25 @@ def test_unknown_hosts_and_origins_are_refused(guarded: Served) -> None:
 def test_a_body_beyond_the_limit_is_refused(guarded: Served) -> None:
     body = CALL | {"params": HELLO | {"x": "y" * 100_000}}
     assert httpx.post(f"{guarded.base}/mcp", json=body, headers=ACCEPT | headers("ann")).status_code == 413
+
+
+NOT_JSON = {
+    "half a surrogate": '{"\\ud800": 1}',
+    "a thousand lists": '{"x": ' + "[" * 1000 + "]" * 1000 + "}",
+    "a number of 5000 digits": '{"x": ' + "1" * 5000 + "}",
+}
+NO_ARGUMENTS = {"NaN": '{"x": NaN}', "a number beyond floats": '{"x": 1e999}', "a list": "[]", "a text": '"x"'}
+
+
+@pytest.mark.parametrize("name", NOT_JSON | NO_ARGUMENTS)
+def test_arguments_that_no_client_would_send_are_refused(guarded: Served, name: str) -> None:
+    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "list_session", "arguments": "HERE"}}
+    body = json.dumps(call).replace('"HERE"', (NOT_JSON | NO_ARGUMENTS)[name])
+    session = {"Mcp-Session-Id": post(guarded).headers["mcp-session-id"]}
+    answer = httpx.post(f"{guarded.base}/mcp", content=body, headers=ACCEPT | headers("ann") | session)
+    assert answer.status_code == (400 if name in NOT_JSON else 200), answer.text
+    assert any(words in answer.text for words in ("Parse error", "was not run", "Invalid request")), answer.text
+    assert post(guarded).status_code == 200
 
 
 def test_health_and_readiness_are_open_and_metrics_count(guarded: Served) -> None:
