@@ -75,11 +75,11 @@ class Listeners:
     """A hook as the decoder sees it: `fire` costs one set look-up where nobody listens."""
 
     def __init__(self, hook: LayerHook | None, layers: range, last_layer: int, pos: IntArray) -> None:
-        self._hook = hook or NoopHook()
+        self._hook = NoopHook() if hook is None else hook
         self._pos = pos
         self._wanted = {
             (name, layer)
-            for layer in layers
+            for layer in (layers if hook is not None else ())
             for name in POINTS
             if not (name in ONCE and layer != (0 if name == "embed" else last_layer)) and self._hook.wants(name, layer)
         }
