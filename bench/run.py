@@ -78,19 +78,19 @@ _MODULES = (
 DASHES = {
     HAND: (
         "keeps no named points by itself",
-        "from transformers import LlamaModel as m; print([n for n in dir(m) if 'cache' in n or 'hook_' in n])",
+        "from transformers import LlamaModel as m; print([n for n in dir(m) if 'run_with' in n or 'record' in n])",
     ),
     LENS: (
         "no helper that moves key-value caches; the rows by hand are not helpers",
-        "import transformer_lens.patching as p; print([n for n in dir(p) if 'cache' in n or 'transplant' in n])",
+        "import transformer_lens.patching as p; print([n for n in dir(p) if 'kv' in n or 'transplant' in n])",
     ),
     ENGINE: (
         "no patching or transplant helper, and generation only asynchronous",
-        _MODULES.format("interp_engine", ("patch", "sweep", "cache", "generate")),
+        _MODULES.format("interp_engine", ("patching", "sweep", "kv", "generate")),
     ),
     SIGHT: (
         "no lens, patching or transplant helper",
-        _MODULES.format("nnsight", ("patch", "sweep", "lens")),
+        _MODULES.format("nnsight", ("patching", "sweep", "lens")),
     ),
 }
 """Why a contender has no time in a row: the reason, and what prints the helpers there are, in the peers' Python."""
@@ -228,7 +228,7 @@ def main() -> int:
     report = written(rows, tables, starts, options)
     if with_start:
         report += f"\n\nThe first start, which converts the weights: {1000 * first_start(options.model):.0f} ms."
-    console.print(report)
+    console.print(report, markup=False)
     if not options.only:
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / "table.md").write_text(report + "\n", "utf-8")
