@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -70,12 +71,29 @@ ROWS = (
     Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, (HAND, LENS), 0.65),
     Row("100 prompts x 20 tokens, last residuals of 30 layers", "batch", 20, 2, ALL, 0.5),
 )
+_MODULES = (
+    "import pkgutil, {0} as p; "
+    "print([m.name for m in pkgutil.iter_modules(p.__path__) if any(w in m.name for w in {1})])"
+)
 DASHES = {
-    ENGINE: "one write at a time and no patching helper; generation is asynchronous",
-    SIGHT: "no lens, patching or generation helper to compare with",
-    LENS: "no helper for this piece of work",
-    HAND: "one hook for every point is what the libraries are for",
+    HAND: (
+        "keeps no named points by itself",
+        "from transformers import LlamaModel as m; print([n for n in dir(m) if 'run_with' in n or 'record' in n])",
+    ),
+    LENS: (
+        "no helper that moves key-value caches; the rows by hand are not helpers",
+        "import transformer_lens.patching as p; print([n for n in dir(p) if 'kv' in n or 'transplant' in n])",
+    ),
+    ENGINE: (
+        "no patching or transplant helper, and generation only asynchronous",
+        _MODULES.format("interp_engine", ("patching", "sweep", "kv", "generate")),
+    ),
+    SIGHT: (
+        "no lens, patching or transplant helper",
+        _MODULES.format("nnsight", ("patching", "sweep", "lens")),
+    ),
 }
+"""Why a contender has no time in a row: the reason, and what prints the helpers there are, in the peers' Python."""
 
 
 @dataclass
@@ -88,13 +106,13 @@ class Contender:
     times: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, name: str, python: str, model: Path, threads: int) -> "Contender":
+    def start(cls, name: str, python: str, model: Path, threads: int, **env: str) -> "Contender":
         counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         paths = os.pathsep.join([str(HERE.parent), str(HERE / "contenders")])
         process = subprocess.Popen(
             [python, str(HERE / "contenders" / CONTENDERS[name]), str(model)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=os.environ | counts | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+            env=os.environ | counts | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"} | env,
         )  # fmt: skip
         made = cls(name, process)
         made.loaded = made.read()["loaded"]
@@ -170,13 +188,26 @@ def first_answer(python: dict[str, str], model: Path, runs: int) -> dict[str, li
     return times
 
 
+def first_start(model: Path) -> float:
+    """The same for mechscope's very first start, which converts the weights: seconds."""
+    with tempfile.TemporaryDirectory() as cache:
+        began = time.perf_counter()
+        contender = Contender.start(OURS, sys.executable, model, 2, XDG_CACHE_HOME=cache)
+        contender.do(request(Row("", "lens", 5, 1, (), 0), 0, 0))
+        took = time.perf_counter() - began
+        contender.stop()
+    return took
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="time mechscope against its peers")
     parser.add_argument("--peers", default=sys.executable, help="the Python that has the peers")
     parser.add_argument("--model", type=Path, required=True, help="directory of the model (bench/model.py)")
     parser.add_argument("--tables", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="rows whose work is one of these, comma-separated")
+    parser.add_argument(
+        "--only", default="", help="rows whose work is one of these, comma-separated; start is one, too"
+    )
     options = parser.parse_args()
     console = Console()
     rows = [row for row in ROWS if not options.only or row.work in options.only.split(",")]
@@ -192,9 +223,12 @@ def main() -> int:
         tables.append({row.name: measure(row, contenders, table) for row in track(rows, f"table {table + 1}")})
         for contender in contenders.values():
             contender.stop()
-    starts = {} if options.only else first_answer(python, options.model, 3)
+    with_start = not options.only or START in options.only.split(",")
+    starts = first_answer(python, options.model, 3) if with_start else {}
     report = written(rows, tables, starts, options)
-    console.print(report)
+    if with_start:
+        report += f"\n\nThe first start, which converts the weights: {1000 * first_start(options.model):.0f} ms."
+    console.print(report, markup=False)
     if not options.only:
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / "table.md").write_text(report + "\n", "utf-8")
@@ -241,8 +275,16 @@ def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], 
     told = machine(options)
     lines += ["", f"Milliseconds, medians. {told['processor']}, {told['cores']} cores, {told['threads']} threads. "
               f"Python {told['python']}, numpy {told['numpy']}; peers {told['peers']}."]  # fmt: skip
-    lines += ["", "A dash: " + "; ".join(f"{name}: {why}" for name, why in DASHES.items()) + "."]
+    lines += ["", "A dash, and what shows it (helpers found by the command, in the peers' Python):", ""]
+    lines += [
+        f"- {name}: {why}: `{shows}` prints {_printed(options.peers, shows)}" for name, (why, shows) in DASHES.items()
+    ]
     return "\n".join(lines)
+
+
+def _printed(python: str, command: str) -> str:
+    ran = subprocess.run([python, "-c", command], capture_output=True, text=True)
+    return (ran.stdout.splitlines() or ["nothing"])[-1]
 
 
 def _line(name: str, seconds: dict[str, float], ratio: float, at_most: float) -> str:

@@ -75,11 +75,11 @@ class Listeners:
     """A hook as the decoder sees it: `fire` costs one set look-up where nobody listens."""
 
     def __init__(self, hook: LayerHook | None, layers: range, last_layer: int, pos: IntArray) -> None:
-        self._hook = hook or NoopHook()
+        self._hook = NoopHook() if hook is None else hook
         self._pos = pos
         self._wanted = {
             (name, layer)
-            for layer in layers
+            for layer in (layers if hook is not None else ())
             for name in POINTS
             if not (name in ONCE and layer != (0 if name == "embed" else last_layer)) and self._hook.wants(name, layer)
         }
@@ -109,6 +109,9 @@ class Listeners:
 
 class RecordHook(LayerHook):
     """Snapshots of points. A run that starts at position 0 clears the record; decode steps append rows.
+
+    Where hooks may write in place (`resid_mid`, `resid_post`) a snapshot is a copy. Elsewhere it is the decoder's own
+    array, which nobody changes once it was shown: read-only, so copy it to write into it.
 
     Points that exist once per pass (`points.ONCE`) are recorded whatever the layers. Results are `{layer: array}`
     without the batch axis for a single prompt: `get(point)`, and the attributes `pre_layer`,
@@ -160,7 +163,7 @@ class RecordHook(LayerHook):
     def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> None:
         rows = rows_in_scope(self._scope, pos, self._prompt_length)
         if len(rows):
-            taken = np.array(x) if len(rows) == len(pos) else np.take(x, rows, POINTS[point].seq_axis)
+            taken = _snapshot(x) if len(rows) == len(pos) else np.take(x, rows, POINTS[point].seq_axis)
             self._rows.setdefault((point, layer), []).append(taken)
             self._positions.setdefault((point, layer), []).append(pos[rows])
 
@@ -168,7 +171,7 @@ class RecordHook(LayerHook):
         """What was recorded at a point: {layer: array}, rows in the order of `positions`."""
         axis = POINTS[point].seq_axis
         return {
-            layer: _without_batch(np.concatenate(_same_width(rows, point), axis))
+            layer: _without_batch(rows[0] if len(rows) == 1 else np.concatenate(_same_width(rows, point), axis))
             for (name, layer), rows in self._rows.items()
             if name == point
         }
@@ -198,6 +201,11 @@ class RecordHook(LayerHook):
     @property
     def ffn_activation(self) -> dict[int, Array]:
         return self.get("mlp_act")
+
+
+def _snapshot(x: Array) -> Array:
+    """A copy, unless nobody can change `x`; what another hook returned is writeable like the stream itself."""
+    return np.array(x) if x.flags.writeable else x
 
 
 def _without_batch(x: Array) -> Array:

@@ -9,6 +9,7 @@ A residual is (d_model,) or (n, d_model); for the latter, lists of results.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +17,13 @@ from engine.decoder import norm, unembed
 from engine.distribution import softmax_of, top_k
 from engine.errors import VectorError
 from engine.network import Network
-from engine.ops import Array
+from engine.ops import Array, softmax
 
 Ranked = list[tuple[int, float]]
 """(token id, score), best first."""
+
+READ_AT_ONCE = 128
+"""Rows unembedded in one product: enough to use what is read of W_U, and no more than some 25 MB for 50,000 tokens."""
 
 
 def lens_logits(model: Network, residual: Array) -> Array:
@@ -29,7 +33,8 @@ def lens_logits(model: Network, residual: Array) -> Array:
 
 def logit_lens_topk(model: Network, residual: Array, k: int = 10) -> Ranked | list[Ranked]:
     """The k most probable tokens as (token id, probability)."""
-    return _ranked(softmax_of(lens_logits(model, residual)), k)
+    rows = model.check_vector(residual)
+    return _most_probable(model, rows, k) if rows.ndim == 2 else _most_probable(model, rows[None], k)[0]
 
 
 def track_token(model: Network, residual: Array, token_id: int) -> float | list[float]:
@@ -42,8 +47,24 @@ def track_token(model: Network, residual: Array, token_id: int) -> float | list[
 def track_race(
     model: Network, residuals: Mapping[int, Array], k: int = 5
 ) -> dict[int, Ranked] | dict[int, list[Ranked]]:
-    """The lens of several layers: {layer: top k}."""
-    return {layer: logit_lens_topk(model, residual, k) for layer, residual in residuals.items()}  # type: ignore[return-value]
+    """The lens of several layers: {layer: top k}. Faster than layer by layer: W_U is read for all rows at once."""
+    rows = {layer: model.check_vector(residual) for layer, residual in residuals.items()}
+    if not rows:
+        return {}
+    ranked = _most_probable(model, np.concatenate([np.atleast_2d(x) for x in rows.values()]), k)
+    out: dict[int, Any] = {}
+    for layer, x in rows.items():
+        out[layer], ranked = (ranked[: len(x)], ranked[len(x) :]) if x.ndim == 2 else (ranked[0], ranked[1:])
+    return out
+
+
+def _most_probable(model: Network, rows: Array, k: int) -> list[Ranked]:
+    """Of each of (n, d_model) rows, so many at a time that their logits are a moderate array."""
+    found: list[Ranked] = []
+    for start in range(0, len(rows), READ_AT_ONCE):
+        probabilities = softmax(lens_logits(model, rows[start : start + READ_AT_ONCE]))
+        found += [top_k(row, k) for row in probabilities]
+    return found
 
 
 def project_through_unembed(model: Network, vec: Array, k: int = 10) -> Ranked | list[Ranked]:

@@ -13,6 +13,7 @@ from engine.errors import DamagedFile, EngineError, InputError, ModelError, Toke
 from engine.families import Family, family, part_read
 from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
+from engine.heap import keep_freed_memory
 from engine.model import Model
 from engine.params import Params
 from engine.planted import planted
@@ -44,6 +45,7 @@ def load_model(
     (`converted.py`); `Model.conversion` says what came of it. `room` is asked for the bytes of dense weights before
     most are read. Raises `ModelError`s, and `InputError` for arguments.
     """
+    keep_freed_memory()
     budget = layer_budget(weights, dense_layers)
     if (name := str(model)).split(":", 1)[0] == catalog.SYNTHETIC and dense_layers is not None:
         raise InputError("synthetic models have no file, so their weights are always dense; leave dense_layers out")

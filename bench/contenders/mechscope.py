@@ -16,9 +16,8 @@ from engine import (
     kv_inject_test,
     load_model,
     patching_grid,
+    track_race,
 )
-from engine.distribution import softmax_of, top_k
-from engine.lens import lens_logits
 
 SHOWN = (0, 14, 29)
 
@@ -40,10 +39,7 @@ def everything(model: Any, r: Request) -> list[float]:
 def lens(model: Any, r: Request) -> list[float]:
     record = RecordHook.for_layers(range(30), points=["resid_post"])
     forward(model, r["ids"], hook=record, logits_at="none")
-    best = {}
-    for layer, rows in record.post_layer.items():
-        distribution = softmax_of(lens_logits(model, rows))
-        best[layer] = [top_k(row, 10) for row in distribution]
+    best = track_race(model, record.post_layer, 10)
     return [best[layer][-1][0][1] for layer in SHOWN]
 
 

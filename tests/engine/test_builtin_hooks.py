@@ -9,6 +9,7 @@ from tolerances import assert_close, assert_moved, assert_same
 from engine import (
     CompositeHook,
     KVCache,
+    LayerHook,
     PatchHook,
     RecordHook,
     ScaleHook,
@@ -52,6 +53,41 @@ def test_a_record_holds_the_three_residual_points_by_default(model, ids, clean):
     for layer, mid in record.post_attention.items():
         assert_same(mid, clean["resid_mid", layer])
     assert record.positions.tolist() == list(range(len(ids)))
+
+
+def test_a_record_of_every_point_copies_only_where_hooks_may_write(model, ids):
+    """What is not copied must not change after it was shown: it equals the copies of a hook that copies."""
+    copies, points = {}, points_of(model)
+
+    class Copies(LayerHook):
+        def wants(self, point, layer):
+            return point in points
+
+        def at(self, point, layer, x, pos, key_pos=None):
+            copies[point, layer] = x.copy()
+
+    record = RecordHook.for_layers(range(model.config.n_layers), points=points)
+    forward(model, ids, hook=CompositeHook([Copies(), record]), logits_at="all")
+    recorded = {(name, layer): rows for name in points for layer, rows in record.get(name).items()}
+    assert recorded.keys() == copies.keys()
+    for (name, layer), rows in recorded.items():
+        assert_same(rows, copies[name, layer][0])
+        assert rows.flags.writeable == (name in ("resid_mid", "resid_post"))
+
+
+def test_a_record_copies_what_another_hook_returned_and_may_change(model, ids, clean, layer):
+    held = []
+
+    class Reuses(LayerHook):
+        def on_ffn_activation(self, layer, x, pos):
+            held.append(x.copy())
+            return held[-1]
+
+    record = RecordHook.for_layers([layer], points=["mlp_act"])
+    forward(model, ids, hook=CompositeHook([Reuses(), record]))
+    for array in held:
+        array[:] = 0
+    assert_same(record.get("mlp_act")[layer], clean["mlp_act", layer])
 
 
 def test_a_record_can_add_attention_and_activations(model, ids, clean, layer):

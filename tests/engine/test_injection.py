@@ -132,9 +132,9 @@ def test_a_scan_finds_the_donors_answer_in_all_layers_together(model, ids, donor
     assert [cell.layers for cell in scan.per_layer] == [[0], [1], [last]]
     assert [cell.layers for cell in scan.from_last] == [[last], [1, last], [0, 1, last]]
     assert [cell.layers for cell in scan.from_first] == [[0], [0, 1], [0, 1, last]]
-    assert scan.from_last[-1].layers == scan.from_first[-1].layers
-    assert scan.from_last[-1].probability == pytest.approx(scan.from_first[-1].probability, rel=1e-4)
-    assert scan.per_layer[0] == scan.from_first[0]
+    for one, same in ((scan.from_last[-1], scan.from_first[-1]), (scan.per_layer[0], scan.from_first[0])):
+        assert one.layers == same.layers  # other rows of one product, which BLAS may add up in another order
+        assert one.probability == pytest.approx(same.probability, rel=1e-4)
     assert (scan.source, scan.dest) == ((0, len(ids) - 1), 0)
 
 

@@ -7,6 +7,7 @@ from tolerances import CONTROL, SAME, assert_close, assert_moved, assert_same
 
 import engine
 from engine import RecordHook, forward, trace_forward
+from engine.decoder import unembed
 from engine.distribution import softmax_of
 from engine.errors import TokenError, VectorError
 
@@ -71,8 +72,12 @@ def test_several_residuals_give_lists_of_the_single_results(model, residuals):
 def test_a_race_is_the_lens_of_each_layer(model, ids):
     last = model.capture_residuals(ids, [0, 2, -1])
     assert list(last) == [0, 2, model.config.n_layers - 1]
-    assert model.track_race(last, k=3) == {layer: model.logit_lens(row, 3) for layer, row in last.items()}
-    assert engine.track_race(model, last, k=3) == model.track_race(last, k=3)
+    race = model.track_race(last, k=3)
+    for layer, row in last.items():
+        alone = model.logit_lens(row, 3)
+        assert [token for token, _ in race[layer]] == [token for token, _ in alone]
+        assert [p for _, p in race[layer]] == pytest.approx([p for _, p in alone], rel=SAME)
+    assert engine.track_race(model, last, k=3) == race
 
 
 def test_projections_are_raw_products_with_the_unembedding(model):
@@ -171,3 +176,22 @@ def test_reading_a_residual_leaves_it_alone(model, ids):
     model.project_through_unembed(row)
     model.embedding_neighbors(row)
     assert_same(row, before)
+
+
+def test_a_race_of_many_rows_is_the_lens_of_each_layer(model, residuals, monkeypatch):
+    monkeypatch.setattr("engine.lens.READ_AT_ONCE", 3)  # cuts through layers
+    mixed = {layer: rows if layer % 2 else rows[-1] for layer, rows in residuals.items()}
+    race = model.track_race(mixed, k=3)
+    assert list(race) == list(mixed)
+    for layer, found in race.items():
+        alone = model.logit_lens(mixed[layer], k=3)
+        assert np.shape(found) == np.shape(alone) == ((len(residuals[0]), 3, 2) if layer % 2 else (3, 2))
+        assert_close(np.array(found)[..., 1], np.array(alone)[..., 1])
+    assert model.track_race({}, k=3) == {}
+
+
+def test_what_is_unembedded_at_a_time_is_bounded(synthetic, monkeypatch):
+    model, shapes = synthetic, []
+    monkeypatch.setattr("engine.lens.unembed", lambda model, x: shapes.append(x.shape) or unembed(model, x))
+    model.track_race({layer: np.ones((100, model.config.d_model), np.float32) for layer in range(3)}, k=1)
+    assert [rows for rows, _ in shapes] == [128, 128, 44]
