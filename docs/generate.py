@@ -25,8 +25,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 COMMON = """\
 `model` is a `model:` handle or a model's readable name; it may be left out when exactly one is loaded. A prompt is text
-or a list of token ids. `layers` are numbers from 0, negative ones from the end. An argument whose default is not shown
-may be left out. A result field that is null by default is left out when it has nothing to say."""
+or a list of token ids; with `chat` true, a text is the user's turn in the model's own chat template, and the notice of
+the result shows exactly what the model read. `layers` are numbers from 0, negative ones from the end. An argument whose
+default is not shown may be left out. A result field that is null by default is left out when it has nothing to say."""
 
 
 async def _listed() -> tuple[list[Any], bool]:

@@ -8,8 +8,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from engine.chat import ChatTemplate, template_from
 from engine.errors import DamagedFile, UnknownModel, clipped
 from engine.spm import SPACE, SentencePiece
 from engine.tokenizer import Tokenizer, byte_alphabet, eos_ids
@@ -185,7 +187,8 @@ def from_gguf(metadata: Metadata) -> Tokenizer:
     if kind == "llama":
         vocabulary = Vocabulary.read(metadata)
         pieces = Pieces(vocabulary, _sentencepiece(metadata, vocabulary.ids), _from_spm, _strips(metadata, vocabulary))
-        return Tokenizer(pieces, _bos(metadata, len(vocabulary.tokens), True, 1), _eos(metadata, 2))
+        bos, template = _bos(metadata, len(vocabulary.tokens), True, 1), partial(_template, metadata, vocabulary)
+        return Tokenizer(pieces, bos, _eos(metadata, 2), template)
     if kind != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UnknownModel(
             f"the file's tokenizer is {clipped(kind)} with pre-tokenizer {clipped(pre)}; supported: 'llama', and "
@@ -194,7 +197,15 @@ def from_gguf(metadata: Metadata) -> Tokenizer:
     vocabulary, chosen = Vocabulary.read(metadata), PRE_TOKENIZERS[pre]
     words = _bpe(metadata, vocabulary.ids, chosen)
     pieces = Pieces(vocabulary, words, _from_byte_level, _strips(metadata, vocabulary))
-    return Tokenizer(pieces, _bos(metadata, len(vocabulary.tokens), chosen.adds_bos, None), _eos(metadata, None))
+    bos = _bos(metadata, len(vocabulary.tokens), chosen.adds_bos, None)
+    return Tokenizer(pieces, bos, _eos(metadata, None), partial(_template, metadata, vocabulary))
+
+
+def _template(metadata: Metadata, vocabulary: "Vocabulary") -> ChatTemplate | None:
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    known = range(len(vocabulary.tokens))
+    bos, eos = (vocabulary.tokens[i] if isinstance(i, int) and i in known else "" for i in ids)
+    return template_from(metadata.get("tokenizer.chat_template"), bos, eos)
 
 
 _ALPHABET = byte_alphabet()

@@ -142,7 +142,7 @@ def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick |
         return _words(path, raw, None if path.is_dir() else GgufFile.open(path))
 
     backend = tokenizer.Deferred(words, notes["vocabulary"])
-    told = tokenizer.Tokenizer(backend, notes["bos"], notes["eos"])
+    told = tokenizer.Tokenizer(backend, notes["bos"], notes["eos"], lambda: backend.words.chat_template)
     return Model(name, cfg, conversion.params(cfg.n_layers), told, notes["fingerprint"], "dense", conversion="used")
 
 

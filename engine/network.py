@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.chat import Message
 from engine.config import Config
 from engine.errors import InputError, LayerError, PointError, PositionError, PromptError, TokenError, VectorError
 from engine.ops import LARGEST, Array, IntArray
@@ -50,6 +51,13 @@ class Network:
         if isinstance(prompt, str) and not prompt:
             raise PromptError("the prompt is empty; give at least one token")
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+
+    def encode_chat(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a conversation in the model's own chat template; text is one turn of the user's.
+
+        Raises `InputError` for a model without a template, or messages that it does not take.
+        """
+        return self.tokenizer.encode_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
     def token_batch(self, tokens: Tokens) -> IntArray:
         """(batch, seq) ids, checked; raises `PromptError` or `TokenError`."""

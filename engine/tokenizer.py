@@ -5,11 +5,13 @@ tokens.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.errors import DamagedFile, TokenError, UnknownModel, clipped
+from engine import chat
+from engine.chat import ChatTemplate, Message, Read
+from engine.errors import DamagedFile, InputError, TokenError, UnknownModel, clipped
 from engine.weights import read_json
 
 if TYPE_CHECKING:
@@ -51,37 +53,56 @@ class Deferred:
         self._read, self._size = read, size
 
     @cached_property
-    def _backend(self) -> Backend:
-        return self._read().backend
+    def words(self) -> "Tokenizer":
+        """The tokenizer as its file has it."""
+        return self._read()
 
     def size(self) -> int:
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text)
+        return self.words.backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(ids)
+        return self.words.backend.decode(ids)
 
 
 class Tokenizer:
     """encode, decode, piece, single. `vocabulary` is the number of ids the tokenizer knows."""
 
-    def __init__(self, backend: Backend, bos: int | None, eos: Sequence[int]) -> None:
+    def __init__(self, backend: Backend, bos: int | None, eos: Sequence[int], template: Read = lambda: None) -> None:
         """`bos` is put in front of every prompt unless None; generation stops at any of `eos`."""
         self.backend = backend
         self.bos = bos
         self.eos = tuple(eos)
         self.vocabulary = backend.size()
+        self._template = template
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The model's own chat template, if it has one."""
+        return self._template()
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation in the model's own template, the assistant's turn opened.
+
+        The template writes BOS itself, where the model wants one. Raises `InputError` for a model without a template.
+        """
+        if self.chat_template is None:
+            raise InputError("this model has no chat template; give the prompt as the model should read it")
+        return self._encoded(self.chat_template.render(messages))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, BOS included where the model wants one."""
+        ids = self._encoded(text)
+        return ids if self.bos is None else [self.bos, *ids]
+
+    def _encoded(self, text: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from None
-        ids = self.backend.encode(text)
-        return ids if self.bos is None else [self.bos, *ids]
+        return self.backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
@@ -123,7 +144,8 @@ def from_directory(directory: Path, raw: dict[str, Any]) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DamagedFile(f"tokenizer.json cannot be read: {str(error)[:200]}; fetch it again") from None
     has_bos = len(with_special) > len(plain) and with_special[: len(plain)] != plain
-    return Tokenizer(Library(backend), with_special[0] if has_bos else None, _eos(raw))
+    bos = with_special[0] if has_bos else None
+    return Tokenizer(Library(backend), bos, _eos(raw), partial(chat.from_directory, directory))
 
 
 def _eos(raw: dict[str, Any]) -> tuple[int, ...]:

@@ -29,7 +29,8 @@ and result, cancel_job stops it. The prompts are protocols with controls: recall
 induction heads, steering, comparing prompts, transplanting a cache. The resources mechscope://models and
 mechscope://session show what is loaded and held. Every number is computed in the call that returns it. A prompt is
 text or token ids; positions are absolute, layers count from 0, negative ones from the end; a token given as text must
-be exactly one token: mind the leading space. model may be left out when one is loaded.
+be exactly one token: mind the leading space. model may be left out when one is loaded. chat=true puts texts into the
+model's own chat template.
 """
 
 

@@ -18,7 +18,7 @@ from engine.cost import Cost
 from engine.distribution import softmax_of, top_k
 from engine.errors import InputError, LayerError, PositionError, VectorError, clipped
 from engine.lens import embedding_row, unembedding_row
-from engine.network import check_numbers
+from engine.network import Tokens, check_numbers
 from engine.ops import Array
 from schemas.arguments import DifferenceVector, HandleVector, RandomVector, TokenVector, ValuesVector
 from schemas.base import Token, TokenProbability
@@ -50,7 +50,10 @@ class Call:
     jobs: Jobs
     owner: str = LOCAL
     dry: bool = False
+    chat: bool = False
+    """Texts are the user's turns in the model's chat template."""
     expected: int | None = None
+    _read: dict[tuple[Model, str], list[int]] = field(default_factory=dict)
     _ticks: int = 0
     _reported: float = field(default=0.0)
     _untold: tuple[int, int | None, str] | None = None
@@ -94,6 +97,27 @@ class Call:
         if kind is not None and not handle.startswith(f"{kind}:"):
             raise InputError(f"{clipped(handle)} is not a {kind}: handle")
         return record
+
+    def ids(self, model: Model, prompt: str | Sequence[int]) -> list[int]:
+        """The ids of a prompt argument, checked."""
+        if not isinstance(prompt, str):
+            return self._checked(model, prompt)
+        if (model, prompt) not in self._read:
+            encode = model.encode_chat if self.chat else model.encode
+            self._read[model, prompt] = self._checked(model, encode(prompt))
+        return self._read[model, prompt]
+
+    def _checked(self, model: Model, ids: Tokens) -> list[int]:
+        found = [int(i) for i in model.token_batch(ids)[0]]
+        count_tokens("read", len(found))
+        return found
+
+    def as_read(self) -> str | None:
+        """With a chat template: what the model read, exactly."""
+        if not self.chat:
+            return None
+        texts = (f"{model.tokenizer.decode(ids)!r} ({len(ids)} tokens)" for (model, _), ids in self._read.items())
+        return f"in the model's chat template: {'; '.join(texts)}"
 
     def vector(self, model: Model, spec: Any, width: int | None = None) -> Array:
         """The vector a vector argument stands for: (width,), d_model unless said otherwise."""
@@ -144,13 +168,6 @@ def _one_of(asked: int | None, held: Sequence[int], length: int, what: str, erro
     if resolved not in held:
         raise error(f"{what} {asked} is not in the capture, which holds {list(held)}")
     return resolved
-
-
-def token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a prompt argument, checked."""
-    ids = [int(i) for i in model.token_batch(model.encode(prompt))[0]]
-    count_tokens("read", len(ids))
-    return ids
 
 
 def token_id(model: Model, token: str | int) -> int:

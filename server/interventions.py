@@ -10,7 +10,7 @@ from engine.errors import InputError
 from engine.ops import Array
 from engine.points import point as point_named
 from schemas import interventions as described
-from server.call import Call, layer_list, token_ids
+from server.call import Call, layer_list
 
 
 def described_interventions(
@@ -20,19 +20,19 @@ def described_interventions(
     return [made for item in items or () for made in _made(call, model, item, length)]
 
 
-def described_cost(model: Model, items: Iterable[described.Intervention] | None) -> Cost:
+def described_cost(call: Call, model: Model, items: Iterable[described.Intervention] | None) -> Cost:
     """What the donors and the prompts that are averaged take."""
     cfg, cost = model.config, Cost()
     for item in items or ():
-        cost += cost_of_passes(model, item.over or ())
+        cost += cost_of_passes(call, model, item.over or ())
         if item.donor is not None:
-            cost += of_pass(cfg, len(model.encode(item.donor)), max(layer_list(model, item.layers)) + 1)
+            cost += of_pass(cfg, len(call.ids(model, item.donor)), max(layer_list(model, item.layers)) + 1)
     return cost
 
 
-def cost_of_passes(model: Model, prompts: Iterable[Any]) -> Cost:
+def cost_of_passes(call: Call, model: Model, prompts: Iterable[Any]) -> Cost:
     """A pass of each prompt."""
-    return sum((of_pass(model.config, len(model.encode(prompt))) for prompt in prompts), Cost())
+    return sum((of_pass(model.config, len(call.ids(model, prompt))) for prompt in prompts), Cost())
 
 
 def _made(call: Call, model: Model, item: described.Intervention, length: int) -> Iterator[Intervention]:
@@ -82,7 +82,7 @@ def replacements(
     heads: list[int] | None,
 ) -> dict[int, Array]:
     """{layer: what mean or resample puts in}: the mean of the point's rows over the prompts, or all of them."""
-    pools = pooled_rows(model, [token_ids(model, prompt) for prompt in prompts], layers, point, call.tick)
+    pools = pooled_rows(model, [call.ids(model, prompt) for prompt in prompts], layers, point, call.tick)
     chosen = {layer: pool if heads is None else pool[:, heads] for layer, pool in pools.items()}
     return {layer: pool.mean(0) for layer, pool in chosen.items()} if kind == "mean" else chosen
 
@@ -92,7 +92,7 @@ def _donor_rows(
 ) -> dict[int, dict[int, Array]]:
     """{layer: {position in the recipient: the donor's row}}."""
     assert item.donor is not None
-    donor = token_ids(model, item.donor)
+    donor = call.ids(model, item.donor)
     if item.pairs is None and len(donor) != length:
         raise InputError(
             f"patch: the donor has {len(donor)} tokens, the prompt {length}; give pairs, such as [[-1, -1]], to say "

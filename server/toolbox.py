@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.cost import seconds
 from engine.errors import EngineError
+from schemas.base import Result
 from schemas.jobs import Estimate
 from server import published
 from server.auth import principal
@@ -30,6 +31,9 @@ from server.lab import Lab, Slot
 from server.logs import log
 from server.metrics import count_fault
 from server.store import StoreError
+
+PROMPTS = frozenset({"a", "clean", "prompt", "recipient", "text"})
+"""An argument of one of these names is a prompt, so the tool takes `chat`: texts go through the chat template."""
 
 ToolFunction = Callable[..., Any]
 """Returns a result model, or as a coroutine function awaits one."""
@@ -42,9 +46,13 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
     """
     signature = inspect.signature(function, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name not in ("call", *without)]
+    if any(p.name in PROMPTS for p in own):
+        own.insert(
+            -1, inspect.Parameter("chat", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False, annotation=bool)
+        )
 
-    async def run(ctx: Context[Any, Any], **arguments: Any) -> BaseModel:
-        call = Call(lab, ctx, jobs, principal(), dry=isinstance(ctx, DryRun))
+    async def run(ctx: Context[Any, Any], chat: bool = False, **arguments: Any) -> BaseModel:
+        call = Call(lab, ctx, jobs, principal(), isinstance(ctx, DryRun), chat)
         work = functools.partial(function, call, **arguments)
         try:
             async with AsyncExitStack() as turns:
@@ -54,7 +62,7 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
                     return await anyio.to_thread.run_sync(_estimated, work)
                 result: BaseModel = await (work() if on_loop else anyio.to_thread.run_sync(work))
                 await call.tell_last()
-                return result
+                return _noticed(result, call.as_read())
         except ToolError:
             raise
         except (EngineError, StoreError) as error:
@@ -75,6 +83,12 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
     run.__name__, run.__doc__ = function.__name__, inspect.getdoc(function)
     made = Tool.from_function(run, context_kwarg="ctx", annotations=_annotations(function), title=_title(function))
     return StrictTool.of(made)
+
+
+def _noticed(result: BaseModel, more: str | None) -> BaseModel:
+    if more is None or not isinstance(result, Result):
+        return result
+    return result.model_copy(update={"notice": ". ".join(filter(None, [result.notice, more]))})
 
 
 def _estimated(work: Callable[[], Any]) -> Estimate:

@@ -12,7 +12,7 @@ from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, Positions, Prompt
 from schemas.base import Integers
 from schemas.reading import Attention, AttentionRow, Source
-from server.call import Call, layer_list, position_list, token_ids
+from server.call import Call, layer_list, position_list
 from server.tools.reading import MOST_ENTRIES
 
 
@@ -32,7 +32,7 @@ def attention_pattern(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids, chosen = token_ids(engine, prompt), layer_list(engine, layers)
+    ids, chosen = call.ids(engine, prompt), layer_list(engine, layers)
     rows = position_list(engine, positions, len(ids))
     of = range(engine.config.n_heads) if heads is None else dict.fromkeys(engine.resolve_head(h) for h in heads)
     entries = len(chosen) * len(of) * len(rows) * min(k, len(ids))

@@ -15,7 +15,7 @@ from engine.lens import lens_logits
 from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, Prompt
 from schemas.reading import Comparison, LayerComparison
-from server.call import Call, layer_list, probabilities, token_ids
+from server.call import Call, layer_list, probabilities
 from server.tools.effects import SHOWN
 from server.tools.reading import residuals_at
 
@@ -82,7 +82,7 @@ def _expect(call: Call, sides: Sequence[Any], prompt: Any, layers: list[int] | s
         engine = call.loaded(side if _is_model(side) else model).model
         text = prompt if _is_model(side) else side
         if text is not None and not _is_capture(side):
-            length = len(engine.encode(text))
+            length = len(call.ids(engine, text))
             cost += of_pass(engine.config, length, max(layer_list(engine, layers)) + 1)
             longest = max(longest, length)
     call.expect(engine, cost, longest)
@@ -106,7 +106,7 @@ def _run(call: Call, side: Any, prompt: Any, layers: list[int] | str, position: 
             raise InputError(f"{side} was made with another model, {record.provenance['model']}")
         residuals = residuals_at(record, layers, position, loaded.model)
         return _Run(side, loaded.handle, loaded.notice, loaded.model, residuals)
-    ids = token_ids(loaded.model, prompt if _is_model(side) else side)
+    ids = call.ids(loaded.model, prompt if _is_model(side) else side)
     place = loaded.model.resolve_position(position, len(ids))
     chosen = sorted(layer_list(loaded.model, layers))
     trace = trace_forward(

@@ -17,7 +17,7 @@ from schemas.arguments import Scope as ScopeArgument
 from schemas.base import Integers
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
 from schemas.interventions import FurtherInterventions
-from server.call import Call, layer_list, probabilities, token_id, token_ids
+from server.call import Call, layer_list, probabilities, token_id
 from server.interventions import cost_of_passes, described_cost, described_interventions, replacements, scope
 from server.lab import LoadedModel
 
@@ -52,9 +52,11 @@ def forward_ablate(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids = token_ids(engine, prompt)
+    ids = call.ids(engine, prompt)
     taken = [] if layers is None or mode == "zero" else mean_over or []
-    call.expect(engine, cost_of_passes(engine, [*taken, ids, ids]) + described_cost(engine, interventions), len(ids))
+    call.expect(
+        engine, cost_of_passes(call, engine, [*taken, ids, ids]) + described_cost(call, engine, interventions), len(ids)
+    )
     made = [] if layers is None else _ablations(call, engine, layers, point, positions, heads, mode, mean_over)
     effect = _compared(call, loaded, ids, made, interventions, token, against)
     if made and mode == "zero" and point == "resid_post" and positions == "all":
@@ -103,9 +105,11 @@ def forward_steer(
     alpha is raw: it multiplies the vector as it is, no normalisation. For text use generate_with_hooks.
     """
     loaded = call.loaded(model)
-    ids = token_ids(loaded.model, prompt)
+    ids = call.ids(loaded.model, prompt)
     call.expect(
-        loaded.model, of_pass(loaded.model.config, len(ids)) * 2 + described_cost(loaded.model, interventions), len(ids)
+        loaded.model,
+        of_pass(loaded.model.config, len(ids)) * 2 + described_cost(call, loaded.model, interventions),
+        len(ids),
     )
     made = steering(call, loaded.model, steers or (), scope(positions))
     return _compared(call, loaded, ids, made, interventions, token, against)
@@ -142,11 +146,11 @@ def patch_activations(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids, donor_ids = token_ids(engine, recipient), token_ids(engine, donor)
+    ids, donor_ids = call.ids(engine, recipient), call.ids(engine, donor)
     pairs = dict.fromkeys(_pair(engine, target, len(donor_ids), len(ids)) for target in targets)
     captured = of_pass(engine.config, len(donor_ids), 1 + max(layer for layer, _, _ in pairs))
-    passes = cost_of_passes(engine, [donor_ids, ids, ids])
-    call.expect(engine, captured + passes + described_cost(engine, interventions), len(ids))
+    passes = cost_of_passes(call, engine, [donor_ids, ids, ids])
+    call.expect(engine, captured + passes + described_cost(call, engine, interventions), len(ids))
     state = capture_donor_state(engine, donor_ids, {(layer, source) for layer, source, _ in pairs}, point, call.tick)
     made = [
         Intervention("patch", (layer,), point, rows={dest: state.rows[layer, source]}) for layer, source, dest in pairs

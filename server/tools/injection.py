@@ -14,7 +14,7 @@ from schemas import effects
 from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
 from schemas.base import Integers
 from schemas.effects import InjectionResult, InjectionTest
-from server.call import Call, layer_list, probabilities, token_id, token_ids
+from server.call import Call, layer_list, probabilities, token_id
 from server.lab import LoadedModel
 from server.tools.writing import continuation, held_cache
 
@@ -44,7 +44,7 @@ def prefill_inject(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids = token_ids(engine, recipient)
+    ids = call.ids(engine, recipient)
     donor_ids, donor_cache = _donor(call, engine, donor)
     call.expect(engine, prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens), len(ids))
     result = injected(
@@ -57,7 +57,7 @@ def prefill_inject(
 
 def _donor(call: Call, model: Model, donor: str | Sequence[int]) -> tuple[list[int], KVCache | None]:
     if not isinstance(donor, str) or not donor.startswith("kv:"):
-        return token_ids(model, donor), None
+        return call.ids(model, donor), None
     cache = held_cache(call, model, donor)
     return call.record(donor, "kv").provenance["prompt_ids"][: cache.length], cache
 
@@ -130,7 +130,7 @@ def kv_inject_test(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids, donor_ids = token_ids(engine, recipient), token_ids(engine, donor)
+    ids, donor_ids = call.ids(engine, recipient), call.ids(engine, donor)
     if isinstance(donor, str) and donor.startswith("kv:"):
         raise InputError("kv_inject_test runs the donor itself: give its prompt, not a kv: handle")
     chosen, wanted = layer_list(engine, layers), token_id(engine, target)

@@ -16,7 +16,7 @@ from engine.ops import Array
 from engine.points import POINTS
 from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, TokenRef, TopK
 from schemas.reading import Capture, Crossing, Lens, LensRow, PointNorm, Race, RaceRow, Track, TrackRow
-from server.call import Call, layer_list, position_list, ranked, require_one, token_id, token_ids, token_shown
+from server.call import Call, layer_list, position_list, ranked, require_one, token_id, token_shown
 from server.lab import LoadedModel
 from server.store import Record
 
@@ -42,7 +42,7 @@ def capture_residuals(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids = token_ids(engine, prompt)
+    ids = call.ids(engine, prompt)
     chosen, rows = layer_list(engine, layers), position_list(engine, positions, len(ids))
     names: list[str] = list(dict.fromkeys(points))
     for name in names:
@@ -140,7 +140,7 @@ def logit_lens(
     if tensor is not None:
         return _lens_of_handle(call, loaded, tensor, layers, positions, k)
     assert prompt is not None
-    ids = token_ids(engine, prompt)
+    ids = call.ids(engine, prompt)
     chosen, rows = layer_list(engine, layers), position_list(engine, positions, len(ids))
     last = engine.config.n_layers - 1
     record = RecordHook.for_layers({*chosen, last}, points=["resid_post"])
@@ -219,7 +219,7 @@ def track_token(
     """Follow one token's probability, rank and logit through the layers. For several tokens use track_race."""
     loaded = call.loaded(model)
     engine = loaded.model
-    ids, chosen, wanted = token_ids(engine, prompt), layer_list(engine, layers), token_id(engine, token)
+    ids, chosen, wanted = call.ids(engine, prompt), layer_list(engine, layers), token_id(engine, token)
     place = engine.resolve_position(position, len(ids))
     logits = _layer_logits(call, engine, ids, sorted(chosen), place)
     rows = [
@@ -264,7 +264,7 @@ def track_race(
     """Race several tokens against each other through the layers: who leads where, and where the lead changes hands."""
     loaded = call.loaded(model)
     engine = loaded.model
-    ids, chosen = token_ids(engine, prompt), sorted(layer_list(engine, layers))
+    ids, chosen = call.ids(engine, prompt), sorted(layer_list(engine, layers))
     wanted = None if tokens is None else list(dict.fromkeys(token_id(engine, t) for t in tokens))
     if wanted is not None and len(wanted) < 2:
         raise InputError("the tokens are all the same; a race needs two different ones")

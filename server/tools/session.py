@@ -11,7 +11,7 @@ from engine.errors import InputError, clipped
 from engine.ops import Array
 from schemas.arguments import ModelRef
 from schemas.session import Held, ModelCard, ModelInfo, PlacedToken, Released, SessionInfo, TensorPage, Tokens
-from server.call import Call, token_ids
+from server.call import Call
 from server.lab import Lab, LoadedModel
 from server.store import RememberedModel
 
@@ -111,7 +111,7 @@ def tokenize(
 ) -> Tokens:
     """Show how the model splits a text: ids, pieces and positions. Positions are what other tools count by."""
     loaded = call.loaded(model)
-    ids = token_ids(loaded.model, text)
+    ids = call.ids(loaded.model, text)
     if len(ids) > 1000:
         raise InputError(f"the text is {len(ids)} tokens; tokenize shows at most 1000: give a shorter text")
     tokens = [PlacedToken(id=i, text=loaded.model.tokenizer.piece(i), position=p) for p, i in enumerate(ids)]

@@ -10,7 +10,7 @@ from engine.scans import patching_grid_cost
 from schemas.arguments import Layers, MetricName, ModelRef, PointRef, Prompt, TokenRef
 from schemas.base import Integers
 from schemas.scans import CausalTrace, GridCell, TokenPair
-from server.call import Call, layer_list, token_id, token_ids
+from server.call import Call, layer_list, token_id
 from server.lab import LoadedModel
 from server.tools.effects import LEAST_GAP
 
@@ -41,7 +41,7 @@ def causal_trace(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids, donor = token_ids(engine, corrupt), token_ids(engine, clean)
+    ids, donor = call.ids(engine, corrupt), call.ids(engine, clean)
     wanted = _metric(engine, metric, token, against)
     cells = point, by, layer_list(engine, layers), positions
     call.expect(engine, patching_grid_cost(engine, donor, ids, *cells), len(ids))

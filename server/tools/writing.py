@@ -11,7 +11,7 @@ from engine.errors import InputError
 from schemas.arguments import Layers, ModelRef, Prompt, Steers
 from schemas.effects import Continuation, HookedGeneration
 from schemas.interventions import Interventions
-from server.call import Call, layer_list, token_ids
+from server.call import Call, layer_list
 from server.interventions import described_cost, described_interventions
 from server.metrics import count_tokens
 from server.tools.effects import applied, steering
@@ -37,12 +37,12 @@ def generate_with_hooks(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids = token_ids(engine, prompt)
+    ids = call.ids(engine, prompt)
     start = None if cache is None else held_cache(call, engine, cache)
     length = len(ids) + (0 if start is None else start.next_position)
     ablated = () if ablate_layers is None else tuple(layer_list(engine, ablate_layers))
     texts = of_generation(engine.config, len(ids), max_new_tokens) * 2
-    call.expect(engine, texts + described_cost(engine, interventions), len(ids))
+    call.expect(engine, texts + described_cost(call, engine, interventions), len(ids))
     made = [Intervention("zero", ablated)] if ablated else []
     made += steering(call, engine, steers or (), "last")
     made += described_interventions(call, engine, interventions, length)
