@@ -42,10 +42,6 @@ class LayerHook:
         name = POINTS[point].callback
         return getattr(type(self), name) is not getattr(LayerHook, name)
 
-    def places(self, layers: range) -> Iterable[tuple[str, int]]:
-        """Every (point, layer) of these layers that `wants` says yes to; asked for once in each pass."""
-        return [(name, layer) for layer in layers for name in POINTS if self.wants(name, layer)]
-
     def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array | None:
         """Every point arrives here; the default hands it to its callback."""
         if point in ("q", "k", "v"):
@@ -83,8 +79,9 @@ class Listeners:
         self._pos = pos
         self._wanted = {
             (name, layer)
-            for name, layer in (() if hook is None else hook.places(layers))
-            if not (name in ONCE and layer != (0 if name == "embed" else last_layer))
+            for layer in (layers if hook is not None else ())
+            for name in POINTS
+            if not (name in ONCE and layer != (0 if name == "embed" else last_layer)) and self._hook.wants(name, layer)
         }
 
     def wanted(self, name: str, layer: int) -> bool:
@@ -242,11 +239,6 @@ class EditHook(LayerHook):
     def wants(self, point: str, layer: int) -> bool:
         return any(edit.point == point and edit.layer == layer for edit in self.edits)
 
-    def places(self, layers: range) -> Iterable[tuple[str, int]]:
-        """Few edits, many places: the edits are asked, so that a step of generation costs what it changes."""
-        named = {(edit.point, edit.layer) for edit in self.edits if edit.layer in layers}
-        return [place for place in named if self.wants(*place)]
-
     def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array | None:
         current = x
         for edit in self.edits:
@@ -313,9 +305,6 @@ class CompositeHook(LayerHook):
 
     def wants(self, point: str, layer: int) -> bool:
         return any(hook.wants(point, layer) for hook in self.hooks)
-
-    def places(self, layers: range) -> Iterable[tuple[str, int]]:
-        return {place for hook in self.hooks for place in hook.places(layers)}
 
     def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array | None:
         current = x

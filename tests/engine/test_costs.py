@@ -11,18 +11,7 @@ from declared import points_of
 from recording import Calls
 
 import engine.hooks
-from engine import (
-    POINTS,
-    CompositeHook,
-    Intervention,
-    LayerHook,
-    RecordHook,
-    SteerHook,
-    Variant,
-    forward,
-    generate,
-    sweep,
-)
+from engine import Intervention, LayerHook, RecordHook, SteerHook, Variant, forward, generate, sweep
 from engine.config import Rope
 from engine.hooks import NoopHook
 
@@ -159,19 +148,3 @@ def test_a_table_of_angles_is_made_once_per_pass_however_many_layers_share_it(mo
     monkeypatch.setattr(Rope, "table", lambda rope, *where: made.append(rope) or table(rope, *where))
     forward(model, ids)
     assert len(made) == len({rope for rope in model.config.ropes if rope is not None})
-
-
-def test_a_steered_step_asks_its_hook_about_its_edits_and_not_about_every_place(synthetic):
-    hook = SteerHook().add(2, np.ones(synthetic.config.d_model, np.float32), 1e-3)
-    for one in (hook, CompositeHook([hook])):
-        seen = called(lambda one=one: forward(synthetic, [1, 2, 3], hook=one))
-        assert 1 <= seen["EditHook.wants"] <= 2
-        assert seen["EditHook.at"] == 1
-
-
-@pytest.mark.parametrize("make", [lambda edits: edits, lambda edits: CompositeHook([RecordHook([1], ["z"]), edits])])
-def test_the_places_of_a_hook_are_those_that_it_wants(make, synthetic):
-    edits = SteerHook().add(2, np.ones(synthetic.config.d_model, np.float32), 1.0).add(3, np.ones(64, np.float32), 1.0)
-    hook, layers = make(edits), range(4)
-    assert set(hook.places(layers)) == {(name, i) for name in POINTS for i in layers if hook.wants(name, i)}
-    assert set(hook.places(range(3))) == {place for place in hook.places(layers) if place[1] < 3}
