@@ -122,7 +122,7 @@ def _rotary_tables(cfg: Config, cache: KVCache | None, pos: IntArray) -> dict[Ro
     length = int(pos[-1]) + 1
     if cache is not None:
         cache.grow_to(length)
-    return {rope: rope.table(pos, length) for rope in cfg.ropes if rope is not None}
+    return {rope: rope.table(pos, length) for rope in {*cfg.ropes} if rope is not None}
 
 
 def block(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:

@@ -1,7 +1,7 @@
 """`keep_freed_memory`: what one pass frees serves the next, and is not given back for new pages.
 
 A pass makes and frees some fifteen arrays per layer. The GNU C library gives large ones back at once and clears new
-pages for the next: an eighth of the time of a pass of 128 tokens, a quarter when every point is recorded.
+pages for the next: an eighth of the time of a pass of 128 tokens, about a fifth when every point is recorded.
 """
 
 import ctypes

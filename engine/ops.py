@@ -12,11 +12,18 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+<<<<<<< HEAD
 LARGEST = 1e15
 """What vectors and changed rows may hold: a norm squares them, and float32 ends at 3e38."""
 
 QUERY_BLOCK = 128
 """Query rows per block of attention: keys later than the block's last row are never multiplied."""
+=======
+QUERY_BLOCK = 64
+"""Query rows per block of attention: keys later than the block's last row are never multiplied. Narrower blocks
+multiply less and cost more calls.
+"""
+>>>>>>> fast
 
 SUM_BLOCK = 144
 """Features summed in one matrix product. OpenBLAS adds up an element in one chain, whose rounding grows with its
@@ -108,14 +115,14 @@ def attend(
     (b, heads, s, s_kv) pattern and returns it, or a replacement. Returns (b, s, heads, d_head).
     """
     z = np.empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), np.float32)
+    q = q * np.float32(scale)
     pattern = None if on_weights is None else np.zeros((*q.shape[:3], k.shape[2]), np.float32)
     for start in range(0, len(pos), QUERY_BLOCK):
         rows = slice(start, start + QUERY_BLOCK)
         keys = _visible_keys(pos[rows], key_pos, window)
         scores = _scores(q[:, :, rows], k[:, :, keys])
-        scores *= np.float32(scale)
         softcap(scores, cap)
-        scores[..., _hidden(pos[rows], key_pos[keys], window)] = -np.inf
+        _hide(scores, pos[rows], key_pos[keys], window)
         weights = softmax(scores)
         z[:, rows] = _mix(weights, v[:, :, keys])
         if pattern is not None:
@@ -131,6 +138,12 @@ def _visible_keys(pos: IntArray, key_pos: IntArray, window: int | None) -> slice
     """The contiguous stretch of (ascending) keys that at least one of these queries may see."""
     start = 0 if window is None else int(np.searchsorted(key_pos, pos[0] - window, side="right"))
     return slice(start, int(np.searchsorted(key_pos, pos[-1], side="right")))
+
+
+def _hide(scores: Array, pos: IntArray, key_pos: IntArray, window: int | None) -> None:
+    """Minus infinity where a query may not see a key. Without a window only keys after the first query can be such."""
+    first = 0 if window is not None else int(np.searchsorted(key_pos, pos[0], side="right"))
+    np.copyto(scores[..., first:], -np.inf, where=_hidden(pos, key_pos[first:], window))
 
 
 def _hidden(pos: IntArray, key_pos: IntArray, window: int | None) -> npt.NDArray[np.bool_]:

@@ -213,7 +213,7 @@ def _base_run(model: Network, tokens: Tokens, first: int, progress: "_Progress")
     result = forward(model, tokens, hook=record, cache=cache, tick=progress)
     assert result.logits is not None
     pos = np.arange(result.residual.shape[1])
-    tables = {rope: rope.table(pos, len(pos)) for rope in model.config.ropes if rope is not None}
+    tables = {rope: rope.table(pos, len(pos)) for rope in {*model.config.ropes} if rope is not None}
     return _Base(record.get("resid_pre") | {n: result.residual[0]}, cache, result.logits[0, -1], pos, tables)
 
 

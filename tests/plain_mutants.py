@@ -195,6 +195,13 @@ PLAIN_MUTANTS = (
     Mutant("code in a tokenizer's config is overlooked", "load.py", '(path / "tokenizer_config.json").exists()',
            "False",
            "test_spoiled_files.py::test_a_model_that_needs_code_of_its_own_is_refused_and_the_code_is_not_run"),
+    Mutant("a stale conversion is used", "converted.py", 'head["stamp"] == stamp(path)', "True",
+           "test_converted.py::test_another_model_at_the_same_path_is_converted_again"),
+    Mutant("a conversion by other code is used", "converted.py", ' and head["made_by"] == _code()', "",
+           "test_converted.py::test_other_code_makes_its_own_conversion"),
+    Mutant("a damaged header passes", "converted.py",
+           'metadata["digest"] != _head_digest(metadata["mechscope"], table)', "False",
+           "test_converted.py::test_a_damaged_conversion_is_made_again"),
     Mutant("digits are not split off", "gguf_tokenizer.py", "[digits, pre_tokenizers.ByteLevel(",
            "[pre_tokenizers.ByteLevel(", "test_tokenizer.py::test_ids_equal_llama_cpps"),
 )  # fmt: skip

@@ -12,6 +12,7 @@ from recording import Calls
 
 import engine.hooks
 from engine import Intervention, LayerHook, RecordHook, SteerHook, Variant, forward, generate, sweep
+from engine.config import Rope
 from engine.hooks import NoopHook
 
 COPIES = {"copy", "array", "take", "concatenate", "copyto", "ascontiguousarray", "stack", "pad"}
@@ -140,3 +141,10 @@ def test_a_grids_memory_is_bounded_however_many_cells_it_has(synthetic):
     (few, small), (many, large) = run(len(cells) // 2), run(len(cells))
     assert many >= 2 * few - 1 > 2
     assert large < 1.3 * small
+
+
+def test_a_table_of_angles_is_made_once_per_pass_however_many_layers_share_it(model, ids, monkeypatch):
+    made, table = [], Rope.table
+    monkeypatch.setattr(Rope, "table", lambda rope, *where: made.append(rope) or table(rope, *where))
+    forward(model, ids)
+    assert len(made) == len({rope for rope in model.config.ropes if rope is not None})

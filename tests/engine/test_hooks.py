@@ -6,7 +6,18 @@ from declared import has, points_of, refuses
 from recording import Calls, Replace, uneven
 from tolerances import assert_close, assert_moved, assert_same
 
-from engine import POINTS, CompositeHook, EngineError, KVCache, LayerHook, NoopHook, RecordHook, SteerHook, forward
+from engine import (
+    POINTS,
+    CompositeHook,
+    EditHook,
+    EngineError,
+    KVCache,
+    LayerHook,
+    NoopHook,
+    RecordHook,
+    SteerHook,
+    forward,
+)
 from engine.edits import Edit, times
 from engine.errors import HookError, LayerError, PointError, PositionError
 
@@ -238,3 +249,19 @@ def test_a_built_in_hook_for_a_layer_the_model_lacks_is_refused(synthetic, layer
     ):
         with pytest.raises(LayerError, match="valid: 0 to 3"):
             forward(synthetic, [1, 2, 3], hook=hook)
+
+
+@pytest.mark.parametrize("base", [EditHook, RecordHook, CompositeHook])
+def test_a_subclass_that_overrides_wants_is_heard(base, synthetic):
+    heard = []
+
+    class Listens(base):
+        def wants(self, point, layer):
+            return (point, layer) == ("z", 1)
+
+        def at(self, point, layer, x, pos, key_pos=None):
+            heard.append((point, layer))
+
+    hook = Listens([], []) if base is RecordHook else Listens([])
+    forward(synthetic, [1, 2, 3], hook=hook)
+    assert heard == [("z", 1)]
