@@ -12,18 +12,13 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-<<<<<<< HEAD
 LARGEST = 1e15
 """What vectors and changed rows may hold: a norm squares them, and float32 ends at 3e38."""
 
-QUERY_BLOCK = 128
-"""Query rows per block of attention: keys later than the block's last row are never multiplied."""
-=======
 QUERY_BLOCK = 64
 """Query rows per block of attention: keys later than the block's last row are never multiplied. Narrower blocks
 multiply less and cost more calls.
 """
->>>>>>> fast
 
 SUM_BLOCK = 144
 """Features summed in one matrix product. OpenBLAS adds up an element in one chain, whose rounding grows with its
