@@ -24,6 +24,7 @@ from slow_model import LAYER_SECONDS
 pytestmark = pytest.mark.anyio
 
 LONG = {"prompt": "hello", "max_new_tokens": 200}
+LAYERS_OF_LONG = 4 * 2 * 200
 JOB = {"tool": "generate_with_hooks", "arguments": LONG}
 
 
@@ -59,6 +60,11 @@ def slow_server(layers: Layers, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield served
 
 
+def begun_within(seconds: float) -> int:
+    """Layers that can begin before word of a cancellation reaches the server, on a machine as busy as it may be."""
+    return 1 + int(seconds / LAYER_SECONDS)
+
+
 @asynccontextmanager
 async def working(
     served: Served, layers: Layers, transport: str, mode: str, name: str = "ann"
@@ -81,13 +87,14 @@ async def test_a_cancelled_call_stops_within_a_layer_and_the_next_call_works_at_
     async with working(slow_server, layers, transport, mode) as client, anyio.create_task_group() as group:
         group.start_soon(client.call_tool, "generate_with_hooks", LONG)
         await layers.running()
-        at_cancel = layers.count
+        at_cancel, began = layers.count, time.monotonic()
         group.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
-            began = time.monotonic()
+            await client.list_tools()
+            on_the_way = begun_within(time.monotonic() - began)
             await ask(client, "logit_lens", prompt="hello")
-            assert layers.count <= at_cancel + 2 + 4, "a layer on the way to the server, a layer that ends, the lens"
-            assert time.monotonic() - began < 100 * LAYER_SECONDS
+            assert layers.count <= at_cancel + on_the_way + 1 + 4, "on the way to the server, one that ends, the lens"
+            assert layers.count < at_cancel + LAYERS_OF_LONG / 4
 
 
 @pytest.mark.parametrize("mode", ERAS)
@@ -97,10 +104,10 @@ async def test_a_cancelled_job_stops_within_a_layer_and_the_next_call_works_at_o
 ) -> None:
     async with working(slow_server, layers, transport, mode) as client:
         run = (await ask(client, "start_job", **JOB))["run"]
-        at_cancel = await layers.running()
+        at_cancel, began = await layers.running(), time.monotonic()
         assert (await ask(client, "cancel_job", run=run))["state"] == "cancelled"
         entered = layers.count
-        assert entered <= at_cancel + 2
+        assert entered <= at_cancel + begun_within(time.monotonic() - began) + 1
         await ask(client, "logit_lens", prompt="hello")
         assert layers.count == entered + 4
 
