@@ -10,8 +10,8 @@ import math
 import time
 
 from limits import parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import MovingWindowRateLimiter
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from starlette.datastructures import MutableHeaders
@@ -87,13 +87,14 @@ class RateLimit:
 
     def __init__(self, app: ASGIApp, rate: str) -> None:
         self.app, self._rate = app, parse(rate)
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())  # the synchronous one starts a thread at every hit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN or self._limiter.hit(self._rate, *_who(scope)):
+        if scope["type"] != "http" or scope["path"] in OPEN or await self._limiter.hit(self._rate, *_who(scope)):
             await self.app(scope, receive, send)
             return
-        wait = max(1, math.ceil(self._limiter.get_window_stats(self._rate, *_who(scope)).reset_time - time.time()))
+        window = await self._limiter.get_window_stats(self._rate, *_who(scope))
+        wait = max(1, math.ceil(window.reset_time - time.time()))
         said = f"too many requests: {self._rate}; try again in {wait} s"
         await _error(said, 429, {"retry-after": str(wait)})(scope, receive, send)
 

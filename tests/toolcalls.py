@@ -121,7 +121,7 @@ OWN: dict[tuple[str, str], Strategy] = {
     ("read_tensor", "tensor"): st.sampled_from(["resid_post.0", "resid_post.3", "grid", "vector"]),
     ("causal_trace", "positions"): _lists(POSITION),
     ("release", "handle"): _slot(*SLOTS),
-    ("start_job", "tool"): st.just("logit_lens"),
+    ("start_job", "tool"): st.sampled_from(["logit_lens", "capture_residuals", "attention_pattern"]),
     ("start_job", "arguments"): _with(prompt=PROMPT, layers_=LAYERS_OF),
 }
 """Where a name means something else in one tool."""

@@ -1,93 +1,134 @@
 """The scenario that every client plays (scenario.json), and how its answers are judged.
 
+request       a step as the protocol has it: its method, and its params with what earlier answers gave filled in
 play          with the Python client; clients/play.mjs does the same for the TypeScript SDKs
-filled        a step's arguments, with what earlier answers gave in place of its names
 complaints    what is wrong with the answers, step by step
 differences   where the answers of two clients differ
 """
 
 import json
 import math
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mcp import Client
+from mcp.types import PromptReference, ResourceTemplateReference
+from pydantic import BaseModel
 
 SCENARIO = json.loads(Path(__file__).with_name("scenario.json").read_text("utf-8"))
 STEPS: list[dict[str, Any]] = SCENARIO["steps"]
-VARYING = ("seconds", "bytes_in_memory")
-"""What depends on the machine, and on what a shared server has done before."""
+VARYING = ("seconds", "bytes_in_memory", "started", "ended", "sha256")
+"""What depends on the machine, on what a shared server has done before, and on whether it has a workspace."""
+
+CONTENT = ("structuredContent", "resources", "prompts", "messages", "completion")
+"""Where the answers to requests have their content."""
+
+REFERENCES = {"ref/prompt": PromptReference, "ref/resource": ResourceTemplateReference}
+ASK: dict[str, Callable[[Client, dict[str, Any]], Awaitable[BaseModel]]] = {
+    "tools/call": lambda client, p: client.call_tool(p["name"], p["arguments"]),
+    "resources/list": lambda client, p: client.list_resources(),
+    "resources/read": lambda client, p: client.read_resource(p["uri"]),
+    "prompts/list": lambda client, p: client.list_prompts(),
+    "prompts/get": lambda client, p: client.get_prompt(p["name"], p["arguments"]),
+    "completion/complete": lambda client, p: client.complete(REFERENCES[p["ref"]["type"]](**p["ref"]), p["argument"]),
+}
+
+Answer = dict[str, Any]
 
 
 @dataclass
 class Played:
-    """What a client saw: the names of the tools, each answer as it is on the wire, and the handles kept from them."""
+    """What a client saw: the names of the tools, each answer as it is on the wire, and the handles kept from them.
+
+    An answer is None where the client has no such request.
+    """
 
     tools: list[str]
-    answers: list[dict[str, Any]]
+    answers: list[Answer | None]
     kept: dict[str, str]
 
-    def keep(self, step: dict[str, Any], answer: dict[str, Any]) -> None:
+    def keep(self, step: dict[str, Any], answer: Answer | None) -> None:
         self.answers.append(answer)
-        self.kept |= {name: answer["structuredContent"][field] for name, field in step.get("keep", {}).items()}
+        self.kept |= {name: (answer or {})["structuredContent"][field] for name, field in step.get("keep", {}).items()}
 
 
 async def play(client: Client) -> Played:
     played = Played([tool.name for tool in (await client.list_tools()).tools], [], {})
     for step in STEPS:
-        result = await client.call_tool(step["tool"], filled(step["arguments"], played.kept))
+        method, params = request(step, played.kept)
+        result = await ASK[method](client, params)
         played.keep(step, result.model_dump(mode="json", by_alias=True))
     return played
 
 
-def filled(value: Any, kept: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {key: filled(inner, kept) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [filled(inner, kept) for inner in value]
-    return kept.get(value, value) if isinstance(value, str) else value
+def request(step: dict[str, Any], kept: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """(method, params); a step that names a tool calls it."""
+    if "tool" in step:
+        return "tools/call", {"name": step["tool"], "arguments": filled(step["arguments"], kept)}
+    return step["method"], filled(step.get("params", {}), kept)
+
+
+def filled(value: Any, kept: Mapping[str, str]) -> Any:
+    """The value with the handles that answers gave in place of their names, inside of texts too."""
+    text = json.dumps(value)
+    for name, handle in kept.items():
+        text = text.replace(name, handle)
+    return json.loads(text)
 
 
 def complaints(played: Played) -> list[str]:
-    assert len(played.answers) == len(STEPS)
     found = []
     for number, (step, answer) in enumerate(zip(STEPS, played.answers, strict=True)):
-        where = f"step {number}, {step['tool']}"
-        found += _refused(step, answer, played.kept, where) if "error" in step else _answered(step, answer, where)
+        where = f"step {number}, {step.get('tool') or step['method']}"
+        if answer is not None:
+            found += _complaints(filled(step, played.kept), answer, where)
     return found
 
 
-def _refused(step: dict[str, Any], answer: dict[str, Any], kept: dict[str, str], where: str) -> list[str]:
-    text = step["error"]
-    for name, handle in kept.items():
-        text = text.replace(name, handle)
-    return missing({"isError": True, "content": [{"type": "text", "text": text}]}, answer, where)
-
-
-def _answered(step: dict[str, Any], answer: dict[str, Any], where: str) -> list[str]:
-    """The expected fields are there, and a host that shows a model text only shows it the same."""
+def _complaints(step: dict[str, Any], answer: Answer, where: str) -> list[str]:
+    if "error" in step:
+        return missing({"isError": True, "content": [{"type": "text", "text": step["error"]}]}, answer, where)
     if answer.get("isError"):
         return [f"{where}: {answer['content'][0]['text']}"]
-    text = json.loads(answer["content"][0]["text"])
-    structured = answer["structuredContent"]
-    return missing(step["expect"], structured, where) + missing(text, structured, f"{where}, text")
+    return missing(step["expect"], shown(answer), where) + _text_alone(answer, where)
+
+
+def _text_alone(answer: Answer, where: str) -> list[str]:
+    """A host that shows a model only the text of a tool's answer shows it the same."""
+    structured = answer.get("structuredContent")
+    return [] if structured is None else missing(json.loads(answer["content"][0]["text"]), structured, f"{where}, text")
+
+
+def shown(answer: Answer) -> Any:
+    """The content of an answer; the rest is how the protocol packs it. Resources are JSON."""
+    if "contents" in answer:
+        return {item["uri"]: json.loads(item["text"]) for item in answer["contents"]}
+    return next((answer[key] for key in CONTENT if answer.get(key) is not None), answer.get("content"))
 
 
 def differences(one: Played, other: Played) -> list[str]:
-    first, second = _comparable(one), _comparable(other)
-    return list(dict.fromkeys([*missing(first, second), *missing(second, first)]))
+    pairs = [pair for pair in zip(_comparable(one), _comparable(other), strict=True) if None not in pair]
+    found = [text for a, b in pairs for text in (*missing(a, b), *missing(b, a))]
+    return list(dict.fromkeys(found))
 
 
-def _comparable(played: Played) -> dict[str, Any]:
-    text = json.dumps([{key: a.get(key) for key in ("structuredContent", "isError")} for a in played.answers])
-    for name, handle in played.kept.items():
-        text = text.replace(handle, name)
-    return {"tools": played.tools, "answers": json.loads(text, object_hook=_steady)}
+def _comparable(played: Played) -> list[Any]:
+    """The tools, and each answer without handles and what varies."""
+    names = {handle: name for name, handle in played.kept.items()}
+    answers = [
+        answer and filled(_steady(shown(answer), (*VARYING, *step.get("varying", ()))), names)
+        for step, answer in zip(STEPS, played.answers, strict=True)
+    ]
+    return [played.tools, *answers]
 
 
-def _steady(found: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if key not in VARYING}
+def _steady(found: Any, varying: Collection[str]) -> Any:
+    """Without the fields that vary, and those that are null: clients differ in whether they keep them."""
+    if isinstance(found, dict):
+        return {k: _steady(value, varying) for k, value in found.items() if k not in varying and value is not None}
+    return [_steady(value, varying) for value in found] if isinstance(found, list) else found
 
 
 def missing(expected: Any, found: Any, where: str = "") -> list[str]:

@@ -10,7 +10,7 @@ import anyio
 import pytest
 from clients import ERAS, SCRIPT, connected
 from e2e import nodes
-from e2e.scenario import SCENARIO, STEPS, Played, complaints, differences, filled, play
+from e2e.scenario import SCENARIO, STEPS, Played, complaints, differences, play, request
 from serving import TRANSPORTS, Served, reached, serving
 
 from server.app import build_server
@@ -22,7 +22,24 @@ TYPESCRIPT = {"v1": ("v1.mjs",), "v2 legacy": ("v2.mjs", "legacy"), "v2 modern":
 REVISION = {"v1": None, "v2 legacy": LEGACY, "v2 modern": MODERN}
 SCRIPTS = Path(__file__).with_name("clients")
 
+FLAGS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "tools/call": lambda p: ["--tool-name", p["name"], "--tool-args-json", json.dumps(p["arguments"])],
+    "resources/list": lambda p: [],
+    "resources/read": lambda p: ["--uri", p["uri"]],
+    "prompts/list": lambda p: [],
+    "prompts/get": lambda p: ["--prompt-name", p["name"], "--prompt-args", *map("=".join, p["arguments"].items())],
+}
+"""What the Inspector's command line takes; it completes nothing."""
+
 Log = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is held but what the scenario makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MECHSCOPE_WORKSPACE", str(tmp_path_factory.mktemp("workspace")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +83,11 @@ def test_the_python_client_over_every_transport(served: Served, reference: Playe
 def test_the_inspector(served: Served, reference: Played, era: str) -> None:
     played = Played([tool["name"] for tool in inspected(served, era, "tools/list")["tools"]], [], {})
     for step in STEPS:
-        arguments = json.dumps(filled(step["arguments"], played.kept))
-        call = ("--tool-name", step["tool"], "--tool-args-json", arguments)
-        played.keep(step, inspected(served, era, "tools/call", *call))
+        method, params = request(step, played.kept)
+        played.keep(step, inspected(served, era, method, *FLAGS[method](params)) if method in FLAGS else None)
     check(played, reference)
+    unanswered = [step for step, answer in zip(STEPS, played.answers, strict=True) if answer is None]
+    assert {step.get("method") for step in unanswered} == {"completion/complete"}
 
 
 def inspected(served: Served, era: str, method: str, *arguments: str) -> dict[str, Any]:
@@ -114,16 +132,16 @@ def test_the_typescript_clients_over_every_transport(
 
 
 def check_cancelled(said: dict[str, Any], log: Callable[[], Log]) -> None:
-    """Progress rose until the client cancelled; the server stopped and answers on."""
+    """Progress rose until the client cancelled; the server stopped this call and the scenario's job, and answers on."""
     done = [report["progress"] for report in said["cancelled"]["progress"]]
     assert len(done) >= 3
     assert done == sorted(set(done))
     assert "enough" in said["cancelled"]["ended"]
     assert not said["after"].get("isError")
     until = time.monotonic() + 30
-    while not cancellations(log()) and time.monotonic() < until:
+    while len(cancellations(log())) < 2 and time.monotonic() < until:
         time.sleep(0.1)
-    assert len(cancellations(log())) == 1
+    assert len(cancellations(log())) == 2
 
 
 def cancellations(log: Log) -> Log:

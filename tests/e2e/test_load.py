@@ -29,7 +29,7 @@ QUIET, CROWDED = 0.2, 0.01
 """Processors that others may use while no timer may be late; the share of timers that may be, when they use more."""
 LOAD_GROWTH, SOAK_GROWTH = 32 << 20, 16 << 20
 """Bytes of resident memory that the allocator may keep."""
-BUSY = ("mechscope is full: ", "of your calls run or wait, and no more may")
+BUSY = ("mechscope is full: ", "of your calls and jobs run or wait, and no more may")
 """How the documented answers to too many calls read."""
 
 PATIENCE = 1

@@ -7,10 +7,19 @@ const AFTER = 3; // progress notifications that come in before the long call is 
 // call(params, options) calls a tool: the two SDKs differ in where the options go.
 export async function play(client, call) {
   const tools = (await client.listTools()).tools.map((tool) => tool.name);
+  const ask = {
+    "tools/call": (params) => call(params),
+    "resources/list": (params) => client.listResources(params),
+    "resources/read": (params) => client.readResource(params),
+    "prompts/list": (params) => client.listPrompts(params),
+    "prompts/get": (params) => client.getPrompt(params),
+    "completion/complete": (params) => client.complete(params),
+  };
   const kept = {};
   const answers = [];
   for (const step of scenario.steps) {
-    const answer = await call({ name: step.tool, arguments: filled(step.arguments, kept) });
+    const { method, params } = step.tool ? toolCall(step) : step;
+    const answer = await ask[method](filled(params ?? {}, kept));
     for (const [name, field] of Object.entries(step.keep ?? {})) kept[name] = answer.structuredContent[field];
     answers.push(answer);
   }
@@ -20,7 +29,10 @@ export async function play(client, call) {
   console.log(JSON.stringify({ tools, answers, kept, cancelled, after, revision }));
 }
 
-const filled = (value, kept) => JSON.parse(JSON.stringify(value), (_, v) => kept[v] ?? v);
+const toolCall = (step) => ({ method: "tools/call", params: { name: step.tool, arguments: step.arguments } });
+
+const filled = (value, kept) =>
+  JSON.parse(Object.entries(kept).reduce((text, [name, handle]) => text.replaceAll(name, handle), JSON.stringify(value)));
 
 async function cancel(call) {
   const controller = new AbortController();

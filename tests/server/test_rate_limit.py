@@ -1,0 +1,37 @@
+"""The rate limit, apart from a server."""
+
+import threading
+
+import anyio
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from server.checks import RateLimit
+
+pytestmark = pytest.mark.anyio
+
+SCOPE = {"type": "http", "path": "/mcp", "method": "POST", "headers": [], "client": ("127.0.0.1", 1)}
+REQUESTS = 30
+
+
+async def test_the_event_loop_does_not_wait_for_a_thread_at_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread))[1])
+    passed: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        passed.append(scope)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    limited = RateLimit(app, f"{REQUESTS}/minute")
+    for _ in range(REQUESTS):
+        await limited(dict(SCOPE), receive, send)
+        await anyio.sleep(0.015)
+    assert len(passed) == REQUESTS
+    assert len(started) < REQUESTS / 3
