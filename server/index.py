@@ -129,7 +129,17 @@ def _explained(path: Path) -> Iterator[None]:
     """SQLite's errors, in words that say where and what to do."""
     try:
         yield
-    except sqlite3.Error as error:
-        raise StoreError(
-            f"the index {path} cannot be used: {error}; stop its servers and run `mechscope doctor --repair`"
-        ) from error
+    except (sqlite3.Error, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"the index {path} cannot be used: {reason}; {_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name == "SQLITE_FULL":
+        return "free the disk it is on, then call again"
+    if name.startswith("SQLITE_BUSY"):
+        return "another server has been writing for long: call again"
+    if isinstance(error, OSError) or name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return "the server's user must be able to write to it and its folder"
+    return "stop its servers and run `mechscope doctor --repair`"

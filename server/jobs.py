@@ -22,7 +22,7 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import BaseModel
 
-from engine.errors import InputError
+from engine.errors import InputError, clipped
 from schemas.jobs import Estimate
 from server import published
 from server.gate import UNWIND, Gate, Stopped
@@ -73,7 +73,7 @@ class Jobs:
 
     def _checked(self, name: str, arguments: dict[str, Any]) -> JobTool:
         if name not in self._tools:
-            raise InputError(f"{name!r} does not run as a job; these do: {', '.join(self._tools)}")
+            raise InputError(f"{clipped(name)} does not run as a job; these do: {', '.join(self._tools)}")
         tool = self._tools[name]
         tool.check(arguments)
         return tool

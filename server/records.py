@@ -3,12 +3,14 @@
 A file is complete or absent: it is written beside its name, brought to the disk and then renamed.
 """
 
+import errno
 import hashlib
 import json
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from engine.ops import Array
-from server.store import DamagedRecord, OutOfSpace, nbytes
+from server.store import DamagedRecord, OutOfSpace, StoreError, nbytes
 
 SUFFIX, UNFINISHED = ".safetensors", ".writing"
 
@@ -38,7 +40,7 @@ def sha256(data: bytes) -> str:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Raises `OutOfSpace` when the disk takes no more; then nothing is left of the file."""
+    """Raises `OutOfSpace` when the disk is full, `StoreError` when it takes no file; then nothing is left of it."""
     unfinished = path.with_suffix(UNFINISHED)
     try:
         with unfinished.open("xb") as file:
@@ -48,9 +50,13 @@ def write(path: Path, data: bytes) -> None:
         unfinished.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        raise OutOfSpace(f"{path.parent} takes no file: {error.strerror}; release handles, or free the disk") from None
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        said = f"{path.parent} takes no file: {error.strerror}; nothing was kept"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(f"{said}. Release handles, or free the disk") from None
+        raise StoreError(f"{said}. Whoever runs the server must make it writable") from None
 
 
 def _sync_folder(folder: Path) -> None:

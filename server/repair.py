@@ -7,6 +7,7 @@ and says so when it is used, until it is released.
 
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,15 +53,13 @@ def state(root: Path) -> tuple[bool, str]:
     workspace = Workspace(root)
     if not workspace.index.exists():
         return True, "no handles yet"
-    workspace.create()
-    busy = workspace.busy()
-    index = Index(workspace.index)
     try:
-        found = inspect(workspace, index, deep=False)
+        workspace.create()
+        busy = workspace.busy()
+        with closing(Index(workspace.index)) as index:
+            found = inspect(workspace, index, deep=False)
     except StoreError as error:
         return False, str(error)
-    finally:
-        index.close()
     held = f"{found.handles} handles, {ByteSize(found.nbytes).human_readable()}"
     if busy:  # files come before their rows and go after them, so nothing can be said
         return True, f"{held}, in use by a server"
@@ -82,11 +81,8 @@ def repair(root: Path, say: Say) -> None:
             raise InUse(f"{len(servers)} servers run on {root}; stop them, then repair")
         _check_database(workspace.index)
         migrate(workspace.index)
-        index = Index(workspace.index)
-        try:
+        with closing(Index(workspace.index)) as index:
             _tidy(workspace, index, say)
-        finally:
-            index.close()
 
 
 def _check_database(path: Path) -> None:

@@ -29,7 +29,7 @@ class Watch:
         if ctx.method != "tools/call":
             return await call_next(ctx)
         asked = (ctx.params or {}).get("name")
-        tool = asked if asked in NAMES else "unknown"
+        tool = asked if isinstance(asked, str) and asked in NAMES else "unknown"
         started, outcome = time.perf_counter(), "error"
         with logs.request(), self.metrics.measuring():
             logs.log.debug("called", extra={"tool": tool, "arguments": (ctx.params or {}).get("arguments")})

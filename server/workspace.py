@@ -34,26 +34,44 @@ class Workspace:
 
     def create(self) -> None:
         """Make the folders, for this user only: prompts are in them. Raises `StoreError`."""
-        try:
+        with self._writable("made"):
             for folder in (self.root, self.records, self._servers):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @contextmanager
+    def _writable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Timeout:  # an OSError too
+            raise
         except OSError as error:
-            raise StoreError(f"the workspace {self.root} cannot be made: {error.strerror}") from None
+            raise StoreError(
+                f"the workspace {self.root} cannot be {what}: {error.strerror} ({error.filename}); choose another "
+                "--workspace, or serve with --read-only, which needs none"
+            ) from None
 
     @contextmanager
     def locked(self, within: float = PATIENCE) -> Iterator[None]:
-        """Alone in the workspace but for servers that have joined. Raises `InUse`."""
+        """Alone in the workspace but for servers that have joined. Raises `InUse`, or `StoreError` where it cannot be
+        written to.
+        """
+        lock = FileLock(self.root / "lock", timeout=within)
         try:
-            with FileLock(self.root / "lock", timeout=within):
-                yield
+            with self._writable("locked"):
+                lock.acquire()
         except Timeout:
             raise InUse(f"another process makes or repairs the workspace {self.root}; try again later") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def join(self) -> "Member":
         """Become one of the servers; call it within `locked`."""
         name = secrets.token_hex(8)
         lock = FileLock(self._servers / name, thread_local=False)
-        lock.acquire()
+        with self._writable("joined"):
+            lock.acquire()
         return Member(name, lock)
 
     def lives(self, server: str) -> bool:

@@ -191,6 +191,7 @@ CASES = {
     "no job's handle": ("get_job", {"run": "act:gone-00"}, ["no such handle"]),
     "too long a wait": ("get_job", {"run": "run:gone-00", "wait_seconds": 21}, ["wait_seconds", "20"]),
     "job of no tool": ("start_job", {"tool": "dream", "arguments": {}}, ["'dream'", "causal_trace"]),
+    "job of a tool with an endless name": ("start_job", {"tool": "x" * 10_000, "arguments": {}}, ["causal_trace"]),
     "job without arguments": ("start_job", {"tool": "logit_lens"}, ["arguments", "required"]),
     "job with a wrong argument": (
         "start_job",

@@ -19,7 +19,7 @@ from server.app import build_server
 from server.disk_store import DiskStore, open_store
 from server.lab import Lab
 from server.records import TensorCache, file_name
-from server.store import DamagedRecord, OutOfSpace, UnknownHandle
+from server.store import DamagedRecord, OutOfSpace, StoreError, UnknownHandle
 
 MANY = 1 << 30
 Opened = Callable[..., DiskStore]
@@ -136,6 +136,26 @@ def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(opened: Opened
     monkeypatch.undo()
     assert list((tmp_path / "records").iterdir()) == []
     assert store.records("ann") == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_called_full(opened: Opened, tmp_path: Path) -> None:
+    store = opened()
+    (tmp_path / "records").rmdir()
+    with pytest.raises(StoreError, match="make it writable") as told:
+        store.put("act", "x", "ann", block(1), {})
+    assert not isinstance(told.value, OutOfSpace)
+
+
+def test_an_index_on_a_full_disk_says_so_and_works_again_when_there_is_room(opened: Opened) -> None:
+    store = opened()
+    (pages,) = store._index._writer.execute("PRAGMA page_count").fetchone()
+    store._index._writer.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreError, match="free the disk") as told:
+        store.put("act", "x", "ann", block(1), {"about": "x" * 20_000})
+    assert "doctor" not in str(told.value)
+    assert store.records("ann") == []
+    store._index._writer.execute("PRAGMA max_page_count = 1000000")
+    assert store.get(store.put("act", "x", "ann", block(1), {}), "ann").nbytes == store.bytes_in_memory
 
 
 def flip(path: Path) -> None:

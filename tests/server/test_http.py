@@ -101,6 +101,14 @@ def test_arguments_that_no_client_would_send_are_refused(guarded: Served, name: 
     assert post(guarded).status_code == 200
 
 
+@pytest.mark.parametrize("name", [["logit_lens"], {"logit_lens": 1}, 3, None])
+def test_a_tools_name_that_is_no_text_is_an_invalid_request(guarded: Served, name: object) -> None:
+    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": name, "arguments": {}}}
+    session = {"Mcp-Session-Id": post(guarded).headers["mcp-session-id"]}
+    answer = httpx.post(f"{guarded.base}/mcp", json=call, headers=ACCEPT | headers("ann") | session)
+    assert "Invalid request parameters" in answer.text
+
+
 def test_health_and_readiness_are_open_and_metrics_count(guarded: Served) -> None:
     assert httpx.get(f"{guarded.base}/health").json() == {"status": "alive"}
     assert httpx.get(f"{guarded.base}/ready").json() == {"status": "ready"}

@@ -85,6 +85,8 @@ def test_an_index_that_is_no_database_is_told_and_left_alone(tmp_path: Path) -> 
     (tmp_path / "index.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(StoreError, match="doctor --repair"):
         open_store(tmp_path, *BUDGETS)
+    sound, said = state(tmp_path)
+    assert (sound, "doctor --repair" in said) == (False, True)
     with pytest.raises(StoreError, match="keep a copy"):
         repair(tmp_path, print)
     assert len(list((tmp_path / "records").iterdir())) == 3
@@ -131,6 +133,14 @@ def test_a_workspace_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot be made"):
         open_store(tmp_path / "file" / "workspace", *BUDGETS)
+
+
+@pytest.mark.parametrize(("name", "says"), [("lock", "cannot be locked"), ("index.sqlite", "must be able to write")])
+def test_a_workspace_that_cannot_be_written_to_is_told(tmp_path: Path, name: str, says: str) -> None:
+    Workspace(tmp_path).create()
+    (tmp_path / name).mkdir()
+    with pytest.raises(StoreError, match=says):
+        open_store(tmp_path, *BUDGETS)
 
 
 WRITER = """
