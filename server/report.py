@@ -180,9 +180,9 @@ def _scan(a: Answer) -> list[RenderableType]:
 
 
 def _session(a: Answer) -> list[RenderableType]:
-    table = _table("handle", "holds", "bytes")
+    table = _table("bytes", "handle", "holds")
     for held in [*a["models"], *a["handles"]]:
-        table.add_row(held["handle"], held["about"], str(held["bytes"]))
+        table.add_row(str(held["bytes"]), held["handle"], held["about"])
     return [table]
 
 
