@@ -6,6 +6,7 @@ before a call returns; of what is written while stopping there is only how jobs 
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -39,6 +40,7 @@ def serve(settings: Settings) -> None:
     lab = Lab(store(settings), sources(settings), model_budget(settings), converted)
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
     server = build_server(lab, settings.toolset, settings.read_only, watch)
+    gc.freeze()  # a full collection goes through modules and schemas for 0.1 s, and nobody is answered meanwhile
     if settings.http:
         _serve_http(server, settings, watch)
     else:

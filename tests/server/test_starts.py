@@ -1,5 +1,7 @@
-"""A server's second start maps the weights that its first one converted, unless it is told not to."""
+"""Starts: the second maps the weights that the first one converted; and what a start leaves behind."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,6 @@ import pytest
 import tiny_files
 from clients import ask, connected
 from serving import over_stdio
-
-pytestmark = pytest.mark.anyio
 
 WIDE = 1 << 15
 """Neurons of an MLP large enough for its model to be kept."""
@@ -23,6 +23,7 @@ def model(path: Path) -> str:
     return str(tiny_files.hf_directory(path, tensors, intermediate_size=WIDE))
 
 
+@pytest.mark.anyio
 async def test_the_second_start_uses_what_the_first_one_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = model(tmp_path / "model")
@@ -40,3 +41,14 @@ async def test_the_second_start_uses_what_the_first_one_kept(tmp_path, monkeypat
             seen.append((await ask(client, "track_token", prompt="the", token=" the"))["rows"])
     assert list(said.values()) == ["none", "none", "made", "used", "none"]
     assert all(rows == seen[0] for rows in seen)
+
+
+def test_a_full_collection_does_not_go_through_what_starting_made(tmp_path):
+    script = "import gc, server.serve; from server.settings import Settings; server.serve._serve_http = show"
+    show = "def show(*_): print(gc.get_freeze_count(), len(gc.get_objects()))"
+    serve = f"server.serve.serve(Settings(http=True, workspace={str(tmp_path)!r}))"
+    ran = subprocess.run([sys.executable, "-c", "\n".join([show, script, serve])], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    left_alone, looked_at = map(int, ran.stdout.split())
+    assert left_alone > 50_000
+    assert looked_at < left_alone / 100
