@@ -175,10 +175,6 @@ class DiskStore:
     def models(self) -> list[RememberedModel]:
         return [_model(row) for row in self._index.read("SELECT * FROM models ORDER BY number")]
 
-    def forget_model(self, handle: str) -> None:
-        with self._index.writing() as db:
-            db.execute("DELETE FROM models WHERE handle = ?", (handle,))
-
     def close(self) -> None:
         """Leave the workspace to others."""
         self._index.close()

@@ -12,7 +12,7 @@ from pydantic import ByteSize
 from engine import Model, load_model
 from engine.catalog import SYNTHETIC, Progress
 from engine.decoder import Tick
-from engine.errors import ModelError, UnknownModel, clipped
+from engine.errors import InputError, ModelError, UnknownModel, clipped
 from engine.load import layer_budget
 from server.logs import log
 from server.sources import Sources
@@ -140,7 +140,7 @@ class Lab:
             raise ModelError(
                 f"{known.handle} cannot be loaded again: {known.name} has other weights now (sha256 "
                 f"{model.fingerprint[:12]}, then {known.fingerprint[:12]}). Call load_model for a handle of the new "
-                "ones, and release this one"
+                "ones"
             )
         return self._placed(known, model)
 
@@ -234,12 +234,16 @@ class Lab:
         return f". Known from before, and loaded when used: {', '.join(known[-5:])}" if known else ""
 
     def release_model(self, handle: str) -> int:
-        """Forget a model; returns the bytes of its weights that were in memory. Raises `UnknownModel`."""
+        """Let a model leave memory; returns the bytes it took. Others may have its handle: it stays, and brings the
+        model back. Raises `UnknownModel`, and `InputError` while calls work with it.
+        """
         slot = self.find(handle)
-        self.store.forget_model(slot.handle)
         with self._lock:
+            if slot.users:
+                raise InputError(f"{slot.handle} is being worked with; release it when that call has ended")
+            freed, slot.loaded = slot.nbytes, None
             self._slots.pop(slot.handle, None)
-        return slot.nbytes
+        return freed
 
 
 def _is_meant(known: RememberedModel, reference: str) -> bool:

@@ -144,10 +144,6 @@ class SessionStore(Protocol):
         """All models that have handles, oldest first."""
         ...
 
-    def forget_model(self, handle: str) -> None:
-        """Forget the handle of a model, if it is known."""
-        ...
-
     @property
     def bytes_in_memory(self) -> int:
         """What all principals' records take in memory."""
@@ -237,10 +233,6 @@ class MemoryStore:
     def models(self) -> list[RememberedModel]:
         with self._lock:
             return list(self._models.values())
-
-    def forget_model(self, handle: str) -> None:
-        with self._lock:
-            self._models.pop(handle, None)
 
     @property
     def bytes_in_memory(self) -> int:

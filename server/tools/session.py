@@ -97,7 +97,7 @@ def _held_model(known: RememberedModel, model: Model | None) -> Held:
 
 
 def release(call: Call, handle: Annotated[str, Field(description="any handle; list_session shows them")]) -> Released:
-    """Free a capture, vector, cache, model or ended job. Its handle is gone afterwards."""
+    """Free a capture, vector, cache or ended job for good; a model leaves memory, and its handle brings it back."""
     if handle.startswith("run:") and call.lab.store.run(handle, call.owner).state == "running":
         raise InputError(f"{handle} is running; cancel_job stops it")
     freed = (

@@ -12,7 +12,7 @@ from clients import ask, connected, refused
 
 import server.lab
 from engine import Model, load_model
-from engine.errors import ModelError, UnknownModel
+from engine.errors import InputError, ModelError, UnknownModel
 from server.app import build_server
 from server.lab import Lab
 from server.sources import Sources
@@ -101,6 +101,20 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read_and_the_others_sta
 
 
 @pytest.mark.anyio
+async def test_a_model_that_is_worked_with_is_not_released(paths: list[str], size: int) -> None:
+    lab = Lab()
+    handle = lab.load(paths[0], "dense").handle
+    slot = lab.find(handle)
+    async with slot.turn():
+        with pytest.raises(InputError, match="being worked with"):
+            lab.release_model(handle)
+    assert in_memory(lab) == [paths[0]]
+    assert lab.release_model(handle) == size
+    assert in_memory(lab) == []
+    assert lab.model(handle).handle == handle
+
+
+@pytest.mark.anyio
 async def test_a_model_that_is_worked_with_stays(paths: list[str], size: int) -> None:
     lab = Lab(model_budget=2 * size)
     first, _ = (lab.load(path, "dense") for path in paths[:2])
@@ -128,9 +142,6 @@ def test_another_process_of_the_workspace_knows_the_handle_and_the_name(paths: l
     assert Lab(store).load(paths[0], "dense").handle == handle
     with pytest.raises(UnknownModel, match=f"Known from before.*{handle}"):
         Lab(store).model(None)
-    Lab(store).release_model(handle)
-    with pytest.raises(UnknownModel):
-        Lab(store).model(handle)
 
 
 def test_other_weights_do_not_come_back_under_the_old_handle(paths: list[str], tmp_path: Path) -> None:

@@ -484,13 +484,15 @@ async def test_the_session_lists_what_is_held_and_release_frees_it(lab: Lab) -> 
     assert after["handles"] == []
 
 
-async def test_released_models_are_gone_and_load_again(lab: Lab) -> None:
+async def test_a_released_model_leaves_memory_and_its_handle_brings_it_back(lab: Lab) -> None:
     async with connected(build_server(lab)) as client:
-        model = (await ask(client, "list_session"))["models"][0]["handle"]
-        await ask(client, "release", handle=model)
-        assert (await ask(client, "list_session"))["models"] == []
-        again = await ask(client, "load_model", model="synthetic")
-    assert again["model"] != model
+        (model,) = (await ask(client, "list_session"))["models"]
+        assert (await ask(client, "release", handle=model["handle"]))["bytes_freed"] == model["bytes"]
+        (held,) = (await ask(client, "list_session"))["models"]
+        assert (held["handle"], held["in_memory"]) == (model["handle"], False)
+        assert "load_model" in await refused(client, "logit_lens", prompt=PROMPT)
+        again = await ask(client, "logit_lens", prompt=PROMPT, model=model["handle"])
+    assert again["model"] == model["handle"]
 
 
 async def test_no_answer_is_too_long_for_an_agent(lab: Lab) -> None:
