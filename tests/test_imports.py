@@ -68,4 +68,4 @@ with redirect_stdout(StringIO()):
 
 def test_the_server_reads_no_model_format_before_a_model_is_loaded():
     modules = loaded("", "import server.serve")
-    assert packages(modules) & {"gguf", "tokenizers", "huggingface_hub", "filelock"} == set()
+    assert packages(modules) & {"gguf", "tokenizers", "huggingface_hub"} == set()
