@@ -4,6 +4,7 @@ Tools run on worker threads. `tick` is given to every engine function that can t
 layer of a cancellation and reports progress to the client.
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ from server.store import Record
 
 LOCAL = "local"
 """The principal of stdio and of an unauthenticated localhost server."""
+
+ENOUGH = 20
+"""Characters of a prompt in a handle."""
 
 REPORT_EVERY = 0.1
 """Seconds between progress notifications."""
@@ -88,11 +92,13 @@ class Call:
     def loaded(self, reference: str | None) -> LoadedModel:
         return self.lab.model(reference, self.tick, self.progress)
 
-    def record(self, handle: str, kind: str | None = None) -> Record:
-        """A stored record; `kind` says which kind the argument takes."""
+    def record(self, handle: str, kind: str | None = None, model: Model | None = None) -> Record:
+        """A stored record; `kind` says which kind the argument takes, `model` which model must have made it."""
         record = self.lab.store.get(handle, self.owner)
         if kind is not None and not handle.startswith(f"{kind}:"):
             raise InputError(f"{clipped(handle)} is not a {kind}: handle")
+        if model is not None and record.provenance["fingerprint"] != model.fingerprint:
+            raise InputError(f"{handle} was made with another model; give model={record.provenance['model']!r}")
         return record
 
     def vector(self, model: Model, spec: Any, width: int | None = None) -> Array:
@@ -151,6 +157,14 @@ def token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     ids = [int(i) for i in model.token_batch(model.encode(prompt))[0]]
     count_tokens("read", len(ids))
     return ids
+
+
+def label(model: Model, ids: Sequence[int], what: str) -> str:
+    """The readable part of a handle: the end of the prompt, from a whole word on where it is long, and what is held."""
+    words = re.sub(r"[^a-z0-9.]+", "-", model.tokenizer.decode(list(ids[-ENOUGH:])).lower()).strip("-")
+    if len(words) > ENOUGH:
+        words = words[-ENOUGH:].partition("-")[2] or words[-ENOUGH:]
+    return f"{words}-{what}"
 
 
 def token_id(model: Model, token: str | int) -> int:
