@@ -4,6 +4,7 @@ Tools run on worker threads. `tick` is given to every engine function that can t
 layer of a cancellation and reports progress to the client.
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ from server.store import Record
 
 LOCAL = "local"
 """The principal of stdio and of an unauthenticated localhost server."""
+
+ENOUGH = 20
+"""Characters of a prompt in a handle."""
 
 REPORT_EVERY = 0.1
 """Seconds between progress notifications."""
@@ -91,11 +95,13 @@ class Call:
     def loaded(self, reference: str | None) -> LoadedModel:
         return self.lab.model(reference, self.tick, self.progress)
 
-    def record(self, handle: str, kind: str | None = None) -> Record:
-        """A stored record; `kind` says which kind the argument takes."""
+    def record(self, handle: str, kind: str | None = None, model: Model | None = None) -> Record:
+        """A stored record; `kind` says which kind the argument takes, `model` which model must have made it."""
         record = self.lab.store.get(handle, self.owner)
         if kind is not None and not handle.startswith(f"{kind}:"):
             raise InputError(f"{clipped(handle)} is not a {kind}: handle")
+        if model is not None and record.provenance["fingerprint"] != model.fingerprint:
+            raise InputError(f"{handle} was made with another model; give model={record.provenance['model']!r}")
         return record
 
     def ids(self, model: Model, prompt: str | Sequence[int]) -> list[int]:
@@ -168,6 +174,14 @@ def _one_of(asked: int | None, held: Sequence[int], length: int, what: str, erro
     if resolved not in held:
         raise error(f"{what} {asked} is not in the capture, which holds {list(held)}")
     return resolved
+
+
+def label(model: Model, ids: Sequence[int], what: str) -> str:
+    """The readable part of a handle: the end of the prompt, from a whole word on where it is long, and what is held."""
+    words = re.sub(r"[^a-z0-9.]+", "-", model.tokenizer.decode(list(ids[-ENOUGH:])).lower()).strip("-")
+    if len(words) > ENOUGH:
+        words = words[-ENOUGH:].partition("-")[2] or words[-ENOUGH:]
+    return f"{words}-{what}"
 
 
 def token_id(model: Model, token: str | int) -> int:

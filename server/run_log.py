@@ -1,10 +1,9 @@
-"""`RunLog`: the runs of a workspace. The state a run ends in is always written; how far it is, once a second.
+"""`RunLog`: the runs of a workspace. A run that has ended stays as it ended: progress may come late.
 
 A run belongs to the server that started it. When that server is gone, a run it left behind is `interrupted`.
 """
 
 import json
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -12,9 +11,6 @@ from typing import Any
 
 from server.index import Index
 from server.store import Run, StoreError, is_handle, mint, unknown
-
-SAVE_EVERY = 1.0
-"""Seconds between two writings of progress."""
 
 RESERVED = 4096
 """Bytes of disk budget that a run takes beyond its start, so that it can always end with a word of why."""
@@ -24,13 +20,10 @@ Room = Callable[[Any, int, str], None]
 
 
 class RunLog:
-    """Runs in the index; those of this server also in memory, as they are now."""
+    """Runs in the index. How often progress is saved is the business of who saves it."""
 
     def __init__(self, index: Index, server: str, lives: Callable[[str], bool], room: Room) -> None:
         self._index, self._server, self._lives, self._room = index, server, lives, room
-        self._going: dict[str, Run] = {}
-        self._saved: dict[str, float] = {}
-        self._lock = threading.Lock()
 
     def start(self, owner: str, tool: str, arguments: Mapping[str, Any], provenance: Mapping[str, Any]) -> Run:
         run = Run(mint("run", tool), owner, tool, dict(arguments), dict(provenance), time.time())
@@ -41,26 +34,10 @@ class RunLog:
                 "INSERT INTO runs (handle, owner, server, state, bytes, body) VALUES (?, ?, ?, ?, ?, ?)",
                 (run.handle, owner, self._server, run.state, len(body) + RESERVED, body),
             )
-        with self._lock:
-            self._going[run.handle] = run
         return run
 
     def save(self, run: Run) -> None:
-        ended, now = run.state != "running", time.monotonic()
-        with self._lock:
-            if run.handle not in self._going or self._going[run.handle].state != "running":
-                return  # released, or it has ended
-            self._going[run.handle] = run
-            if not ended and now - self._saved.get(run.handle, 0.0) < SAVE_EVERY:
-                return
-            self._saved[run.handle] = now
-        try:
-            self._write(run)
-        finally:
-            if ended:
-                self._leave(run.handle)
-
-    def _write(self, run: Run) -> None:
+        """What cannot be kept of an end is said in its place."""
         try:
             self._update(run)
         except StoreError as error:
@@ -70,7 +47,7 @@ class RunLog:
             self._update(replace(run, state="failed", result=None, error=said))
 
     def _update(self, run: Run) -> None:
-        """What has ended stays as it is: progress may come late."""
+        """Nothing happens to a run that has ended or was released."""
         body = _body(run)
         with self._index.writing() as db:
             row = db.execute("SELECT bytes FROM runs WHERE handle = ? AND state = 'running'", (run.handle,)).fetchone()
@@ -102,7 +79,6 @@ class RunLog:
             gone = db.execute("DELETE FROM runs WHERE handle = ? AND owner = ?", (handle, owner)).rowcount
         if not gone:
             raise unknown(handle)
-        self._leave(handle)
 
     def interrupt_abandoned(self) -> int:
         """Runs of servers that are gone have ended; how many they were."""
@@ -111,18 +87,11 @@ class RunLog:
 
     def _now(self, row: Any) -> Run:
         run = Run(**json.loads(row["body"]))
-        if run.state != "running" or row["server"] == self._server:
-            return self._going.get(run.handle, run)
-        if self._lives(row["server"]):
+        if run.state != "running" or row["server"] == self._server or self._lives(row["server"]):
             return run
         ended = replace(run, state="interrupted", ended=time.time(), error="the server ended while this was going on")
         self._update(ended)
         return ended
-
-    def _leave(self, handle: str) -> None:
-        with self._lock:
-            self._going.pop(handle, None)
-            self._saved.pop(handle, None)
 
 
 def _body(run: Run) -> str:

@@ -101,9 +101,7 @@ def _run(call: Call, side: Any, prompt: Any, layers: list[int] | str, position: 
         raise InputError("to compare models, give the prompt that both run")
     loaded = call.loaded(side if _is_model(side) else model)
     if _is_capture(side):
-        record = call.record(side, "act")
-        if record.provenance["fingerprint"] != loaded.model.fingerprint:
-            raise InputError(f"{side} was made with another model, {record.provenance['model']}")
+        record = call.record(side, "act", loaded.model)
         residuals = residuals_at(record, layers, position, loaded.model)
         return _Run(side, loaded.handle, loaded.notice, loaded.model, residuals)
     ids = call.ids(loaded.model, prompt if _is_model(side) else side)

@@ -14,7 +14,7 @@ from schemas import effects
 from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
 from schemas.base import Integers
 from schemas.effects import InjectionResult, InjectionTest
-from server.call import Call, layer_list, probabilities, token_id
+from server.call import Call, label, layer_list, probabilities, token_id
 from server.lab import LoadedModel
 from server.tools.writing import continuation, held_cache
 
@@ -66,7 +66,7 @@ def _kept(call: Call, loaded: LoadedModel, ids: list[int], donor_ids: list[int],
     engine = loaded.model
     return call.lab.store.put(
         "kv",
-        f"{engine.tokenizer.decode(ids[-4:])}-edited",
+        label(engine, ids, "edited"),
         call.owner,
         result.cache.to_tensors(),
         {

@@ -16,7 +16,7 @@ from engine.ops import Array
 from engine.points import POINTS
 from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, TokenRef, TopK
 from schemas.reading import Capture, Crossing, Lens, LensRow, PointNorm, Race, RaceRow, Track, TrackRow
-from server.call import Call, layer_list, position_list, ranked, require_one, token_id, token_shown
+from server.call import Call, label, layer_list, position_list, ranked, require_one, token_id, token_shown
 from server.lab import LoadedModel
 from server.store import Record
 
@@ -57,7 +57,7 @@ def capture_residuals(
     about = f"{', '.join(names)} of {len(chosen)} layers at {len(rows)} positions"
     handle = call.lab.store.put(
         "act",
-        f"{engine.tokenizer.decode(ids[-4:])}-L{chosen[0]}-{chosen[-1]}",
+        label(engine, ids, f"L{chosen[0]}-{chosen[-1]}"),
         call.owner,
         tensors,
         {
@@ -156,7 +156,7 @@ def logit_lens(
 def _lens_of_handle(
     call: Call, loaded: LoadedModel, handle: str, layers: list[int] | str, positions: str | list[int], k: int
 ) -> Lens:
-    record = call.record(handle, "act")
+    record = call.record(handle, "act", loaded.model)
     held = _held_rows(record)
     asked = position_list(loaded.model, positions, held["prompt_length"])
     rows = held["positions"] if positions == "all" else asked

@@ -7,7 +7,6 @@ from pydantic import Field
 
 from engine import Generation, Intervention, KVCache, Model, compile_interventions, generate
 from engine.cost import of_generation
-from engine.errors import InputError
 from schemas.arguments import Layers, ModelRef, Prompt, Steers
 from schemas.effects import Continuation, HookedGeneration
 from schemas.interventions import Interventions
@@ -69,10 +68,7 @@ def continuation(made: Generation) -> Continuation:
 
 def held_cache(call: Call, model: Model, handle: str) -> KVCache:
     """The cache behind a kv: handle; raises `InputError` for another model's."""
-    record = call.record(handle, "kv")
-    if record.provenance["fingerprint"] != model.fingerprint:
-        raise InputError(f"{handle} was made with another model, {record.provenance['model']}")
-    return KVCache.from_tensors(record.tensors, model.config)
+    return KVCache.from_tensors(call.record(handle, "kv", model).tensors, model.config)
 
 
 def _first_difference(a: list[int], b: list[int]) -> int | None:

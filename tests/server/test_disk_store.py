@@ -14,7 +14,6 @@ import pytest
 from clients import ask, connected, refused
 from safetensors.numpy import load_file
 
-from server import run_log
 from server.app import build_server
 from server.disk_store import DiskStore, open_store
 from server.lab import Lab
@@ -231,20 +230,7 @@ def test_runs_survive_and_those_of_a_process_that_is_gone_are_interrupted(opened
         assert store.run(going.handle, "ann").error is not None
 
 
-def test_the_last_state_of_a_run_is_written_however_fast_progress_comes(opened: Opened) -> None:
-    store, other = opened(), opened()
-    run = store.start_run("ann", "causal_trace", {}, {})
-    for i in range(50):
-        store.save_run(replace(run, done=i))
-    assert store.run(run.handle, "ann").done == 49
-    assert other.run(run.handle, "ann").done < 49
-    store.save_run(replace(run, state="done", done=50, result={}))
-    store.save_run(replace(run, done=49))
-    assert other.run(run.handle, "ann").done == store.run(run.handle, "ann").done == 50
-
-
-def test_a_run_that_has_ended_is_not_overtaken_by_its_own_progress(opened: Opened, monkeypatch) -> None:
-    monkeypatch.setattr(run_log, "SAVE_EVERY", 0.0)
+def test_a_run_that_has_ended_is_not_overtaken_by_its_own_progress(opened: Opened) -> None:
     store, other = opened(), opened()
     with ThreadPoolExecutor(4) as threads:
         for _ in range(30):

@@ -473,6 +473,33 @@ async def test_a_row_of_a_capture_serves_as_a_vector(lab: Lab, synthetic: Model)
     assert [t["id"] for t in answer["top"]] == [i for i, _ in synthetic.project_through_unembed(row, 3)]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "readable"),
+    [
+        ("abcab", "abcab-l0-3"),
+        ("one two three four five six", "three-four-five-six-l0-3"),
+        ("x" * 30, "x" * 20 + "-l0-3"),
+    ],
+)
+async def test_a_handle_says_how_its_prompt_ends(lab: Lab, prompt: str, readable: str) -> None:
+    async with connected(build_server(lab)) as client:
+        held = await ask(client, "capture_residuals", prompt=prompt)
+    assert held["handle"].rpartition("-")[0] == f"act:{readable}"
+
+
+async def test_a_capture_is_never_read_with_another_models_lens(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        held = await ask(client, "capture_residuals", prompt=PROMPT)
+        other = (await ask(client, "load_model", model="synthetic:induction"))["model"]
+        for tool, arguments in (
+            ("logit_lens", {"tensor": held["handle"]}),
+            ("compare", {"a": held["handle"], "b": "a"}),
+        ):
+            said = await refused(client, tool, **arguments, model=other)
+            assert f"another model; give model='{held['model']}'" in said
+        assert (await ask(client, "logit_lens", tensor=held["handle"], model=held["model"]))["rows"]
+
+
 async def test_the_session_lists_what_is_held_and_release_frees_it(lab: Lab) -> None:
     async with connected(build_server(lab)) as client:
         held = await ask(client, "capture_residuals", prompt=PROMPT)
