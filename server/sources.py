@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.catalog import CATALOGUE, SYNTHETIC, is_cached, is_hub_id
 from engine.errors import UnknownModel, clipped
 
-READ = ("*.safetensors", "*.json")
+READ = ("*.safetensors", "*.json", "*.jinja")
 """What the engine opens in a model's directory."""
 
 
