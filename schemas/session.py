@@ -62,10 +62,12 @@ class Held(Strict):
 
 
 class SessionInfo(Strict):
-    """Everything this session holds."""
+    """Everything this session holds, a page of handles at a time."""
 
     models: list[Held]
     handles: list[Held]
+    handle_count: int = Field(description="how many there are in all")
+    next_start: int | None = Field(None, description="where the next page of handles starts; left out at the end")
     bytes_in_memory: int
 
 

@@ -150,8 +150,12 @@ class Jobs:
 
     async def _progress(self, job: Job, done: float, total: float | None, what: str | None) -> None:
         job.run = replace(job.run, done=int(done), total=None if total is None else int(total), what=what or "")
-        if time.monotonic() - job.saved >= SAVE_EVERY:
+        if time.monotonic() - job.saved < SAVE_EVERY:
+            return
+        try:
             await self._save(job)
+        except Exception:  # a job is not given up for that: its end is what matters
+            log.exception("how far %s is could not be saved", job.run.handle)
 
     async def _save(self, job: Job) -> None:
         job.saved = time.monotonic()

@@ -51,8 +51,8 @@ class Resources:
         return Models(loaded=loaded, known=known).model_dump_json()
 
     def session(self) -> str:
-        """Everything you hold and what it costs, as list_session shows it."""
-        return held(self._lab, principal()).model_dump_json()
+        """What you hold and what it costs, as list_session shows it: the newest handles, and how many there are."""
+        return held(self._lab, principal()).model_dump_json(exclude_defaults=True)
 
     def tensors(self, handle: str) -> str:
         """How a captured tensor, cache or direction was made, and its tensors' shapes and statistics."""

@@ -93,10 +93,10 @@ class Settings(BaseSettings):
         parse(value)
         return value
 
-    @field_validator("workspace")
+    @field_validator("workspace", "token_file")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
     @field_validator("models_dir")
     @classmethod

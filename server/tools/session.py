@@ -15,6 +15,9 @@ from server.call import Call
 from server.lab import Lab, LoadedModel
 from server.store import RememberedModel
 
+HANDLES_SHOWN = 50
+"""In one answer; agents pay for each."""
+
 
 def load_model(
     call: Call,
@@ -62,16 +65,17 @@ def described(loaded: LoadedModel) -> ModelCard:
     )
 
 
-def list_session(call: Call) -> SessionInfo:
-    """List the models and every handle, with what each costs. What is not in memory comes back when it is used.
+def list_session(call: Call, start: Annotated[int, Field(ge=0)] = 0) -> SessionInfo:
+    """List the models and the handles, with what each costs, 50 handles a page, the newest first.
 
-    Captures, vectors, caches and runs stay until they are released, restarts included.
+    What is not in memory comes back when it is used. Captures, vectors, caches and runs stay until they are released,
+    restarts included.
     """
-    return held(call.lab, call.owner)
+    return held(call.lab, call.owner, start)
 
 
-def held(lab: Lab, owner: str) -> SessionInfo:
-    """The models, and the handles of one principal."""
+def held(lab: Lab, owner: str, start: int = 0) -> SessionInfo:
+    """The models, and a page of the handles of one principal: jobs, then records."""
     loaded = {item.handle: item.model for item in lab.models}
     known = {model.handle: model for model in [*lab.store.models(), *(slot.known for slot in lab.slots)]}
     models = [_held_model(model, loaded.get(handle)) for handle, model in known.items()]
@@ -83,7 +87,14 @@ def held(lab: Lab, owner: str) -> SessionInfo:
         Held(handle=r.handle, about=f"{r.tool}, {r.state}", bytes=0, in_memory=False) for r in lab.store.runs(owner)
     ]
     in_memory = sum(item.bytes for item in [*models, *handles] if item.in_memory)
-    return SessionInfo(models=models, handles=handles, bytes_in_memory=in_memory)
+    stop = start + HANDLES_SHOWN
+    return SessionInfo(
+        models=models,
+        handles=handles[::-1][start:stop],
+        handle_count=len(handles),
+        next_start=stop if stop < len(handles) else None,
+        bytes_in_memory=in_memory,
+    )
 
 
 def _held_model(known: RememberedModel, model: Model | None) -> Held:

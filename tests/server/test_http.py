@@ -266,6 +266,11 @@ def test_beyond_localhost_a_token_is_demanded(tmp_path: Path) -> None:
         assert httpx.post(f"{at}/mcp", json=CALL, headers=ACCEPT | {"Host": "evil.example"}).status_code == 421
 
 
+def test_paths_in_settings_may_begin_at_home() -> None:
+    settings = read_settings({"token_file": "~/tokens", "workspace": "~/work"})
+    assert (settings.token_file, settings.workspace) == (Path.home() / "tokens", Path.home() / "work")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

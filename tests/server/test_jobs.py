@@ -13,7 +13,7 @@ from server.app import build_server
 from server.auth import LOCAL
 from server.gate import Gate
 from server.lab import Lab
-from server.store import MemoryStore, Run
+from server.store import MemoryStore, Run, StoreError
 from server.tools import NEVER_JOBS, TOOLS
 from server.watch import Watch
 
@@ -200,6 +200,27 @@ async def test_progress_is_saved_now_and_then_and_the_end_always(monkeypatch: py
     assert 1 <= len(before) <= slow.count / 8 + 1
     assert [run.state for run in before] == ["running"] * len(before)
     assert all(0 < run.done <= slow.count for run in before)
+
+
+class NoProgress(MemoryStore):
+    """A store that can take no progress for now."""
+
+    def save_run(self, run: Run) -> None:
+        if run.state == "running":
+            raise StoreError("no room for progress")
+        super().save_run(run)
+
+
+async def test_a_job_whose_progress_cannot_be_saved_goes_on_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server.jobs, "SAVE_EVERY", 0.0)
+    lab = Lab(NoProgress())
+    lab.load("synthetic", "dense")
+    async with connected(build_server(lab)) as client:
+        job = await ended(client, await started(client, "causal_trace", **TRACE))
+    assert job["state"] == "done"
+    assert "could not be saved" in caplog.text
 
 
 class Full(MemoryStore):

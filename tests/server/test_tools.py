@@ -1,5 +1,6 @@
 """Each tool's answer is what the engine computes, called through a real client in memory."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from engine.distribution import kl_divergence, softmax_of
 from engine.lens import lens_logits
 from engine.planted import CIRCUITS
 from server.app import build_server
+from server.auth import LOCAL
 from server.lab import Lab
 
 PROMPT, DONOR = "abcabcabcab", "abdabdabdab"
@@ -509,6 +511,20 @@ async def test_the_session_lists_what_is_held_and_release_frees_it(lab: Lab) -> 
     assert [h["handle"] for h in before["handles"]] == [held["handle"]]
     assert freed["bytes_freed"] == held["bytes"] == before["bytes_in_memory"] - after["bytes_in_memory"]
     assert after["handles"] == []
+
+
+async def test_many_handles_are_listed_page_by_page(lab: Lab) -> None:
+    made = [lab.store.put("act", f"x{i}", LOCAL, {"a": np.zeros(3, np.float32)}, {"about": "y"}) for i in range(120)]
+    listed, start = [], 0
+    async with connected(build_server(lab)) as client:
+        while start is not None:
+            page = await ask(client, "list_session", start=start)
+            assert len(json.dumps(page)) < 8_000
+            assert page["handle_count"] == 120
+            assert page["bytes_in_memory"] == 120 * 12 + page["models"][0]["bytes"]
+            listed += [held["handle"] for held in page["handles"]]
+            start = page.get("next_start")
+    assert listed == made[::-1]
 
 
 async def test_a_released_model_leaves_memory_and_its_handle_brings_it_back(lab: Lab) -> None:
