@@ -61,7 +61,7 @@ _TOKENIZERS = (
     ("the last space not left to the word", _WORDS, r"|\s+(?!\S)|\s+", r"|\s+"),
     ("whole words not looked up first", _WORDS, "words_first=True, adds_bos", "words_first=False, adds_bos"),
     ("BOS of llama-bpe forgotten", _WORDS, "adds_bos=True", "adds_bos=False"),
-    ("BOS of SentencePiece forgotten", _WORDS, "True, 1), _eos", "False, 1), _eos"),
+    ("BOS of SentencePiece forgotten", _WORDS, "True, 1), partial", "False, 1), partial"),
     ("shortest special token first", _WORDS, "key=lambda i: -len(", "key=lambda i: len("),
     ("unknown token not special", _WORDS, "kinds = (UNKNOWN, CONTROL,", "kinds = (CONTROL,"),
     ("tokens special by name forgotten", _WORDS, " or token in SPECIAL_BY_NAME", ""),
