@@ -35,6 +35,9 @@ MOST_TEXT, MOST_SOURCE = 1_000_000, 1_000_000
 """Characters that a template may write, and have."""
 
 
+BROKEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""What a template can raise besides Jinja's own errors; a macro without end is a RuntimeError."""
+
 WIDENING = frozenset({"center", "expandtabs", "format", "format_map", "indent", "ljust", "rjust", "wordwrap", "zfill"})
 """Filters and methods that write as much as a number says."""
 
@@ -64,7 +67,7 @@ class ChatTemplate:
                 return _joined(self._template.generate(**said, bos_token=self.bos, eos_token=self.eos))
         except _Refused as error:
             raise InputError(f"the model's chat template refuses these messages: {clipped(str(error))}") from None
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (TemplateError, *BROKEN) as error:
             raise DamagedFile(
                 f"the model's chat template cannot be used ({type(error).__name__}: {clipped(str(error))}); "
                 "write the prompt as the model expects it, without chat"

@@ -122,7 +122,7 @@ class Call:
         """With a chat template: what the model read, exactly."""
         if not self.chat:
             return None
-        texts = (f"{model.tokenizer.decode(ids)!r} ({len(ids)} tokens)" for (model, _), ids in self._read.items())
+        texts = (f"{model.tokenizer.decode(ids)!r} (tokens {ids})" for (model, _), ids in self._read.items())
         return f"in the model's chat template: {'; '.join(texts)}"
 
     def vector(self, model: Model, spec: Any, width: int | None = None) -> Array:

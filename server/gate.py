@@ -41,6 +41,7 @@ class Gate:
         self._inside: dict[anyio.CancelScope, str | None] = {}
         """Whose place it is; None for a call that takes none."""
         self.closed = False
+        self._swept = False
 
     @property
     def inside(self) -> int:
@@ -61,6 +62,8 @@ class Gate:
     def taken_over(self, principal: str | None) -> Iterator[None]:
         """Inside unchecked: a job, which takes the place of the call that started it. Raises `Stopped` at the end."""
         with anyio.CancelScope() as scope:
+            if self._swept:
+                scope.cancel()
             self._inside[scope] = principal
             try:
                 yield
@@ -83,6 +86,7 @@ class Gate:
         """Let nobody in any more; give those inside so many seconds to end, then cancel them."""
         self.closed = True
         await self._empty(within)
+        self._swept = True  # a job whose call was inside may come in later still
         for scope in self._inside:
             scope.cancel()
         await self._empty(UNWIND)

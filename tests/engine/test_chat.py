@@ -76,6 +76,8 @@ def test_the_day_is_todays():
         "{{ 'a' | center(1000000000) }}",
         "{% for",
         "{{ nothing.at.all }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     ],
 )
 def test_a_template_that_reaches_out_or_is_broken_is_named_as_unusable(source):

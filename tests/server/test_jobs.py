@@ -11,7 +11,7 @@ from slow_model import LAYER_SECONDS, Entered
 import server.jobs
 from server.app import build_server
 from server.auth import LOCAL
-from server.gate import Gate
+from server.gate import Gate, Stopped
 from server.lab import Lab
 from server.store import MemoryStore, Run, StoreError
 from server.tools import NEVER_JOBS, TOOLS
@@ -294,3 +294,19 @@ async def test_while_a_job_works_with_the_model_texts_are_tokenized(lab: Lab, sl
         with anyio.fail_after(50 * LAYER_SECONDS):
             assert (await ask(client, "tokenize", text="hello"))["count"] == 5
         assert (await ask(client, "cancel_job", run=run))["state"] == "cancelled"
+
+
+async def test_a_job_that_comes_in_when_all_were_sent_out_is_sent_out_too() -> None:
+    gate, worked = Gate(), False
+
+    async def job() -> None:
+        nonlocal worked
+        with gate.taken_over("ann"):
+            await anyio.sleep(0)
+            worked = True
+
+    await gate.close(0)
+    with pytest.raises(Stopped):
+        await job()
+    assert not worked
+    assert gate.inside == 0
