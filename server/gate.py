@@ -40,6 +40,8 @@ class Gate:
         self._most, self._most_each = most, most_each
         self._inside: dict[anyio.CancelScope, str | None] = {}
         """Whose place it is; None for a call that takes none."""
+        self.entered = 0
+        """How many calls and jobs have ever been inside."""
         self.closed = False
         self._swept = False
 
@@ -65,6 +67,7 @@ class Gate:
             if self._swept:
                 scope.cancel()
             self._inside[scope] = principal
+            self.entered += 1
             try:
                 yield
             finally:

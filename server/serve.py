@@ -21,6 +21,7 @@ from server.app import build_server
 from server.auth import Tokens
 from server.disk_store import open_store
 from server.gate import Gate
+from server.idle import give_back_when_idle
 from server.lab import Lab
 from server.machine import physical_memory
 from server.settings import BadSettings, Settings
@@ -74,6 +75,7 @@ def sources(settings: Settings) -> Sources:
 async def _serve_stdio(server: MCPServer[None], gate: Gate, within: float) -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(_stop_on_signal, gate, within)
+        group.start_soon(give_back_when_idle, gate)
         await server.run_stdio_async()
         await gate.close(0)  # the client is gone: jobs have nobody to report to, and save how far they came
         group.cancel_scope.cancel()

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from server.auth import Tokens
 from server.checks import KnownPlaces, RateLimit, Requests, RequireToken
+from server.idle import give_back_when_idle
 from server.settings import Settings
 from server.watch import Watch
 
@@ -41,6 +42,7 @@ def http_app(server: MCPServer[None], settings: Settings, watch: Watch, tokens: 
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with server.session_manager.run(), anyio.create_task_group() as group:
             group.start_soon(watch.metrics.follow_loop)
+            group.start_soon(give_back_when_idle, watch.gate)
             yield
             group.cancel_scope.cancel()
 
