@@ -16,6 +16,7 @@ import anyio
 import uvicorn
 from mcp.server import MCPServer
 
+from engine.heap import keep_freed_memory
 from server import logs
 from server.app import build_server
 from server.auth import Tokens
@@ -37,6 +38,7 @@ FLUSH = 0.2
 def serve(settings: Settings) -> None:
     """Serve MCP over stdio, or with --http over HTTP: /mcp (Streamable HTTP) and /sse on one port."""
     logs.configure(settings.log_level)
+    keep_freed_memory()  # before there are threads
     converted = settings.converted and not settings.read_only
     lab = Lab(store(settings), sources(settings), model_budget(settings), converted)
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
