@@ -21,7 +21,8 @@ def keep_freed_memory() -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
         wanted = {_TRIM_THRESHOLD: KEPT, _MMAP_THRESHOLD: LARGEST, _ARENA_MAX: 1}
-        return all([mallopt(name, value) for name, value in wanted.items()])
+        granted = [mallopt(name, value) for name, value in wanted.items()]
+        return all(granted)
     except (AttributeError, OSError, TypeError):  # no such function, no such library, Windows
         return False
 

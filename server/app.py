@@ -16,7 +16,7 @@ from server.lab import Lab
 from server.prompts import add_prompts
 from server.resources import add_resources
 from server.toolbox import instrument
-from server.tools import DELETING, KEEPING, NEVER_JOBS, TOOLS, TOOLSETS
+from server.tools import KEEPING, NEVER_JOBS, TOOLS, TOOLSETS
 from server.watch import Watch
 
 INSTRUCTIONS = """\
@@ -55,7 +55,7 @@ def build_server(
     """A server with a toolset on one lab. `watch` admits, counts and logs its calls."""
     lab = Lab() if lab is None else lab
     watch = Watch(lab) if watch is None else watch
-    offered = [f for f in TOOLSETS[toolset] if not (read_only and f in DELETING)]
+    offered = TOOLSETS[toolset]
     jobs = Jobs(lab.store, watch.gate, watch.count)
     tools = [instrument(lab, jobs, f, KEEPING.get(f, ()) if read_only else ()) for f in offered]
     jobs.offer(tool for tool in tools if tool.name not in {f.__name__ for f in NEVER_JOBS})

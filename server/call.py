@@ -151,7 +151,7 @@ class Call:
         raise VectorError(f"{spec!r} is not a vector")
 
     def _stored_vector(self, model: Model, spec: HandleVector) -> Array:
-        record = self.record(spec.handle)
+        record = self.record(spec.handle, model=model)
         if spec.handle.startswith("vec:"):
             return record.tensors["vector"]
         if not spec.handle.startswith("act:") or "rows" not in record.provenance:

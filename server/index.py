@@ -49,6 +49,11 @@ MIGRATIONS = (
         bytes INTEGER NOT NULL
     );
     """,
+    """
+    CREATE TABLE origin (made REAL NOT NULL);
+    INSERT INTO origin
+        SELECT iif(EXISTS (SELECT 1 FROM records), 0, (julianday('now') - 2440587.5) * 86400);
+    """,
 )
 """Each brings an index to the next version; `user_version` counts those that were applied."""
 

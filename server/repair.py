@@ -2,7 +2,8 @@
 
 A server that was killed may leave files that no handle refers to. Files that are missing or damaged are the work of
 others: a handle whose file is missing is removed, since nothing can bring it back; one whose file is damaged stays,
-and says so when it is used, until it is released.
+and says so when it is used, until it is released. Files from before the index was made belong to an index that was
+lost: they stay.
 """
 
 import sqlite3
@@ -19,6 +20,8 @@ from server.store import StoreError
 from server.workspace import InUse, Workspace
 
 Say = Callable[[str], None]
+CLOCKS = 2.0
+"""Seconds by which the clocks of files and of SQLite may differ."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Findings:
 
     strays: list[Path]
     """Files that no handle refers to, unfinished ones included."""
+    older: list[Path]
+    """Files that no handle refers to, from before there was this index."""
     missing: list[str]
     damaged: list[str]
     handles: int
@@ -44,8 +49,11 @@ def inspect(workspace: Workspace, index: Index, deep: bool) -> Findings:
         for row in rows
         if deep and row["handle"] not in missing and records.fault(paths[row["handle"]], row["sha256"])
     ]
-    strays = sorted(present - set(paths.values()))
-    return Findings(strays, missing, damaged, len(rows), sum(row["file_bytes"] for row in rows))
+    unknown = sorted(present - set(paths.values()))
+    (origin,) = index.read("SELECT made FROM origin")
+    older = [path for path in unknown if path.stat().st_mtime < origin["made"] - CLOCKS]
+    strays = [path for path in unknown if path not in older]
+    return Findings(strays, older, missing, damaged, len(rows), sum(row["file_bytes"] for row in rows))
 
 
 def state(root: Path) -> tuple[bool, str]:
@@ -66,6 +74,8 @@ def state(root: Path) -> tuple[bool, str]:
     if found.strays or found.missing:
         many, few = len(found.strays), len(found.missing)
         return False, f"{held}; {many} files too many, {few} too few: mechscope doctor --repair"
+    if found.older:
+        return False, f"{held}; {_told(found.older)}"
     return True, held
 
 
@@ -112,4 +122,13 @@ def _tidy(workspace: Workspace, index: Index, say: Say) -> None:
         say(f"removed the handle {handle}: its file is missing")
     for handle in found.damaged:
         say(f"left {handle}, whose file is damaged: release it")
+    if found.older:
+        say(f"left {_told(found.older)}")
     say(f"{workspace.root} is in order: {found.handles - len(found.missing)} handles")
+
+
+def _told(older: list[Path]) -> str:
+    return (
+        f"{len(older)} files in {older[0].parent} are from before the index: it was lost, and their handles with it. "
+        "Each says itself what it is (safetensors metadata); take them elsewhere, or delete them"
+    )

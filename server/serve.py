@@ -25,7 +25,7 @@ from server.gate import Gate
 from server.idle import give_back_when_idle
 from server.lab import Lab
 from server.machine import physical_memory
-from server.settings import BadSettings, Settings
+from server.settings import OF_HTTP, BadSettings, Settings
 from server.sources import Sources
 from server.store import MemoryStore, SessionStore, StoreError
 from server.watch import Watch
@@ -44,6 +44,8 @@ def serve(settings: Settings) -> None:
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
     server = build_server(lab, settings.toolset, settings.read_only, watch)
     gc.freeze()  # a full collection goes through modules and schemas for 0.1 s, and nobody is answered meanwhile
+    if unused := sorted(settings.model_fields_set & OF_HTTP) if not settings.http else ():
+        logs.log.warning("without --http these settings do nothing", extra={"settings": ", ".join(unused)})
     if settings.http:
         _serve_http(server, settings, watch)
     else:

@@ -74,7 +74,7 @@ class Settings(BaseSettings):
         True, description="Keep weights as float32 in the cache directory, so that the next start maps them."
     )
     toolset: Literal["core", "analysis", "all"] = Field("all", description="Which tools are offered.")
-    read_only: bool = Field(False, description="Offer nothing that writes or deletes; fetch no models.")
+    read_only: bool = Field(False, description="Leave the disk alone: no workspace, no downloads.")
     body_limit: ByteSize = Field(ByteSize(4 << 20), ge=1024, description="Longest HTTP request body, such as 4MiB.")
     rate_limit: str = Field("600/minute", description="HTTP requests of one principal, such as 10/second.")
     max_calls: int = Field(16, ge=1, le=1000, description="Tool calls and jobs that may run or wait at a time.")
@@ -125,6 +125,11 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+OF_HTTP = {
+    "host", "port", "token_file", "allowed_hosts", "allowed_origins", "body_limit", "rate_limit", "max_connections",
+}  # fmt: skip
 
 
 def is_local(host: str) -> bool:

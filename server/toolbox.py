@@ -117,11 +117,13 @@ def _title(function: ToolFunction) -> str:
 
 def _annotations(function: ToolFunction) -> ToolAnnotations:
     name = function.__name__
-    read_only = name not in ("release", "start_job", "cancel_job")
+    makes = name in ("capture_residuals", "causal_trace", "prefill_inject", "start_job")  # a handle at every call
+    ends = name in ("release", "cancel_job")
+    read_only = not makes and not ends and name != "load_model"
     return ToolAnnotations(
         read_only_hint=read_only,
-        destructive_hint=None if read_only else name in ("release", "cancel_job"),
-        idempotent_hint=name != "start_job",
+        destructive_hint=None if read_only else ends,
+        idempotent_hint=not makes,
         open_world_hint=name in ("load_model", "start_job"),
     )
 

@@ -61,9 +61,6 @@ TOOLSETS = {
 }
 """What `--toolset` offers."""
 
-DELETING = (release,)
-"""Tools that `--read-only` leaves out."""
-
 KEEPING: dict[Callable[..., Any], tuple[str, ...]] = {prefill_inject: ("keep",)}
 """Arguments that `--read-only` leaves out, because they keep something that a user named.
 

@@ -48,7 +48,7 @@ def forward_ablate(
     """Ablate a point of some layers and compare the next-token distribution with the baseline.
 
     zero sets rows to zero, mean to the average over other prompts, resample to rows drawn from them. For what a part
-    contributes use attn_out, mlp_out, or z with heads; zeroing resid_post erases all that was computed so far.
+    contributes use attn_out, mlp_out, or z with heads; zeroing resid_post erases all so far.
     """
     loaded = call.loaded(model)
     engine = loaded.model

@@ -18,7 +18,7 @@ async def start_job(
     arguments: Annotated[dict[str, Any], Field(description="the tool's own")],
     dry_run: Annotated[bool, Field(description="only estimate forwards, seconds, bytes")] = False,
 ) -> Started:
-    """Start a tool as a job that goes on when this call, or the connection, ends. Returns its run: handle at once.
+    """Start a tool as a job that outlives this call and the connection. Returns its run: handle at once.
 
     For work that may take more than 30 seconds; dry_run=true tells beforehand. Then get_job for progress and result,
     cancel_job to stop it.

@@ -68,8 +68,7 @@ def described(loaded: LoadedModel) -> ModelCard:
 def list_session(call: Call, start: Annotated[int, Field(ge=0)] = 0) -> SessionInfo:
     """List the models and the handles, with what each costs, 50 handles a page, the newest first.
 
-    What is not in memory comes back when it is used. Captures, vectors, caches and runs stay until they are released,
-    restarts included.
+    What is not in memory comes back when it is used. Handles stay until they are released, restarts included.
     """
     return held(call.lab, call.owner, start)
 

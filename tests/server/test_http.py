@@ -303,12 +303,16 @@ async def test_models_by_path_load_from_allowed_folders_only(tmp_path: Path) -> 
 
 
 @pytest.mark.anyio
-async def test_a_read_only_server_offers_nothing_that_deletes() -> None:
-    with serving("--read-only") as served:
+async def test_what_fills_the_memory_of_a_read_only_server_can_be_released() -> None:
+    with serving("--read-only", "--memory-budget", "64KiB") as served:
         async with reached(served.base, "http") as client:
-            names = {tool.name for tool in (await client.list_tools()).tools}
-            assert "release" not in names
-            assert "logit_lens" in names
+            await ask(client, "load_model", model="synthetic")
+            held = []
+            while not (result := await client.call_tool("capture_residuals", {"prompt": PROMPT})).is_error:
+                held.append(result.structured_content["handle"])
+            assert "Release" in result.content[0].text
+            await ask(client, "release", handle=held[0])
+            await ask(client, "capture_residuals", prompt=PROMPT)
 
 
 @pytest.mark.anyio

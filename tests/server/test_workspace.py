@@ -1,8 +1,10 @@
 """The workspace folder: who may use it when, and `mechscope doctor --repair`."""
 
+import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,23 @@ def test_repair_removes_what_no_handle_refers_to_and_handles_whose_file_is_missi
     store = open_store(tmp_path, *BUDGETS)
     assert [record.handle for record in store.records("ann")] == handles[1:]
     store.close()
+
+
+def test_what_a_lost_index_knew_is_not_deleted(tmp_path: Path) -> None:
+    stored(tmp_path)
+    records = sorted((tmp_path / "records").iterdir())
+    for path in tmp_path.glob("index*"):
+        path.unlink()
+    for path in records:
+        os.utime(path, (time.time() - 60,) * 2)
+    (kept,) = stored(tmp_path, 1)
+    (tmp_path / "records" / "act-stray-00.safetensors").write_bytes(b"x")
+    said: list[str] = []
+    repair(tmp_path, said.append)
+    assert sorted((tmp_path / "records").iterdir()) == sorted([*records, tmp_path / "records" / file_name(kept)])
+    assert any("3 files" in line and "before the index" in line for line in said)
+    sound, told = state(tmp_path)
+    assert (sound, "before the index" in told) == (False, True)
 
 
 def test_repair_is_refused_while_a_server_runs_and_a_server_waits_for_repairs(tmp_path: Path) -> None:
