@@ -15,8 +15,9 @@ from server.tools import TOOLS
 
 def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [SCRIPT, *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ | env, timeout=120
-    )
+        [SCRIPT, *arguments],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=cwd, env=os.environ | env, timeout=120,
+    )  # fmt: skip
 
 
 def test_the_demo_on_synthetic_weights_calls_every_tool_and_says_it_is_synthetic() -> None:
@@ -84,6 +85,13 @@ def test_http_beyond_localhost_is_refused(host: str) -> None:
     made = run("serve", "--http", "--host", host)
     assert made.returncode != 0
     assert "localhost" in made.stderr
+
+
+def test_settings_of_http_are_not_dropped_silently_over_stdio() -> None:
+    made = run("serve", "--port", "1")
+    assert made.returncode == 0
+    assert "without --http these settings do nothing" in made.stderr
+    assert "port" in made.stderr
 
 
 @pytest.mark.anyio

@@ -496,6 +496,7 @@ async def test_a_capture_is_never_read_with_another_models_lens(lab: Lab) -> Non
         for tool, arguments in (
             ("logit_lens", {"tensor": held["handle"]}),
             ("compare", {"a": held["handle"], "b": "a"}),
+            ("embedding_neighbors", {"vector": {"handle": held["handle"], "layer": 0}}),
         ):
             said = await refused(client, tool, **arguments, model=other)
             assert f"another model; give model='{held['model']}'" in said
