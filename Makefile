@@ -17,7 +17,7 @@ PORT ?= 8765
 # The command line of desktop bundles, from npm.
 MCPB := @anthropic-ai/mcpb@2.1.2
 
-.PHONY: help demo test e2e lint format serve mutants oracle oracle-gguf bench dockerfile bundle docs snapshot clean
+.PHONY: help demo test e2e lint format serve mutants oracle oracle-fast oracle-gguf bench overhead dockerfile bundle docs snapshot clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1	/' | expand -t 14
@@ -42,7 +42,7 @@ $(ORACLE_GGUF)/.ready: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.ready  ## fetch the default model, start the server and drive it through one investigation
-	$(BIN)/mechscope demo --model $(MODEL)
+	MECHSCOPE_FAST=no $(BIN)/mechscope demo --model $(MODEL)
 
 test: $(VENV)/.ready  ## run the tests
 	$(BIN)/mechscope fetch smollm2-135m-instruct
@@ -71,7 +71,11 @@ mutants: $(VENV)/.ready  ## break the code in named ways; every mutant must be c
 
 oracle: $(ORACLE)/.ready  ## compare with transformers and torch on the same weights
 	$(ORACLE)/bin/mechscope fetch smollm2-135m-instruct
-	OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(ORACLE)/bin/python -m oracle.run $(ORACLE_ARGS)
+	MECHSCOPE_FAST=no OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(ORACLE)/bin/python -m oracle.run $(ORACLE_ARGS)
+
+oracle-fast: $(ORACLE)/.ready  ## the same for the compiled kernels of the fast extra
+	$(ORACLE)/bin/mechscope fetch smollm2-135m-instruct
+	MECHSCOPE_FAST=yes OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(ORACLE)/bin/python -m oracle.run $(ORACLE_ARGS)
 
 oracle-gguf: $(ORACLE_GGUF)/.ready  ## compare GGUF files and tokenizers with llama.cpp (builds it: minutes)
 	OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(ORACLE_GGUF)/bin/python -m oracle.llama_cpp $(ORACLE_ARGS)
@@ -86,6 +90,9 @@ $(PEERS)/.ready: pyproject.toml
 bench: $(VENV)/.ready $(PEERS)/.ready  ## time mechscope against its peers (an hour; needs a quiet machine)
 	PYTHONPATH=. $(BIN)/python bench/model.py bench/.model
 	PYTHONPATH=. $(BIN)/python bench/run.py --peers $(PEERS)/bin/python --model bench/.model $(BENCH_ARGS)
+
+overhead: $(VENV)/.ready  ## time what hooks and the protocol add (minutes; needs a quiet machine)
+	MECHSCOPE_FAST=no PYTHONPATH=. $(BIN)/python bench/overhead.py
 
 dockerfile: $(VENV)/.ready  ## follow the Dockerfile in an empty directory, without Docker
 	$(BIN)/python tests/dockerfile.py MODEL=$(MODEL)

@@ -7,7 +7,6 @@ from _serve import Request, serve
 
 from engine import (
     POINTS,
-    KVCache,
     Metric,
     RecordHook,
     SteerHook,
@@ -87,5 +86,4 @@ WORKS = {
 }
 
 if __name__ == "__main__":
-    _ = KVCache
     serve(load_model, WORKS)
