@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_path
 
-from engine.ops import Array
+from engine.ops import Array, widened
 from engine.params import Ends, LayerParams, Linear, Norm, Params
 
 LEAST = 16 << 20
@@ -220,7 +220,7 @@ def _named(params: Params, n_layers: int) -> Iterator[tuple[str, Array]]:
     ends |= {} if norm is None else {"final_norm": norm.weight, "final_norm.bias": norm.bias}
     yield from ((name, array) for name, array in ends.items() if array is not None)
     for i in range(n_layers):
-        yield from ((f"{i}.{name}", array) for name, array in params.layer(i).arrays())
+        yield from ((f"{i}.{name}", widened(array)) for name, array in params.layer(i).arrays())
 
 
 def _ends(arrays: Mapping[str, Array]) -> Ends:

@@ -17,7 +17,19 @@ from engine.edits import resolve_positions
 from engine.errors import InputError, LayerError, PositionError
 from engine.hooks import LayerHook, Listeners
 from engine.network import Network, Tokens
-from engine.ops import ACTIVATIONS, Array, IntArray, attend, layer_norm, linear, rms_norm, rotate, softcap
+from engine.ops import (
+    ACTIVATIONS,
+    Array,
+    IntArray,
+    attend,
+    gated,
+    layer_norm,
+    linear,
+    rms_norm,
+    rotate,
+    softcap,
+    times_vector,
+)
 from engine.params import LayerParams, Linear, Norm
 
 Tick = Callable[[int, int, str], None]
@@ -174,13 +186,12 @@ def masked_attention(
 
 def mlp(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     """act(gate) * up, or act(up), then down: (b, s, d_model) -> (b, s, d_model)."""
-    activation = ACTIVATIONS[run.cfg.activation]
+    activation = run.cfg.activation
     up = linear(x, p.up.weight, p.up.bias)  # (b, s, d_mlp)
     if p.gate is None:
-        act = activation(up)
+        act = ACTIVATIONS[activation](up)
     else:
-        act = activation(linear(x, p.gate.weight, p.gate.bias))
-        act *= up
+        act = gated(activation, linear(x, p.gate.weight, p.gate.bias), up)
     act = run.hooks.fire("mlp_act", layer, act)
     return run.hooks.fire("mlp_proj", layer, linear(act, p.down.weight, p.down.bias))
 
@@ -199,7 +210,7 @@ def unembed(model: Network, x: Array) -> Array:
     """Normalised rows (..., d_model) -> logits (..., d_vocab): W_U, bias, logit scale, softcap."""
     flat = x.reshape(-1, x.shape[-1])
     w_u = model.params.unembed  # (d_vocab, d_model)
-    logits = (w_u @ flat[0])[None] if len(flat) == 1 else flat @ w_u.T  # one row: matrix times vector is 4x faster
+    logits = times_vector(w_u, flat[0])[None] if len(flat) == 1 else flat @ w_u.T
     if model.params.unembed_bias is not None:
         logits += model.params.unembed_bias
     if model.config.logit_scale != 1:

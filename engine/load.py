@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine import catalog, gguf_tokenizer, tokenizer
+from engine import catalog, fast, gguf_tokenizer, tokenizer
 from engine.converted import LEAST, Conversion, Stamp, find, keep, stamp
 from engine.decoder import Tick
 from engine.errors import DamagedFile, EngineError, InputError, ModelError, TokenError, UnknownModel, clipped
@@ -15,12 +16,13 @@ from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
 from engine.heap import keep_freed_memory
 from engine.model import Model
-from engine.params import Params
+from engine.network import ROUNDED
+from engine.params import Params, in_bfloat16
 from engine.planted import planted
 from engine.synthetic import synthetic
 from engine.weights import Counted, SafetensorsDir, Tensors, read_json
 
-WEIGHTS = ("dense", "scoped")
+WEIGHTS = ("dense", "scoped", "bf16")
 
 Room = Callable[[int], None]
 """Called with bytes that are about to be taken; raises to refuse them."""
@@ -39,13 +41,32 @@ def load_model(
 
     `model` is a catalogue name, "synthetic", a planted circuit such as "synthetic:induction", a directory with
     config.json and safetensors, a .gguf file, or a hub id. `weights`: "dense" keeps float32 in memory; "scoped" leaves
-    the file as it is, memory-mapped, and makes a layer dense when it runs. `dense_layers` is the budget of "scoped":
+    the file as it is, memory-mapped, and makes a layer dense when it runs; "bf16" rounds the layers' matrices to
+    bfloat16: half the memory, other numbers, and a fingerprint that says so. `dense_layers` is the budget of "scoped":
     how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers. `converted` lets a
     dense model's weights be kept as float32 in the cache directory, so that the next start maps them and reads nothing
     (`converted.py`); `Model.conversion` says what came of it. `room` is asked for the bytes of dense weights before
     most are read. Raises `ModelError`s, and `InputError` for arguments.
     """
     keep_freed_memory()
+    fast.prepare(None if tick is None else partial(tick, 0, 1))
+    made = _loaded(model, weights, tick, progress, dense_layers, converted, room)
+    if weights != "bf16":
+        return made
+    params = in_bfloat16(made.params, made.config.n_layers)
+    return replace(made, params=params, weights="bf16", fingerprint=f"{made.fingerprint}{ROUNDED}")
+
+
+def _loaded(
+    model: str | Path,
+    weights: str,
+    tick: Tick | None,
+    progress: catalog.Progress | None,
+    dense_layers: int | None,
+    converted: bool,
+    room: Room | None,
+) -> Model:
+    """As its files have it: dense or scoped."""
     budget = layer_budget(weights, dense_layers)
     if (name := str(model)).split(":", 1)[0] == catalog.SYNTHETIC and dense_layers is not None:
         raise InputError("synthetic models have no file, so their weights are always dense; leave dense_layers out")
@@ -63,7 +84,9 @@ def load_model(
         return _kept(read, path, before, tick) if converted and budget is None else read.model
     except MemoryError:
         hint = (
-            'load it with weights="scoped", or choose a smaller model' if weights == "dense" else "choose a smaller one"
+            'load it with weights="scoped", or choose a smaller model'
+            if weights != "scoped"
+            else "choose a smaller one"
         )
         raise ModelError(f"there is not enough memory for {name}; {hint}") from None
     except OSError as error:
@@ -76,9 +99,9 @@ def layer_budget(weights: str, dense_layers: int | None) -> int | None:
     if weights not in WEIGHTS:
         raise InputError(f"weights is {clipped(weights)}; valid: {', '.join(WEIGHTS)}")
     if dense_layers is None:
-        return None if weights == "dense" else 1
-    if weights == "dense":
-        raise InputError('dense_layers is for weights="scoped"; in "dense" every layer stays dense: leave it out')
+        return 1 if weights == "scoped" else None
+    if weights != "scoped":
+        raise InputError(f'dense_layers is for weights="scoped"; in "{weights}" every layer stays dense: leave it out')
     if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 1:
         raise InputError(f"dense_layers is {clipped(dense_layers)}; it must be a whole number of at least 1")
     return dense_layers

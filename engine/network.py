@@ -17,6 +17,9 @@ from engine.ops import LARGEST, Array, IntArray
 from engine.params import Params
 from engine.tokenizer import Tokenizer
 
+ROUNDED = ":bf16"
+"""At the end of the fingerprint of weights that were rounded to bfloat16."""
+
 Tokens = Sequence[int] | Sequence[Sequence[int]]
 """Token ids of one prompt, or of several prompts of one length."""
 
@@ -31,8 +34,8 @@ def check_numbers(vector: Array, what: str = "the vector") -> None:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A loaded model. `fingerprint` is the sha256 of its weights; `weights` says how they are kept:
-    "dense" or "scoped"; `synthetic` is True for random or hand-written weights. `conversion` says how a dense model
+    """A loaded model. `fingerprint` is the sha256 of its weights; `weights` says how they are kept: "dense", "scoped",
+    or rounded as "bf16"; `synthetic` is True for random or hand-written weights. `conversion` says how a dense model
     came by its weights (see `converted.py`): "used" a conversion, "made" one for the next start, "not kept: " and
     why, or "none".
     """

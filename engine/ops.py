@@ -9,8 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from engine import fast
+from engine.blas import add_product
+
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+Bfloat16 = npt.NDArray[np.uint16]
+"""The upper halves of float32 numbers."""
 
 LARGEST = 1e15
 """What vectors and changed rows may hold: a norm squares them, and float32 ends at 3e38."""
@@ -26,20 +31,53 @@ length: over 1536 features SmolLM2 is up to 4 times as far from float64 as torch
 """
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """`x @ weight + bias`: (..., in) with (in, out) -> (..., out)."""
+def linear(x: Array, weight: Array | Bfloat16, bias: Array | None = None) -> Array:
+    """`x @ weight + bias`: (..., in) with (in, out) -> (..., out); float32 sums, whatever the weight."""
     flat = x.reshape(-1, x.shape[-1])  # one 2-d product: numpy would loop over a batch axis
-    total: Array = flat[:, :SUM_BLOCK] @ weight[:SUM_BLOCK]
-    for start in range(SUM_BLOCK, len(weight), SUM_BLOCK):
-        total += flat[:, start : start + SUM_BLOCK] @ weight[start : start + SUM_BLOCK]
-    out = total.reshape(*x.shape[:-1], weight.shape[1])
+    kernels = fast.kernels()
+    total = None if kernels is None else kernels.product(flat, weight, SUM_BLOCK)
+    out = (_product(flat, widened(weight)) if total is None else total).reshape(*x.shape[:-1], weight.shape[1])
     if bias is not None:
         out += bias
     return out
 
 
+def times_vector(weight: Array, x: Array) -> Array:
+    """`weight @ x` of (out, in) and (in,): for one row four times as fast as `x @ weight.T`."""
+    kernels = fast.kernels()
+    made: Array | None = None if kernels is None else kernels.times_vector(weight, x)
+    return weight @ x if made is None else made
+
+
+def rounded(x: Array) -> Bfloat16:
+    """To the nearest bfloat16, ties to even."""
+    bits = x.view(np.uint32)
+    return ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16)
+
+
+def widened(x: Array | Bfloat16) -> Array:
+    """float32 again; what is float32 stays as it is."""
+    if x.dtype != np.uint16:
+        return x.view(np.float32)
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def _product(x: Array, weight: Array) -> Array:
+    """(rows, in) @ (in, out), summed up in blocks."""
+    total: Array = x[:, :SUM_BLOCK] @ weight[:SUM_BLOCK]
+    for start in range(SUM_BLOCK, len(weight), SUM_BLOCK):
+        add_product(total, x[:, start : start + SUM_BLOCK], weight[start : start + SUM_BLOCK])
+    return total
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Root-mean-square norm over the last axis (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
+    kernels = fast.kernels()
+    made: Array | None = None if kernels is None else kernels.rms_norm(x, weight, eps)
+    return _rms_norm(x, weight, eps) if made is None else made
+
+
+def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
     scale = np.einsum("...d,...d->...", x, x)[..., None]
     scale *= np.float32(1 / x.shape[-1])
     scale += np.float32(eps)
@@ -63,6 +101,12 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
     x: (..., seq, d_head); cos, sin: (seq, width / 2). Features beyond `width` pass through.
     """
+    kernels = fast.kernels()
+    made: Array | None = None if kernels is None else kernels.rotate(x, cos, sin)
+    return _rotate(x, cos, sin) if made is None else made
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     half = cos.shape[-1]
     a, b = x[..., :half], x[..., half : 2 * half]
     out = np.empty(x.shape, np.float32)
@@ -74,6 +118,9 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def softmax(x: Array) -> Array:
     """Softmax over the last axis, in place; a row that is all minus infinity becomes zeros."""
+    kernels = fast.kernels()
+    if kernels is not None and kernels.softmax(x):
+        return x
     peak = x.max(-1, keepdims=True)
     np.maximum(peak, np.finfo(np.float32).min, out=peak)
     np.subtract(x, peak, out=x)
@@ -109,9 +156,30 @@ def attend(
     A query at position p sees keys at positions in (p - window, p]. `on_weights` is given the whole
     (b, heads, s, s_kv) pattern and returns it, or a replacement. Returns (b, s, heads, d_head).
     """
-    z = np.empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), np.float32)
-    q = q * np.float32(scale)
     pattern = None if on_weights is None else np.zeros((*q.shape[:3], k.shape[2]), np.float32)
+    kernels = fast.kernels() if cap is None else None
+    z = None if kernels is None else kernels.attend(q, k, v, pos, key_pos, scale, window, pattern)
+    if z is None:
+        z = _attend_by_blocks(q * np.float32(scale), k, v, pos, key_pos, window, cap, pattern)
+    if pattern is not None and on_weights is not None:
+        replaced = on_weights(pattern)
+        if replaced is not pattern:
+            z[:] = _mix(replaced, v)
+    return z
+
+
+def _attend_by_blocks(
+    q: Array,
+    k: Array,
+    v: Array,
+    pos: IntArray,
+    key_pos: IntArray,
+    window: int | None,
+    cap: float | None,
+    pattern: Array | None,
+) -> Array:
+    """`attend` of scaled queries, some rows at a time; fills `pattern` if there is one."""
+    z = np.empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), np.float32)
     for start in range(0, len(pos), QUERY_BLOCK):
         rows = slice(start, start + QUERY_BLOCK)
         keys = _visible_keys(pos[rows], key_pos, window)
@@ -122,10 +190,6 @@ def attend(
         z[:, rows] = _mix(weights, v[:, :, keys])
         if pattern is not None:
             pattern[:, :, rows, keys] = weights
-    if pattern is not None and on_weights is not None:
-        replaced = on_weights(pattern)
-        if replaced is not pattern:
-            z[:] = _mix(replaced, v)
     return z
 
 
@@ -162,6 +226,16 @@ def _mix(weights: Array, v: Array) -> Array:
     b, heads, s, s_kv = weights.shape
     mixed = weights.reshape(b, v.shape[1], -1, s_kv) @ v
     return mixed.reshape(b, heads, s, v.shape[3]).swapaxes(1, 2)
+
+
+def gated(activation: str, gate: Array, up: Array) -> Array:
+    """act(gate) * up; may use the memory of `gate`."""
+    kernels = fast.kernels()
+    if kernels is not None and ACTIVATIONS[activation] is _silu and kernels.gated_silu(gate, up):
+        return gate
+    act = ACTIVATIONS[activation](gate)
+    act *= up
+    return act
 
 
 def _silu(x: Array) -> Array:

@@ -2,25 +2,26 @@
 
 An absent part is None and means the identity (a norm) or nothing to add (a bias). `Params.layer(i)` gives a
 layer's dense weights: kept in memory (`dense`), or made from the file when the layer runs (`scoped`), where a budget
-says how many layers stay dense. What lies outside the layers (embedding, unembedding) is dense in both.
+says how many layers stay dense. `in_bfloat16` rounds their matrices. What lies outside the layers (embedding,
+unembedding) is dense in all.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.ops import Array
+from engine.ops import Array, Bfloat16, rounded, widened
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
     """weight (in, out), bias (out,) or None."""
 
-    weight: Array
+    weight: Array | Bfloat16
     bias: Array | None = None
 
 
@@ -53,7 +54,7 @@ class LayerParams:
     attn_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
 
-    def arrays(self) -> Iterator[tuple[str, Array]]:
+    def arrays(self) -> Iterator[tuple[str, Array | Bfloat16]]:
         """(name, array) of every weight, in field order."""
         for field in fields(self):
             part = getattr(self, field.name)
@@ -127,6 +128,19 @@ class Params:
     def dense_layers(self) -> tuple[int, ...]:
         """The layers whose weights are dense in memory now."""
         return tuple(sorted({*self._dense, *self._pinned}))
+
+
+def in_bfloat16(params: Params, n_layers: int) -> Params:
+    """The same with the layers' matrices rounded to bfloat16: half the memory. What lies outside the layers stays."""
+    layers = []
+    for layer in map(params.layer, range(n_layers)):
+        parts: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields(layer)}
+        for name, part in parts.items():
+            if isinstance(part, Linear):
+                parts[name] = Linear(rounded(widened(part.weight)), part.bias)
+        layers.append(LayerParams(**parts))
+    ends = Ends(params.embed, params.unembed, params.final_norm, params.positions, params.unembed_bias)
+    return Params(ends, layers.__getitem__, n_layers)
 
 
 def transposed(weight: Array) -> Array:

@@ -13,7 +13,9 @@ class ModelCard(Result):
     name: str
     family: str
     fingerprint: str = Field(description="sha256 of the weights")
-    weights: str = Field(description="dense (float32 in memory) or scoped (as the file stores them, memory-mapped)")
+    weights: str = Field(
+        description="dense (float32 in memory), scoped (as the file stores them, memory-mapped) or bf16"
+    )
     conversion: str = Field(
         description="float32 weights kept for the next start: 'used', 'made' (this first start took longer), "
         "'not kept: ' and why, or 'none'"

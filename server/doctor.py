@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
-from engine import converted, forward, load_model
+from engine import converted, fast, forward, load_model
 from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path
 from server.repair import repair as repair_workspace
 from server.repair import state
@@ -45,6 +46,7 @@ def run(place: Path, thorough: bool = False) -> int:
     checks: dict[str, Callable[[], Verdict]] = {
         "python": python,
         "threads": threads,
+        "kernels": kernels,
         "models": models,
         "cache": cache,
         "converted": lambda: conversions(thorough),
@@ -56,7 +58,7 @@ def run(place: Path, thorough: bool = False) -> int:
     for name, check in checks.items():
         passed, said = check()
         sound = sound and passed
-        console.print(f"{'[green]ok  ' if passed else '[red]FAIL'}[/] {name:<10} {said}")
+        console.print(f"{'[green]ok  ' if passed else '[red]FAIL'}[/] {name:<10} {escape(said)}")
     return 0 if sound else 1
 
 
@@ -72,6 +74,12 @@ def threads() -> Verdict:
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     limits = ", ".join(f"{name}={value}" for name, value in asked.items()) or "no limit set"
     return True, f"{blas['name']} {blas.get('version', '')} on {os.cpu_count()} processors, {limits}"
+
+
+def kernels() -> Verdict:
+    """Whether the compiled kernels of the fast extra are installed, and compile."""
+    fast.prepare()
+    return True, fast.state()
 
 
 def models() -> Verdict:

@@ -20,6 +20,7 @@ from server.store import MemoryStore, RememberedModel, SessionStore
 
 SYNTHETIC_NOTICE = "synthetic weights: the arithmetic is real, the numbers mean nothing about language"
 """Of random weights and of planted circuits."""
+ROUNDED_NOTICE = "weights rounded to bfloat16: the numbers are not those of the float32 weights"
 
 
 @dataclass(eq=False)
@@ -33,7 +34,8 @@ class LoadedModel:
 
     @property
     def notice(self) -> str | None:
-        return SYNTHETIC_NOTICE if self.model.synthetic else None
+        said = [SYNTHETIC_NOTICE] * self.model.synthetic + [ROUNDED_NOTICE] * (self.model.weights == "bf16")
+        return "; ".join(said) or None
 
 
 @dataclass(eq=False)
@@ -109,7 +111,8 @@ class Lab:
         source, keep = self.sources.checked(source), layer_budget(weights, dense_layers)
         with self._loads_alone(progress):
             for slot in self.slots:
-                same = (slot.known.source, slot.known.dense_layers) == (source, keep)
+                kept = slot.known
+                same = (kept.source, kept.weights, kept.dense_layers) == (source, weights, keep)
                 if same and (loaded := self._in_memory(slot)) is not None:
                     return loaded
             model = self._read(source, weights, dense_layers, tick, progress)
@@ -133,7 +136,7 @@ class Lab:
         try:
             self._make_room(known.nbytes, known.name)
             source = self.sources.checked(known.source)
-            model = self._read(source, "scoped" if scoped else "dense", layers, tick, progress)
+            model = self._read(source, known.weights, layers, tick, progress)
         except ModelError as error:
             raise ModelError(f"{known.handle} cannot be loaded again: {error}") from error
         if model.fingerprint != known.fingerprint:

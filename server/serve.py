@@ -16,6 +16,7 @@ import anyio
 import uvicorn
 from mcp.server import MCPServer
 
+from engine import fast
 from engine.heap import keep_freed_memory
 from server import logs
 from server.app import build_server
@@ -39,6 +40,8 @@ def serve(settings: Settings) -> None:
     """Serve MCP over stdio, or with --http over HTTP: /mcp (Streamable HTTP) and /sse on one port."""
     logs.configure(settings.log_level)
     keep_freed_memory()  # before there are threads
+    if not settings.fast:
+        fast.switch_off("switched off by --no-fast")
     converted = settings.converted and not settings.read_only
     lab = Lab(store(settings), sources(settings), model_budget(settings), converted)
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))

@@ -73,6 +73,7 @@ class Settings(BaseSettings):
     converted: bool = Field(
         True, description="Keep weights as float32 in the cache directory, so that the next start maps them."
     )
+    fast: bool = Field(True, description="Use compiled kernels where the fast extra is installed.")
     toolset: Literal["core", "analysis", "all"] = Field("all", description="Which tools are offered.")
     read_only: bool = Field(False, description="Leave the disk alone: no workspace, no downloads.")
     body_limit: ByteSize = Field(ByteSize(4 << 20), ge=1024, description="Longest HTTP request body, such as 4MiB.")

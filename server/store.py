@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from pydantic import ByteSize
 
 from engine.errors import clipped
+from engine.network import ROUNDED
 from engine.ops import Array
 
 KINDS = ("act", "vec", "kv", "run")
@@ -92,9 +93,16 @@ class RememberedModel:
     name: str
     source: str
     dense_layers: int | None
-    """The budget of scoped weights; None for dense ones."""
+    """The budget of scoped weights; None for others."""
     fingerprint: str
     nbytes: int
+
+    @property
+    def weights(self) -> str:
+        """As `load_model` has them."""
+        if self.dense_layers is not None:
+            return "scoped"
+        return "bf16" if self.fingerprint.endswith(ROUNDED) else "dense"
 
 
 class SessionStore(Protocol):

@@ -12,6 +12,7 @@ import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy is imported: the workers share the cores already
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["MECHSCOPE_FAST"] = "no"  # numpy is the reference; tests/engine/test_kernels.py has the kernels
 os.environ["MECHSCOPE_WORKSPACE"] = tempfile.mkdtemp(prefix="mechscope-tests-")  # of the servers that tests start
 
 import families

@@ -70,3 +70,7 @@ def assert_moved(a: np.ndarray, b: np.ndarray, tolerance: float = SAME) -> None:
 def assert_same(a: np.ndarray, b: np.ndarray) -> None:
     assert a.shape == b.shape, f"shapes {a.shape} and {b.shape} differ"
     assert np.array_equal(a, b), f"not equal to the last bit: relative error {row_error(a, b):.2e}"
+
+
+KERNEL = 2e-6
+"""Of the largest number, between a compiled kernel and its numpy function: both round a few times, elsewhere."""

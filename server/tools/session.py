@@ -25,8 +25,8 @@ def load_model(
         str, Field(description="smollm2-135m-instruct, synthetic, a directory, a .gguf file, or a hub id (owner/name)")
     ] = "smollm2-135m-instruct",
     weights: Annotated[
-        Literal["dense", "scoped"],
-        Field(description="scoped: less memory, slower, same numbers"),
+        Literal["dense", "scoped", "bf16"],
+        Field(description="scoped: less memory, slower; bf16: half, rounded"),
     ] = "dense",
     dense_layers: Annotated[
         int | None, Field(ge=1, description="scoped: how many layers stay dense; default 1")
@@ -97,12 +97,11 @@ def held(lab: Lab, owner: str, start: int = 0) -> SessionInfo:
 
 
 def _held_model(known: RememberedModel, model: Model | None) -> Held:
-    weights = "dense" if known.dense_layers is None else "scoped"
     if model is None:
-        about, size = f"{known.name}, {weights}: loaded again when it is used", known.nbytes
+        about, size = f"{known.name}, {known.weights}: loaded again when it is used", known.nbytes
     else:
         layers = f": {len(model.params.dense_layers)} of {model.config.n_layers} layers dense now"
-        about, size = f"{known.name}, {model.weights}{layers * (model.weights != 'dense')}", model.params.nbytes
+        about, size = f"{known.name}, {model.weights}{layers * (model.weights == 'scoped')}", model.params.nbytes
     return Held(handle=known.handle, about=about, bytes=size, in_memory=model is not None)
 
 

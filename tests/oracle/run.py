@@ -21,7 +21,7 @@ from oracle.reference import Array, load
 from oracle.report import report
 from rich.console import Console
 
-from engine import catalog, load_model
+from engine import catalog, fast, load_model
 
 MODEL = "smollm2-135m-instruct"
 DIRECTORY = Path(__file__).parents[1] / "golden"
@@ -32,8 +32,9 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the golden files")
     options = parser.parse_args()
     console, began = Console(width=None if sys.stdout.isatty() else 120), time.monotonic()
-    console.print(f"torch {torch.__version__}, transformers {transformers.__version__}, {MODEL}")
     bench = checks.Bench.of(load_model(MODEL), load(catalog.fetch(MODEL)))
+    console.print(f"torch {torch.__version__}, transformers {transformers.__version__}, {MODEL}")
+    console.print(f"compiled kernels: {fast.state()}")
     results = report(console, everything(bench))
     benches = list(families.rows())
     results += report(console, families.families_agree(benches))

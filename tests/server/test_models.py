@@ -211,3 +211,23 @@ async def test_two_models_that_do_not_fit_together_cannot_be_compared_and_the_er
         text = await refused(client, "compare", a=first, b=second, prompt="the")
         assert "--model-budget" in text
         await ask(client, "tokenize", text="the", model=second)
+
+
+@pytest.mark.anyio
+async def test_weights_in_bfloat16_are_another_model_and_every_result_says_so(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        dense = await ask(client, "load_model", model="synthetic")
+        rounded = await ask(client, "load_model", model="synthetic", weights="bf16")
+        assert rounded["model"] != dense["model"]
+        assert rounded["weights"] == "bf16"
+        assert (await ask(client, "load_model", model="synthetic", weights="bf16"))["model"] == rounded["model"]
+        for tool in ("tokenize", "logit_lens", "capture_residuals"):
+            argument = {"text" if tool == "tokenize" else "prompt": "hello"}
+            assert "bfloat16" in (await ask(client, tool, model=rounded["model"], **argument))["notice"]
+            assert "bfloat16" not in (await ask(client, tool, model=dense["model"], **argument)).get("notice", "")
+        await ask(client, "release", handle=rounded["model"])
+        again = await ask(client, "logit_lens", prompt="hello", model=rounded["model"])
+        assert "bfloat16" in again["notice"]
+        held = await ask(client, "capture_residuals", prompt="hello", model=rounded["model"])
+        said = await refused(client, "logit_lens", tensor=held["handle"], model=dense["model"])
+        assert "another model" in said

@@ -1,0 +1,104 @@
+"""`add_product`: out += a @ b, without a matrix in between.
+
+The BLAS that numpy came with adds a product to a matrix in one call; numpy's own product only overwrites, so a second
+pass has to add. The call is the library's C interface (Netlib's cblas_sgemm), found through numpy's extension module.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float32]
+
+NAMES = (
+    ("scipy_cblas_sgemm64_", ctypes.c_int64, "scipy_openblas_{}_num_threads64_"),  # numpy's wheels
+    ("cblas_sgemm64_", ctypes.c_int64, "openblas_{}_num_threads64_"),
+    ("cblas_sgemm", ctypes.c_int32, "openblas_{}_num_threads"),  # distributions
+)
+"""What the function may be called, the type of its sizes, and what sets and gets the number of threads in OpenBLAS."""
+WORTH_A_CALL = 1 << 14
+"""Numbers in a result from which on adding it in a second pass costs more than the way to the library."""
+_ROW_MAJOR, _AS_IT_IS = 101, 111  # cblas.h
+
+
+@dataclass(frozen=True)
+class Library:
+    """`sgemm`, its address and the width of its sizes. How many threads it uses, and the address of what changes that;
+    0 where that is not known.
+    """
+
+    sgemm: Callable[..., None]
+    address: int
+    bits: int
+    threads: int
+    set_threads: int
+
+
+def add_product(out: Matrix, a: Matrix, b: Matrix) -> None:
+    """Add (rows, n) @ (n, columns) to a contiguous (rows, columns) matrix in place."""
+    found = library() if out.size >= WORTH_A_CALL else None
+    if found is None or not (_rows_in_order(a) and _rows_in_order(b) and out.flags.c_contiguous):
+        out += a @ b
+    else:
+        _add(found.sgemm, out, a, b)
+
+
+def _add(sgemm: Callable[..., None], out: Matrix, a: Matrix, b: Matrix) -> None:
+    (rows, n), columns = a.shape, b.shape[1]
+    a_step, b_step = a.strides[0] // 4, b.strides[0] // 4
+    sgemm(
+        _ROW_MAJOR, _AS_IT_IS, _AS_IT_IS, rows, columns, n,
+        1.0, a.ctypes.data, a_step, b.ctypes.data, b_step, 1.0, out.ctypes.data, columns,
+    )  # fmt: skip
+
+
+def _rows_in_order(x: Matrix) -> bool:
+    """Whether numbers lie row after row, neighbours beside each other: what the call can read."""
+    return x.dtype == np.float32 and x.strides[1] == 4 and x.strides[0] >= 4 * x.shape[1] and x.strides[0] % 4 == 0
+
+
+@cache
+def library() -> Library | None:
+    """The library, if it can be had and computes what numpy does."""
+    module = find_spec("numpy._core._multiarray_umath")
+    if module is None or module.origin is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(module.origin)  # numpy has loaded it: this is the same one, with what it depends on
+    except OSError:
+        return None
+    for name, size, threads in NAMES:
+        entry, setter, getter = (getattr(loaded, n, None) for n in (name, threads.format("set"), threads.format("get")))
+        if entry is not None and _agrees(declared := _declared(entry, size)):
+            known = (0, 0) if setter is None or getter is None else (getter(), _address(setter))
+            return Library(declared, _address(entry), 8 * ctypes.sizeof(size), *known)
+    return None
+
+
+def _address(function: Any) -> int:
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+def _declared(entry: Any, size: Any) -> Callable[..., None]:
+    enum, number, matrix = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    entry.argtypes = [
+        enum, enum, enum, size, size, size, number, matrix, size, matrix, size, number, matrix, size,
+    ]  # fmt: skip
+    entry.restype = None
+    declared: Callable[..., None] = entry
+    return declared
+
+
+def _agrees(sgemm: Callable[..., None]) -> bool:
+    """Whether a small product comes out as numpy's."""
+    a = np.arange(6, dtype=np.float32).reshape(2, 3)[:, :2]
+    b, out = a.T.copy() + 1, np.ones((2, 2), np.float32)
+    expected = out + a @ b
+    _add(sgemm, out, a, b)
+    return bool((out == expected).all())

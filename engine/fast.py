@@ -1,0 +1,75 @@
+"""Whether the compiled kernels of the `fast` extra are in use: `prepare`, `switch_off`, `kernels`, `using`, `state`.
+
+They are used when numba is installed and MECHSCOPE_FAST is not "no", from the first `prepare` on, which `load_model`
+calls. Compiling takes half a minute once per machine, reading numba's cache a second per process.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import ModuleType
+
+VARIABLE = "MECHSCOPE_FAST"
+SPINS = "20000"
+"""How long a thread without work looks for more before it sleeps (GNU OpenMP). By default it is milliseconds: when
+another program wants the processors, decoding becomes ten times slower than without kernels.
+"""
+
+_kernels: ModuleType | None = None
+_off = ""
+_why_not = "not asked for yet"
+
+
+def kernels() -> ModuleType | None:
+    """`engine.kernels` while it is in use."""
+    return _kernels
+
+
+def state() -> str:
+    """What `prepare` came to: "in use", or why not."""
+    return "in use" if _kernels is not None else _why_not
+
+
+def switch_off(why: str) -> None:
+    """Let later calls of `prepare` do nothing."""
+    global _off
+    _off = why
+
+
+def prepare(say: Callable[[str], None] | None = None) -> None:
+    """Use the kernels from now on, if they are installed and wanted. `say` hears of it before the wait."""
+    global _kernels, _why_not
+    if _kernels is not None:
+        return
+    if _off:
+        _why_not = _off
+    elif os.environ.get(VARIABLE, "yes").lower() in ("no", "0", "false", "off", "n", "f"):
+        _why_not = f"switched off by {VARIABLE}"
+    elif find_spec("numba") is None:
+        _why_not = "not installed: pip install 'mechscope[fast]'"
+    else:
+        if say is not None:
+            say("preparing compiled kernels (half a minute the first time)")
+        try:
+            _kernels = _compiled()
+        except Exception as error:
+            _why_not = f"cannot be compiled here: {str(error).splitlines()[0]}"
+
+
+@contextmanager
+def using(wanted: bool) -> Iterator[None]:
+    """Compute with the kernels, or with numpy alone, for a `with` block and in all threads: to compare."""
+    global _kernels
+    kept, _kernels = _kernels, _compiled() if wanted else None
+    try:
+        yield
+    finally:
+        _kernels = kept
+
+
+def _compiled() -> ModuleType:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    from engine import kernels
+
+    return kernels

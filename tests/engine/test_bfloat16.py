@@ -1,0 +1,87 @@
+"""Weights rounded to bfloat16: the rounding, and that nothing but the weights changes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tolerances import KERNEL
+
+from engine import Model, fast, forward, load_model, ops
+from engine.errors import InputError
+from engine.params import Ends, LayerParams, Linear, Params, in_bfloat16
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def rounded() -> Model:
+    return load_model("synthetic", weights="bf16")
+
+
+def as_float32(model: Model) -> Model:
+    """The same rounded numbers, in float32."""
+    layers = []
+    for index in range(model.config.n_layers):
+        layer = model.params.layer(index)
+        parts = {name: getattr(layer, name) for name in layer.__slots__}
+        widened = {n: Linear(ops.widened(p.weight), p.bias) for n, p in parts.items() if isinstance(p, Linear)}
+        layers.append(LayerParams(**(parts | widened)))
+    p = model.params
+    ends = Ends(p.embed, p.unembed, p.final_norm, p.positions, p.unembed_bias)
+    return replace(model, params=Params(ends, layers.__getitem__, len(layers)))
+
+
+def test_rounding_goes_to_the_nearest_and_ties_go_to_even() -> None:
+    exact = np.array([1, 1.0078125, -2, 0, 3e38, 1e-30], np.float32)
+    kept = exact[:4]
+    assert (ops.widened(ops.rounded(kept)) == kept).all()
+    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20], np.float32)
+    assert ops.widened(ops.rounded(ties)).tolist() == [1, 1 + 2**-6, 1 + 2**-7]
+    noise = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    share = np.abs(ops.widened(ops.rounded(noise)) / noise - 1)
+    assert 2**-9 < share.max() <= 2**-8
+    assert np.abs(ops.widened(ops.rounded(exact[4:])) / exact[4:] - 1).max() <= 2**-8
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("prompt", ["a", PROMPT])
+def test_a_run_is_that_of_the_rounded_weights_in_float32(rounded: Model, prompt: str, kernels: bool) -> None:
+    expected = forward(as_float32(rounded), list(rounded.encode(prompt)), logits_at="all").logits
+    with fast.using(kernels):
+        made = forward(rounded, list(rounded.encode(prompt)), logits_at="all").logits
+    if kernels:
+        assert np.abs(made - expected).max() <= 10 * KERNEL * np.abs(expected).max()
+    else:
+        assert (made == expected).all()
+
+
+def test_it_is_not_that_of_the_weights_as_they_were(rounded: Model, synthetic: Model) -> None:
+    ids = list(rounded.encode(PROMPT))
+    apart = np.abs(forward(rounded, ids).logits - forward(synthetic, ids).logits).max()
+    assert 1e-3 < apart < 0.3 * np.abs(forward(synthetic, ids).logits).max()
+
+
+def test_the_model_says_what_it_is(rounded: Model, synthetic: Model) -> None:
+    assert (rounded.weights, synthetic.weights) == ("bf16", "dense")
+    assert rounded.fingerprint == f"{synthetic.fingerprint}:bf16"
+    with pytest.raises(InputError, match='dense_layers is for weights="scoped"'):
+        load_model("synthetic-of-a-file", weights="bf16", dense_layers=2)
+
+
+def test_matrices_take_half_the_memory_and_norms_and_ends_stay(rounded: Model, synthetic: Model) -> None:
+    for (name, now), (_, before) in zip(
+        rounded.params.layer(0).arrays(), synthetic.params.layer(0).arrays(), strict=True
+    ):
+        halved = name in ("q", "k", "v", "o", "up", "gate", "down")
+        assert now.nbytes == before.nbytes // (2 if halved else 1), name
+    assert rounded.params.embed is synthetic.params.embed or (rounded.params.embed == synthetic.params.embed).all()
+    again = in_bfloat16(rounded.params, rounded.config.n_layers)
+    assert (again.layer(0).q.weight == rounded.params.layer(0).q.weight).all(), "rounding twice changes nothing"
+
+
+@pytest.mark.real
+def test_smollm2_still_knows_the_capital(smollm2: Model) -> None:
+    model = load_model("smollm2-135m-instruct", weights="bf16", converted=False)
+    dense, half = (forward(m, list(m.encode(PROMPT))).logits[0, 0] for m in (smollm2, model))
+    assert half.argmax() == dense.argmax()
+    assert np.abs(half - dense).max() > 1e-2

@@ -1,0 +1,67 @@
+"""`add_product` adds what numpy's product would be, whatever the arrays' layout."""
+
+import numpy as np
+import pytest
+
+from engine import blas
+
+NOISE = np.random.default_rng(0)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return NOISE.standard_normal(shape, np.float32)
+
+
+LAYOUTS = {
+    "contiguous": (noise(40, 96), noise(96, 700)),
+    "some features of a wider matrix": (noise(40, 200)[:, 50:146], noise(200, 700)[50:146]),
+    "some columns of a wider matrix": (noise(40, 96), noise(96, 900)[:, 100:800]),
+    "columns beside each other in memory": (noise(96, 40).T, noise(700, 96).T),
+    "every other number": (noise(40, 192)[:, ::2], noise(96, 1400)[:, ::2]),
+    "one row": (noise(1, 96), noise(96, 20000)),
+    "rows backwards": (noise(40, 96)[::-1], noise(96, 700)[::-1]),
+    "every other row": (noise(80, 96)[::2], noise(192, 700)[::2]),
+    "one matrix for all": (np.broadcast_to(noise(1, 96), (40, 96)), noise(96, 700)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_product_is_added(layout: str) -> None:
+    a, b = LAYOUTS[layout]
+    start = noise(len(a), b.shape[1])
+    out = start.copy()
+    blas.add_product(out, a, b)
+    expected = start + a.astype(np.float64) @ b.astype(np.float64)
+    assert np.abs(out - expected).max() < 1e-4
+    assert np.abs(out - start).max() > 1
+
+
+def test_a_result_whose_columns_are_beside_each_other_is_added_to_as_well() -> None:
+    a, b = LAYOUTS["contiguous"]
+    out = np.zeros((700, 40), np.float32).T
+    blas.add_product(out, a, b)
+    assert np.abs(out - a @ b).max() < 1e-4
+
+
+def test_the_library_of_numpys_wheels_is_found_and_adds_what_numpy_would() -> None:
+    built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+    if built != "scipy-openblas":
+        pytest.skip(f"this numpy is built with {built}")
+    assert blas.library() is not None
+    a, b = LAYOUTS["contiguous"]
+    by_library, by_numpy = np.ones((2, 40, 700), np.float32)
+    blas.add_product(by_library, a, b)
+    by_numpy += a @ b
+    assert (by_library == by_numpy).all()
+
+
+def test_without_the_library_numpy_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "library", lambda: None)
+    a, b = LAYOUTS["contiguous"]
+    out = np.zeros((40, 700), np.float32)
+    blas.add_product(out, a, b)
+    assert (out == a @ b).all()
+
+
+def test_a_function_that_computes_something_else_is_not_used() -> None:
+    assert not blas._agrees(lambda *_: None)

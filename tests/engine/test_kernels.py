@@ -1,0 +1,235 @@
+"""The compiled kernels compute what numpy computes: each kernel beside its numpy function, then whole runs."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from tolerances import KERNEL
+
+from engine import (
+    POINTS,
+    KVCache,
+    Metric,
+    Model,
+    RecordHook,
+    fast,
+    forward,
+    generate,
+    kernels,
+    ops,
+    patching_grid,
+)
+from engine.ops import Array
+
+NOISE = np.random.default_rng(0)
+
+
+def noise(*shape: int) -> Array:
+    return NOISE.standard_normal(shape, np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    with fast.using(True):
+        yield
+
+
+def agree(by_kernel: Array, by_numpy: Array, share: float = KERNEL) -> None:
+    """Within a share of numpy's largest number."""
+    assert by_kernel.shape == by_numpy.shape
+    assert by_kernel.dtype == np.float32
+    assert np.abs(by_kernel - by_numpy).max() <= share * np.abs(by_numpy).max()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 33])
+@pytest.mark.parametrize(("n", "columns"), [(576, 1536), (1536, 576), (64, 16), (50, 37), (7, 1), (333, 1000)])
+def test_a_product_is_as_near_to_float64_as_numpys(rows: int, n: int, columns: int) -> None:
+    x, w = noise(rows, n), noise(n, columns)
+    exact = x.astype(np.float64) @ w.astype(np.float64)
+    made = kernels.product(x, w, ops.SUM_BLOCK)
+    error, numpys = (np.sqrt(np.mean((y - exact) ** 2)) for y in (made, ops._product(x, w)))
+    assert error <= 2 * numpys + KERNEL * np.sqrt(np.mean(exact**2)) / 10
+
+
+def test_a_matrix_times_a_vector() -> None:
+    w, x = noise(5000, 577), noise(577)
+    agree(kernels.times_vector(w, x), (w.astype(np.float64) @ x).astype(np.float32))
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 33, 300])
+def test_softmax(width: int) -> None:
+    x = 20 * noise(6, 5, width)
+    by_kernel, by_numpy = x.copy(), x.copy()
+    assert kernels.softmax(by_kernel)
+    with fast.using(False):
+        ops.softmax(by_numpy)
+    assert np.abs(by_kernel - by_numpy).max() < KERNEL
+    assert np.abs(by_kernel.sum(-1) - 1).max() < KERNEL
+
+
+def test_what_softmax_may_not_see_gets_exactly_nothing_and_a_row_of_that_alone_is_zeros() -> None:
+    x = noise(3, 40)
+    x[0, 7:] = -np.inf
+    x[1] = -np.inf
+    x[2, 5] = -200
+    assert kernels.softmax(x)
+    assert (x[0, 7:] == 0).all()
+    assert (x[1] == 0).all()
+    assert x[2, 5] == 0
+    assert x[0].sum() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 5, 39])
+def test_no_kernel_hides_a_number_that_is_none(place: int) -> None:
+    x = noise(1, 40)
+    x[0, place] = np.nan
+    ones = np.ones((1, 40), np.float32)
+    assert kernels.softmax(weights := x.copy())
+    assert np.isnan(weights).any()
+    assert np.isnan(kernels.rms_norm(x, ones[0], 1e-5)).all()
+    assert kernels.gated_silu(gate := x.copy(), ones)
+    assert np.isnan(gate).tolist() == np.isnan(x).tolist()
+    assert np.isnan(kernels.product(x, np.ones((40, 3), np.float32), 16)).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1, 30, 90, 1e4, 1e15])
+def test_a_gated_silu_of_any_size(size: float) -> None:
+    gate, up = np.float32(size) * noise(4, 333), noise(4, 333)
+    with fast.using(False):
+        by_numpy = ops.gated("silu", gate.copy(), up)
+    agree(ops.gated("silu", gate, up), by_numpy)
+
+
+@pytest.mark.parametrize("weights", [(64,), (3, 64)])
+def test_a_norm_with_gains_for_all_and_for_each_head(weights: tuple[int, ...]) -> None:
+    x, gain = 100 * noise(2, 5, 3, 64), noise(*weights)
+    agree(kernels.rms_norm(x, gain, 1e-5), ops._rms_norm(x, gain, 1e-5))
+
+
+@pytest.mark.parametrize("half", [32, 20])
+def test_rotation_of_all_features_and_of_some(half: int) -> None:
+    x = noise(2, 7, 3, 64).swapaxes(1, 2)
+    angle = noise(7, half)
+    cos, sin = np.cos(angle), np.sin(angle)
+    agree(kernels.rotate(x, cos, sin), ops._rotate(x, cos, sin))
+
+
+@pytest.mark.parametrize("queries", [1, 5, 64, 65, 150])
+@pytest.mark.parametrize("window", [None, 1, 6, 100])
+@pytest.mark.parametrize("past", [0, 30])
+def test_attention_and_its_pattern(queries: int, window: int | None, past: int) -> None:
+    key_pos = np.arange(queries + past)
+    q, k = noise(2, 6, queries, 16), noise(2, 3, len(key_pos) + 9, 16)[:, :, : len(key_pos)]
+    v = noise(2, len(key_pos), 3, 16).swapaxes(1, 2)
+    seen: list[Array] = []
+
+    def attend(**more: object) -> Array:
+        return ops.attend(q, k, v, key_pos[past:], key_pos, scale=0.25, window=window, **more)
+
+    listened, alone = attend(on_weights=lambda weights: seen.append(weights) or weights), attend()
+    assert (listened == alone).all(), "listening changes nothing"
+    with fast.using(False):
+        agree(alone, attend(on_weights=lambda weights: seen.append(weights) or weights))
+    assert np.abs(seen[0] - seen[1]).max() < KERNEL
+    assert ((seen[0] == 0) == (seen[1] == 0)).all()
+
+
+def test_a_query_that_sees_no_key_attends_to_nothing() -> None:
+    q, k = noise(1, 2, 3, 16), noise(1, 2, 4, 16)
+    z = ops.attend(q, k, k, np.array([2, 3, 4]), np.array([3, 4, 5, 6]), scale=1)
+    assert (z[0, 0] == 0).all()
+    assert (z[0, 1:] != 0).all()
+
+
+def test_what_lies_otherwise_in_memory_is_left_to_numpy() -> None:
+    x, w = noise(9, 80)[:, ::2], noise(40, 30)
+    assert kernels.product(x, w, 16) is None
+    assert kernels.rms_norm(x, w[:, 0], 1e-5) is None
+    assert kernels.rotate(noise(1, 3, 7, 8), noise(7, 4), noise(7, 4)) is None
+    assert not kernels.softmax(x)
+    assert not kernels.gated_silu(x, x)
+    frozen = noise(3, 4)
+    frozen.flags.writeable = False
+    assert not kernels.softmax(frozen), "what may not be written is not"
+    agree(ops.linear(x, w), x @ w)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+def test_every_point_of_every_family_is_what_numpy_computes(model: Model, ids: list[int]) -> None:
+    def points() -> dict[str, dict[int, Array]]:
+        names = [name for name in POINTS if not (model.config.parallel and name == "resid_mid")]
+        record = RecordHook.for_layers(range(model.config.n_layers), points=names)
+        logits = forward(model, ids, hook=record, logits_at="all").logits
+        return {name: record.get(name) for name in names} | {"logits": {0: logits}}
+
+    by_kernels = points()
+    with fast.using(False):
+        by_numpy = points()
+    for name, layers in by_numpy.items():
+        for layer, rows in layers.items():
+            largest = np.abs(rows).max()
+            assert np.abs(by_kernels[name][layer] - rows).max() <= 3e-5 * max(largest, 1), (name, layer)
+
+
+def test_generation_and_a_grid_come_out_the_same(smollm2: Model) -> None:
+    clean, corrupt = (list(smollm2.encode(f"The capital of {x} is")) for x in ("France", "Italy"))
+    metric = Metric("logit_difference", *(smollm2.encode(f" {x}")[-1] for x in ("Paris", "Rome")))
+
+    def both() -> tuple[list[int], Array]:
+        new = generate(smollm2, clean, 8, cache=KVCache.with_layers(30)).ids
+        return new, patching_grid(smollm2, clean, corrupt, metric, "resid_pre").values
+
+    ids, grid = both()
+    with fast.using(False):
+        expected_ids, expected = both()
+    assert ids == expected_ids
+    assert np.abs(grid - expected).max() < 1e-3
+
+
+def test_many_threads_at_once_get_what_one_gets() -> None:
+    x, w = noise(50, 576), noise(576, 576)
+    expected = kernels.product(x, w, 144)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: kernels.product(x, w, 144), range(200)))
+    assert all((one == expected).all() for one in made)
+
+
+CHILD = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from engine import fast, load_model
+said = []
+load_model("synthetic", tick=lambda done, total, what: said.append(what))
+print(fast.state(), said[:1], "numba" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("no", "switched off by MECHSCOPE_FAST [] False"),
+        ("yes", "in use ['preparing compiled kernels (half a minute the first time)'] True"),
+    ],
+)
+def test_loading_a_model_prepares_the_kernels_and_says_so_unless_they_are_switched_off(
+    variable: str, expected: str
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", CHILD], capture_output=True, text=True, env=os.environ | {"MECHSCOPE_FAST": variable}
+    )
+    assert ran.stdout.strip() == expected, ran.stderr
+
+
+def test_without_numba_everything_works_and_the_state_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MECHSCOPE_FAST", "yes")
+    monkeypatch.setattr(fast, "find_spec", lambda name: None)
+    with fast.using(False):
+        fast.prepare()
+        assert fast.kernels() is None
+        assert "mechscope[fast]" in fast.state()
