@@ -5,6 +5,7 @@ calls. Compiling takes half a minute once per machine, reading numba's cache a s
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -53,8 +54,10 @@ def prepare(say: Callable[[str], None] | None = None) -> None:
             say("preparing compiled kernels (half a minute the first time)")
         try:
             _kernels = _compiled()
-        except Exception as error:
-            _why_not = f"cannot be compiled here: {str(error).splitlines()[0]}"
+        except Exception as error:  # numba and LLVM raise many; numpy can do everything
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            _why_not = f"cannot be compiled here: {reason}"
+            warnings.warn(f"compiled kernels are not used: {_why_not}", stacklevel=2)
 
 
 @contextmanager

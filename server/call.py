@@ -100,7 +100,7 @@ class Call:
         record = self.lab.store.get(handle, self.owner)
         if kind is not None and not handle.startswith(f"{kind}:"):
             raise InputError(f"{clipped(handle)} is not a {kind}: handle")
-        if model is not None and record.provenance.get("fingerprint", model.fingerprint) != model.fingerprint:
+        if model is not None and record.provenance["fingerprint"] != model.fingerprint:
             raise InputError(f"{handle} was made with another model; give model={record.provenance['model']!r}")
         return record
 

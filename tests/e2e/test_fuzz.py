@@ -83,7 +83,9 @@ class Session:
                 self.handles[slot] = made["run" if slot == "run" else "handle"]
         if self.handles.get("vec") not in held:
             vector = {"vector": np.linspace(-1, 1, toolcalls.WIDTH, dtype=np.float32)}
-            self.handles["vec"] = store.put("vec", "ramp", LOCAL, vector, {"about": "a ramp"})
+            model = self._lab.models[0]
+            made_by = {"model": model.handle, "fingerprint": model.model.fingerprint}
+            self.handles["vec"] = store.put("vec", "ramp", LOCAL, vector, {"about": "a ramp"} | made_by)
 
 
 @pytest.fixture

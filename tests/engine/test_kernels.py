@@ -233,3 +233,16 @@ def test_without_numba_everything_works_and_the_state_says_what_to_install(monke
         fast.prepare()
         assert fast.kernels() is None
         assert "mechscope[fast]" in fast.state()
+
+
+def test_kernels_that_cannot_be_compiled_are_not_used_and_a_warning_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError("no place for the cache\nand more")
+
+    monkeypatch.setenv("MECHSCOPE_FAST", "yes")
+    with fast.using(False):
+        monkeypatch.setattr(fast, "_compiled", fails)
+        with pytest.warns(UserWarning, match="no place for the cache$"):
+            fast.prepare()
+        assert fast.kernels() is None
+        assert fast.state() == "cannot be compiled here: no place for the cache"

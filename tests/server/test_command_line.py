@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from clients import ERAS, SCRIPT, ask, connected
 
+from server.settings import OF_HTTP, Settings
 from server.tools import TOOLS
 
 
@@ -92,6 +93,7 @@ def test_settings_of_http_are_not_dropped_silently_over_stdio() -> None:
     assert made.returncode == 0
     assert "without --http these settings do nothing" in made.stderr
     assert "port" in made.stderr
+    assert set(Settings.model_fields) > OF_HTTP
 
 
 @pytest.mark.anyio
