@@ -222,7 +222,7 @@ if _BLAS is not None and _BLAS.set_threads:
             last = min(queries, first + QUERIES)
             low, high = starts[first], ends[last - 1]
             if low >= high:
-                z[i, first:last, h] = 0
+                z[i, first:last, h] = 0  # and there is no weights[0, 0]
                 continue
             weights = np.empty((last - first, high - low), np.float32)
             _sgemm(
