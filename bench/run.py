@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +27,10 @@ from rich.console import Console
 from rich.progress import track
 
 HERE = Path(__file__).resolve().parent
-OURS, FAST = "mechscope", "with fast"
+OURS, FAST, BF16 = "mechscope", "with fast", "fast, weights bf16"
+MECHSCOPE = (OURS, FAST, BF16)
 CONTENDERS = {
-    OURS: "mechscope.py",
-    FAST: "mechscope.py",
+    **dict.fromkeys(MECHSCOPE, "mechscope.py"),
     "transformers by hand": "by_hand.py",
     "TransformerLens": "transformer_lens_.py",
     "interp-engine": "interp_engine_.py",
@@ -42,7 +43,9 @@ VOCABULARY, START = 49_000, "start"
 
 @dataclass(frozen=True)
 class Row:
-    """A piece of work. `against`: the peers that can do it; `at_most`: the ratio aimed at, and with the fast extra."""
+    """A piece of work. `against`: the peers that can do it; `at_most`: the ratio aimed at, with the fast extra, and with
+    weights in bfloat16 as well, which take part only where a ratio is aimed at.
+    """
 
     name: str
     work: str
@@ -51,10 +54,17 @@ class Row:
     against: tuple[str, ...]
     at_most: float
     fast_at_most: float | None = None
+    bf16_at_most: float | None = None
     tolerance: float = 1e-3
 
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """{contender of ours that takes part: the ratio aimed at}."""
+        limits = {OURS: self.at_most, FAST: self.fast_at_most, BF16: self.bf16_at_most}
+        return {name: limit for name, limit in limits.items() if name != BF16 or limit is not None}
 
-HAND, LENS, ENGINE, SIGHT = [name for name in CONTENDERS if name not in (OURS, FAST)]
+
+HAND, LENS, ENGINE, SIGHT = [name for name in CONTENDERS if name not in MECHSCOPE]
 ALL = (HAND, LENS, ENGINE, SIGHT)
 ROWS = (
     Row("capture resid_post, 30 layers, 5 tokens", "capture", 5, 15, ALL, 1.0, 0.6),
@@ -71,7 +81,7 @@ ROWS = (
     Row("head patching 30 x 9, 16 tokens, documented helper", "heads", 16, 1, (LENS,), 0.08),
     Row("head patching 30 x 9, 16 tokens, batched by hand", "heads", 16, 3, (HAND,), 0.6),
     Row("KV scan, 30 layers, both ways, 16 tokens", "kv_scan", 16, 3, (HAND,), 0.2),
-    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, (HAND, LENS), 0.65, 0.3),
+    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, (HAND, LENS), 0.65, None, 0.3),
     Row("100 prompts x 20 tokens, last residuals of 30 layers", "batch", 20, 2, ALL, 0.5),
 )
 _MODULES = (
@@ -110,10 +120,10 @@ class Contender:
 
     @classmethod
     def start(cls, name: str, python: str, model: Path, threads: int, **env: str) -> "Contender":
-        counts = dict.fromkeys(THREADS, str(threads)) | {"MECHSCOPE_FAST": "yes" if name == FAST else "no"}
+        counts = dict.fromkeys(THREADS, str(threads)) | {"MECHSCOPE_FAST": "no" if name == OURS else "yes"}
         paths = os.pathsep.join([str(HERE.parent), str(HERE / "contenders")])
         process = subprocess.Popen(
-            [python, str(HERE / "contenders" / CONTENDERS[name]), str(model)],
+            [python, str(HERE / "contenders" / CONTENDERS[name]), str(model), *(["bf16"] if name == BF16 else [])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=os.environ | counts | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"} | env,
         )  # fmt: skip
@@ -161,13 +171,16 @@ def distance(row: Row, ours: list[float], theirs: list[float]) -> float:
 
 
 def measure(row: Row, contenders: dict[str, Contender], table: int) -> dict[str, list[float]]:
-    """{contender: seconds of each repetition}; all take their turn in each. The first is not counted."""
-    names = (OURS, FAST, *row.against)
+    """{contender: seconds of each repetition}; all take their turn in each. The first is not counted.
+
+    Rounded weights compute something else, which the tests compare with the same weights in float32.
+    """
+    names = (*row.limits, *row.against)
     times: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(-1, row.repeats):
         asked = request(row, repetition, table)
         done = {name: contenders[name].do(asked) for name in names}
-        for name in names[1:]:
+        for name in set(names) - {OURS, BF16}:
             if (gap := distance(row, done[OURS][1], done[name][1])) > row.tolerance:
                 raise SystemExit(f"{row.name}: {name} computed something else (relative distance {gap:.1e})")
         if repetition >= 0:
@@ -214,8 +227,8 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     rows = [row for row in ROWS if not options.only or row.work in options.only.split(",")]
-    python = {name: sys.executable if name in (OURS, FAST) else options.peers for name in CONTENDERS}
-    needed = {OURS, FAST, *(name for row in rows for name in row.against)}
+    python = {name: sys.executable if name in MECHSCOPE else options.peers for name in CONTENDERS}
+    needed = {name for row in rows for name in (*row.limits, *row.against)}
     tables: list[dict[str, dict[str, list[float]]]] = []
     for table in range(options.tables):
         contenders = {
@@ -226,6 +239,7 @@ def main() -> int:
         tables.append({row.name: measure(row, contenders, table) for row in track(rows, f"table {table + 1}")})
         for contender in contenders.values():
             contender.stop()
+        console.print(written(rows, tables, {}, options), markup=False)
     with_start = not options.only or START in options.only.split(",")
     starts = first_answer(python, options.model, 3) if with_start else {}
     report = written(rows, tables, starts, options)
@@ -264,20 +278,21 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], options: argparse.Namespace) -> str:
     """The table: medians of all runs, and the worst table's ratio to the best peer of the row."""
-    lines = [f"| work | {' | '.join(CONTENDERS)} | ratio, worst of tables | at most | ratio with fast | at most |"]
-    lines.append("|---" * (len(CONTENDERS) + 5) + "|")
+    lines = [f"| work | {' | '.join([*CONTENDERS, *(f'ratio: {who}' for who in MECHSCOPE)])} |"]
+    lines.append("|---" * (len(CONTENDERS) + 4) + "|")
     for row in rows:
         medians = [{name: statistics.median(t) for name, t in table[row.name].items()} for table in tables]
         over_tables = {name: statistics.median(m[name] for m in medians) for name in medians[0]}
-        ratios = [max(m[who] / min(m[name] for name in row.against) for m in medians) for who in (OURS, FAST)]
-        lines.append(_line(row.name, over_tables, ratios, (row.at_most, row.fast_at_most)))
+        ratios = {who: max(m[who] / min(m[name] for name in row.against) for m in medians) for who in row.limits}
+        lines.append(_line(row.name, over_tables, ratios, row.limits))
     if starts:
         medians_of = {name: statistics.median(times) for name, times in starts.items()}
         best = min(t for name, t in medians_of.items() if name in ALL)
-        ratios = [medians_of[who] / best for who in (OURS, FAST)]
-        lines.append(_line("process start to the first lens, second start", medians_of, ratios, (0.25, None)))
+        ratios = {who: medians_of[who] / best for who in (OURS, FAST)}
+        lines.append(_line("process start to the first lens, second start", medians_of, ratios, {OURS: 0.25}))
     told = machine(options)
-    lines += ["", f"Milliseconds, medians. {told['processor']}, {told['cores']} cores, {told['threads']} threads. "
+    lines += ["", f"Milliseconds, medians; ratios to the best peer, in the worst of {len(tables)} tables, and in brackets the "
+              f"most they should be. {told['processor']}, {told['cores']} cores, {told['threads']} threads. "
               f"Python {told['python']}, numpy {told['numpy']}; peers {told['peers']}."]  # fmt: skip
     lines += ["", "A dash, and what shows it (helpers found by the command, in the peers' Python):", ""]
     lines += [
@@ -291,10 +306,11 @@ def _printed(python: str, command: str) -> str:
     return (ran.stdout.splitlines() or ["nothing"])[-1]
 
 
-def _line(name: str, seconds: dict[str, float], ratios: list[float], at_most: tuple[float, float | None]) -> str:
+def _line(name: str, seconds: dict[str, float], ratios: dict[str, float], limits: Mapping[str, float | None]) -> str:
     cells = [f"{1000 * seconds[who]:.0f}" if who in seconds else "-" for who in CONTENDERS]
-    for ratio, limit in zip(ratios, at_most, strict=True):
-        cells += [f"{ratio:.2f}", "" if limit is None else str(limit)]
+    for who in MECHSCOPE:
+        limit = limits.get(who)
+        cells.append(f"{ratios[who]:.2f}{'' if limit is None else f' ({limit})'}" if who in ratios else "")
     return f"| {name} | {' | '.join(cells)} |"
 
 

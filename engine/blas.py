@@ -29,15 +29,21 @@ _ROW_MAJOR, _AS_IT_IS = 101, 111  # cblas.h
 
 @dataclass(frozen=True)
 class Library:
-    """`sgemm`, its address and the width of its sizes. How many threads it uses, and the address of what changes that;
-    0 where that is not known.
+    """`sgemm`, its address and the width of its sizes; how many threads it uses if nobody changes that, and what gets and
+    sets their number where that is known.
     """
 
     sgemm: Callable[..., None]
     address: int
     bits: int
     threads: int
-    set_threads: int
+    get_threads: Callable[[], int] | None
+    set_threads: Callable[[int], None] | None
+
+    def use_threads(self, number: int) -> None:
+        """Let products of the whole process have so many threads."""
+        if self.set_threads is not None:
+            self.set_threads(number)
 
 
 def add_product(out: Matrix, a: Matrix, b: Matrix) -> None:
@@ -76,7 +82,7 @@ def library() -> Library | None:
     for name, size, threads in NAMES:
         entry, setter, getter = (getattr(loaded, n, None) for n in (name, threads.format("set"), threads.format("get")))
         if entry is not None and _agrees(declared := _declared(entry, size)):
-            known = (0, 0) if setter is None or getter is None else (getter(), _address(setter))
+            known = (0, None, None) if setter is None or getter is None else (getter(), getter, setter)
             return Library(declared, _address(entry), 8 * ctypes.sizeof(size), *known)
     return None
 

@@ -23,12 +23,12 @@ from engine.ops import (
     IntArray,
     attend,
     gated,
+    inner,
     layer_norm,
     linear,
     rms_norm,
     rotate,
     softcap,
-    times_vector,
 )
 from engine.params import LayerParams, Linear, Norm
 
@@ -210,7 +210,7 @@ def unembed(model: Network, x: Array) -> Array:
     """Normalised rows (..., d_model) -> logits (..., d_vocab): W_U, bias, logit scale, softcap."""
     flat = x.reshape(-1, x.shape[-1])
     w_u = model.params.unembed  # (d_vocab, d_model)
-    logits = times_vector(w_u, flat[0])[None] if len(flat) == 1 else flat @ w_u.T
+    logits = inner(flat, w_u)
     if model.params.unembed_bias is not None:
         logits += model.params.unembed_bias
     if model.config.logit_scale != 1:

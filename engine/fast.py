@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
+from engine.blas import library
+
 VARIABLE = "MECHSCOPE_FAST"
 SPINS = "20000"
 """How long a thread without work looks for more before it sleeps (GNU OpenMP). By default it is milliseconds: when
@@ -40,7 +42,7 @@ def switch_off(why: str) -> None:
 
 def prepare(say: Callable[[str], None] | None = None) -> None:
     """Use the kernels from now on, if they are installed and wanted. `say` hears of it before the wait."""
-    global _kernels, _why_not
+    global _why_not
     if _kernels is not None:
         return
     if _off:
@@ -53,7 +55,7 @@ def prepare(say: Callable[[str], None] | None = None) -> None:
         if say is not None:
             say("preparing compiled kernels (half a minute the first time)")
         try:
-            _kernels = _compiled()
+            _use(_compiled())
         except Exception as error:  # numba and LLVM raise many; numpy can do everything
             reason = str(error).partition("\n")[0] or type(error).__name__
             _why_not = f"cannot be compiled here: {reason}"
@@ -63,12 +65,20 @@ def prepare(say: Callable[[str], None] | None = None) -> None:
 @contextmanager
 def using(wanted: bool) -> Iterator[None]:
     """Compute with the kernels, or with numpy alone, for a `with` block and in all threads: to compare."""
-    global _kernels
-    kept, _kernels = _kernels, _compiled() if wanted else None
+    kept = _kernels
+    _use(_compiled() if wanted else None)
     try:
         yield
     finally:
-        _kernels = kept
+        _use(kept)
+
+
+def _use(kernels: ModuleType | None) -> None:
+    """The kernels have threads of their own: numpy's BLAS has one meanwhile, in the whole process."""
+    global _kernels
+    _kernels = kernels
+    if (found := library()) is not None:
+        found.use_threads(found.threads if kernels is None else 1)
 
 
 def _compiled() -> ModuleType:

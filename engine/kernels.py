@@ -1,7 +1,7 @@
 """Compiled kernels: the `fast` extra (numba). `engine.fast` imports this and hands it to `engine.ops`.
 
-product         rows times a matrix: few rows by a loop over columns, more by numpy's BLAS on a share for each thread
-times_vector    a matrix times one vector
+product         rows times a matrix: few by loops over its columns, more by numpy's BLAS on a share for each thread
+inner           rows times the rows of a matrix
 attend          causal attention
 gated_silu      SiLU of a gate, times the other branch
 softmax         over the last axis
@@ -9,7 +9,8 @@ rms_norm        over the last axis
 rotate          rotary embedding
 
 Each computes what the numpy function of the same name in `ops` does, in float32; tests/engine/test_kernels.py says how
-near. Importing compiles them, or takes them from numba's cache.
+near. Importing compiles them, or takes them from numba's cache. While they are in use the BLAS has one thread
+(`engine.fast`): its own threads look for more work long after a product, on the processors that the kernels need.
 """
 
 from threading import Lock
@@ -25,12 +26,12 @@ from numba.extending import intrinsic, overload
 
 from engine.blas import Matrix, library
 
-FEW = 4
-"""Rows up to which a loop over columns is faster than the library, which packs the matrix first."""
+FEW = 6
+"""Rows up to which loops are faster than the library, which packs the matrix first."""
 QUERIES = 64
 """Queries of a head per unit of attention: keys later than the last of them are never multiplied."""
-PANEL = 384
-"""Columns of a few rows that a thread works on at a time: they stay in the first cache."""
+PANEL = 768
+"""Columns of a few rows that a thread works on at a time: eight rows of the matrix stay in the first cache."""
 
 f32: Any = t.float32
 i32: Any = t.int32
@@ -91,7 +92,7 @@ matrix, vector = f32[:, ::1], f32[::1]
 seen, seen_vector, seen_heads = (t.Array(f32, axes, "C", readonly=True) for axes in (2, 1, 4))  # mapped weights, say
 heads, any_heads = f32[:, :, :, ::1], t.Array(f32, 4, "A", readonly=True)
 places = t.Array(t.int64, 1, "C", readonly=True)
-seen_bits = t.Array(t.uint16, 2, "C", readonly=True)
+seen_pairs = t.Array(t.uint32, 2, "C", readonly=True)
 
 
 @njit(fastmath=_SUMS, error_model="numpy")
@@ -115,100 +116,110 @@ def _softmax_between(x: Any, start: Any, end: Any) -> None:
 # --- products -----------------------------------------------------------------------------------------------------
 
 
-def _wide(number: Any) -> Any:
-    """A float32, also of the bits of a bfloat16."""
+@njit(inline="always")
+def _lower(pair: Any) -> Any:
+    """The bfloat16 in the lower half of a word."""
+    return _as_float(i32(pair << np.uint32(16)))
 
 
-@overload(_wide, inline="always")
-def _any_wide(number: Any) -> Any:
-    def of_bits(number: Any) -> Any:
-        return _as_float(i32(i32(number) << i32(16)))
-
-    def as_it_is(number: Any) -> Any:
-        return number
-
-    return of_bits if isinstance(number, t.Integer) else as_it_is
+@njit(inline="always")
+def _upper(pair: Any) -> Any:
+    return _as_float(i32(pair & np.uint32(0xFFFF0000)))
 
 
-_few = [t.void(seen, weights, matrix, i64, i64) for weights in (seen, seen_bits)]
+def _add_eight(y: Any, f: Any, w: Any, k: Any, a: Any) -> None:
+    """To y add eight features times the eight rows of w from k on, in the columns from a on."""
+
+
+@overload(_add_eight, inline="always")
+def _add_eight_of_any(y: Any, f: Any, w: Any, k: Any, a: Any) -> Any:
+    def of_numbers(y: Any, f: Any, w: Any, k: Any, a: Any) -> None:
+        b = a + len(y)
+        w0, w1, w2, w3 = w[k, a:b], w[k + 1, a:b], w[k + 2, a:b], w[k + 3, a:b]
+        w4, w5, w6, w7 = w[k + 4, a:b], w[k + 5, a:b], w[k + 6, a:b], w[k + 7, a:b]
+        f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
+        for j in range(len(y)):
+            first = (f0 * w0[j] + f1 * w1[j]) + (f2 * w2[j] + f3 * w3[j])
+            y[j] += first + ((f4 * w4[j] + f5 * w5[j]) + (f6 * w6[j] + f7 * w7[j]))
+
+    def of_pairs(y: Any, f: Any, w: Any, k: Any, a: Any) -> None:
+        b, p = a + len(y), k // 2
+        w0, w1, w2, w3 = w[p, a:b], w[p + 1, a:b], w[p + 2, a:b], w[p + 3, a:b]
+        f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
+        for j in range(len(y)):
+            first = (f0 * _lower(w0[j]) + f1 * _upper(w0[j])) + (f2 * _lower(w1[j]) + f3 * _upper(w1[j]))
+            more = (f4 * _lower(w2[j]) + f5 * _upper(w2[j])) + (f6 * _lower(w3[j]) + f7 * _upper(w3[j]))
+            y[j] += first + more
+
+    return of_pairs if w.dtype == t.uint32 else of_numbers
+
+
+_few = [t.void(seen, weights, f32[:, :, ::1], i64) for weights in (seen, seen_pairs)]
 
 
 @_compiled(_few, _STRICT)  # type: ignore[untyped-decorator]
-def _few_rows(x: Any, w: Any, out: Any, block: Any, panels: Any) -> None:
-    """Out = x @ w, eight rows of w at a time; sums of `block` features are added up."""
-    rows, n = x.shape
-    columns = w.shape[1]
-    width = ((columns + panels - 1) // panels + 15) // 16 * 16
-    for panel in prange(panels):
-        a, b = min(columns, panel * width), min(columns, (panel + 1) * width)
-        total = np.empty((rows, b - a), np.float32)
-        for start in range(0, n, block):
-            end = min(n, start + block)
-            whole = start + (end - start) // 8 * 8
-            total[:] = 0
-            for k in range(start, whole, 8):
-                w0, w1, w2, w3 = w[k, a:b], w[k + 1, a:b], w[k + 2, a:b], w[k + 3, a:b]
-                w4, w5, w6, w7 = w[k + 4, a:b], w[k + 5, a:b], w[k + 6, a:b], w[k + 7, a:b]
-                for row in range(rows):
-                    y, f = total[row], x[row, k : k + 8]
-                    f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
-                    for j in range(b - a):
-                        first = (f0 * _wide(w0[j]) + f1 * _wide(w1[j])) + (f2 * _wide(w2[j]) + f3 * _wide(w3[j]))
-                        y[j] += first + (
-                            (f4 * _wide(w4[j]) + f5 * _wide(w5[j])) + (f6 * _wide(w6[j]) + f7 * _wide(w7[j]))
-                        )
-            for k in range(whole, end):
-                for row in range(rows):
-                    y, f0, w0 = total[row], x[row, k], w[k, a:b]
-                    for j in range(b - a):
-                        y[j] += f0 * _wide(w0[j])
-            if start == 0:
-                out[:, a:b] = total
-            else:
-                out[:, a:b] += total
+def _few_rows(x: Any, w: Any, sums: Any, block: Any) -> None:
+    """The product x @ w of each `block` of features, into a matrix of `sums`."""
+    n, columns = x.shape[1], w.shape[1]
+    for part in prange(len(sums)):
+        total = sums[part]
+        total[:] = 0
+        for k in range(part * block, min(n, (part + 1) * block), 8):
+            for a in range(0, columns, PANEL):
+                for row in range(len(x)):
+                    _add_eight(total[row, a : min(columns, a + PANEL)], x[row, k : k + 8], w, k, a)
 
 
 _BLAS = library()
-USUAL = 0 if _BLAS is None else _BLAS.threads
 _many_rows: Any = None
+_inner: Any = None
 _attend: Any = None
 if _BLAS is not None and _BLAS.set_threads:
     _size = t.int64 if _BLAS.bits == 64 else t.int32
     llvmlite.binding.add_symbol("mechscope_sgemm", _BLAS.address)
-    llvmlite.binding.add_symbol("mechscope_set_threads", _BLAS.set_threads)
     _sgemm: Any = t.ExternalFunction(
         "mechscope_sgemm",
         t.void(i32, i32, i32, _size, _size, _size, f32, address, _size, address, _size, f32, address, _size),
     )
-    _set_threads: Any = t.ExternalFunction("mechscope_set_threads", t.void(i32))
 
-    @_compiled(t.void(seen, seen, matrix, i64, i64, i64), _STRICT)  # type: ignore[untyped-decorator]
-    def _many_rows(x: Any, w: Any, out: Any, block: Any, threads: Any, usual: Any) -> None:
-        """Out = x @ w: each thread has a share of the columns, and sums up `block` features at a time.
-
-        The library's own threads rest meanwhile, and get their `usual` number back.
-        """
+    @_compiled(t.void(seen, seen, matrix, i64, i64), _STRICT)  # type: ignore[untyped-decorator]
+    def _many_rows(x: Any, w: Any, out: Any, block: Any, threads: Any) -> None:
+        """Out = x @ w: each thread has a share of the rows or columns, and sums up `block` features at a time."""
         rows, n = x.shape
         columns = w.shape[1]
-        width = ((columns + threads - 1) // threads + 15) // 16 * 16
+        by_rows = rows > columns
+        width = (((rows if by_rows else columns) + threads - 1) // threads + 15) // 16 * 16
         from_x, from_w, to = x.ctypes.data, w.ctypes.data, out.ctypes.data
-        _set_threads(i32(1))
         for thread in prange(threads):
-            a, b = thread * width, min(columns, (thread + 1) * width)
-            if a < b:
+            first, a = (thread * width, 0) if by_rows else (0, thread * width)
+            height, wide = min(width, rows - first) if by_rows else rows, columns if by_rows else min(width, columns - a)
+            if height > 0 and wide > 0:
                 for k in range(0, n, block):
                     _sgemm(
-                        i32(101), i32(111), i32(111), rows, b - a, min(block, n - k),
-                        _ONE, from_x + 4 * k, n, from_w + 4 * (k * columns + a), columns,
-                        _ZERO if k == 0 else _ONE, to + 4 * a, columns,
+                        i32(101), i32(111), i32(111), height, wide, min(block, n - k),
+                        _ONE, from_x + 4 * (first * n + k), n, from_w + 4 * (k * columns + a), columns,
+                        _ZERO if k == 0 else _ONE, to + 4 * (first * columns + a), columns,
                     )  # fmt: skip
-        _set_threads(i32(usual))
 
-    _to_attend = t.void(any_heads, any_heads, any_heads, places, places, f32, i64, heads, heads, i64)
+    @_compiled(t.void(seen, seen, matrix, i64), _STRICT)  # type: ignore[untyped-decorator]
+    def _inner(x: Any, w: Any, out: Any, threads: Any) -> None:
+        """Out = x @ w.T: each thread has a share of the columns."""
+        (rows, n), columns = x.shape, len(w)
+        width = ((columns + threads - 1) // threads + 15) // 16 * 16
+        from_x, from_w, to = x.ctypes.data, w.ctypes.data, out.ctypes.data
+        for thread in prange(threads):
+            a = thread * width
+            if a < columns:
+                _sgemm(
+                    i32(101), i32(111), i32(112), rows, min(width, columns - a), n,
+                    _ONE, from_x, n, from_w + 4 * a * n, n, _ZERO, to + 4 * a, columns,
+                )  # fmt: skip
+
+    _to_attend = t.void(any_heads, any_heads, any_heads, places, places, f32, i64, heads, heads)
 
     @_compiled(_to_attend, _SUMS)  # type: ignore[untyped-decorator]
     def _attend(
-        q: Any, k: Any, v: Any, pos: Any, key_pos: Any, scale: Any, window: Any, z: Any, pattern: Any, usual: Any
+        q: Any, k: Any, v: Any, pos: Any, key_pos: Any, scale: Any, window: Any, z: Any, pattern: Any
     ) -> None:
         """Each unit of work is a block of one head's queries; weights go to `pattern` unless that is empty."""
         batch, n_heads, queries, width = q.shape
@@ -216,7 +227,6 @@ if _BLAS is not None and _BLAS.set_threads:
         starts = np.searchsorted(key_pos, pos - window, side="right")
         ends = np.searchsorted(key_pos, pos, side="right")
         q_step, k_step, v_step = q.strides[2] // 4, k.strides[2] // 4, v.strides[2] // 4
-        _set_threads(i32(1))
         for unit in prange(batch * n_heads * blocks):
             i, h, first = unit // (n_heads * blocks), unit // blocks % n_heads, unit % blocks * QUERIES
             last = min(queries, first + QUERIES)
@@ -240,32 +250,48 @@ if _BLAS is not None and _BLAS.set_threads:
                 _ZERO, z[i, first:, h].ctypes.data, n_heads * v.shape[3],
             )  # fmt: skip
             weights[0, 0] = 0  # a last use: numba frees an array after that, and an address is none
-        _set_threads(i32(usual))
 
 
-@_compiled(t.void(seen_bits, matrix), _STRICT)  # type: ignore[untyped-decorator]
-def _widen(w: Any, out: Any) -> None:
-    for row in prange(len(w)):
-        for j in range(w.shape[1]):
-            out[row, j] = _wide(w[row, j])
+@_compiled(t.void(seen_pairs, matrix), _STRICT)  # type: ignore[untyped-decorator]
+def _widen(pairs: Any, out: Any) -> None:
+    for p in prange(len(pairs)):
+        for j in range(pairs.shape[1]):
+            out[2 * p, j] = _lower(pairs[p, j])
+            out[2 * p + 1, j] = _upper(pairs[p, j])
+
+
+def widened(pairs: Any) -> Matrix:
+    """A bfloat16 matrix in float32."""
+    out = np.empty((2 * len(pairs), pairs.shape[1]), np.float32)
+    with _ONE_AT_A_TIME:
+        _widen(pairs, out)
+    return out
 
 
 def product(x: Matrix, w: Any, block: int) -> Matrix | None:
-    """The product x @ w, summing up `block` features at a time; None for what numpy must do.
+    """The product x @ w, summing up at most `block` features at a time; None for what numpy must do.
 
-    w may be bfloat16: few rows widen it as they go, more have it widened first.
+    w may be bfloat16 for a few rows, which widen it as they go.
     """
-    if not (x.flags.c_contiguous and w.flags.c_contiguous) or (len(x) > FEW and _many_rows is None):
+    if not (x.flags.c_contiguous and w.flags.c_contiguous):
+        return None
+    if len(x) <= FEW and x.shape[1] % 8 == block % 8 == 0:
+        return _product_of_few(x, w, block)
+    if w.dtype != np.float32 or _many_rows is None:
         return None
     out = np.empty((len(x), w.shape[1]), np.float32)
     with _ONE_AT_A_TIME:
-        if len(x) <= FEW:
-            _few_rows(x, w, out, block, -(-w.shape[1] // PANEL // THREADS) * THREADS)
-        else:
-            if w.dtype == np.uint16:
-                _widen(w, w := np.empty(w.shape, np.float32))
-            _many_rows(x, w, out, block, THREADS, USUAL)
+        _many_rows(x, w, out, block, THREADS)
     return out
+
+
+def _product_of_few(x: Matrix, w: Any, block: int) -> Matrix:
+    """As many parts for each thread, and none of more than `block` features."""
+    parts = -(-x.shape[1] // block // THREADS) * THREADS
+    sums = np.empty((parts, len(x), w.shape[1]), np.float32)
+    with _ONE_AT_A_TIME:
+        _few_rows(x, w, sums, -(-x.shape[1] // parts // 8) * 8)
+    return np.add.reduce(sums)
 
 
 def attend(
@@ -278,7 +304,7 @@ def attend(
     z = np.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), np.float32)
     kept = np.empty((0, 0, 0, 0), np.float32) if pattern is None else pattern
     with _ONE_AT_A_TIME:
-        _attend(q, k, v, pos, key_pos, scale, 1 << 40 if window is None else window, z, kept, USUAL)
+        _attend(q, k, v, pos, key_pos, scale, 1 << 40 if window is None else window, z, kept)
     return z
 
 
@@ -291,13 +317,16 @@ def _times_vector(w: Any, x: Any, out: Any) -> None:
         out[row] = total
 
 
-def times_vector(w: Matrix, x: Matrix) -> Matrix | None:
-    """The product w @ x for a (rows, n) matrix; None for arrays that numpy must do."""
-    if not (w.flags.c_contiguous and x.flags.c_contiguous):
+def inner(x: Matrix, w: Matrix) -> Matrix | None:
+    """The product x @ w.T; None for arrays that numpy must do."""
+    if not (w.flags.c_contiguous and x.flags.c_contiguous) or (len(x) > 1 and _inner is None):
         return None
-    out = np.empty(len(w), np.float32)
+    out = np.empty((len(x), len(w)), np.float32)
     with _ONE_AT_A_TIME:
-        _times_vector(w, x, out)
+        if len(x) == 1:
+            _times_vector(w, x[0], out[0])
+        else:
+            _inner(x, w, out, THREADS)
     return out
 
 

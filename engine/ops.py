@@ -14,8 +14,8 @@ from engine.blas import add_product
 
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-Bfloat16 = npt.NDArray[np.uint16]
-"""The upper halves of float32 numbers."""
+Bfloat16 = npt.NDArray[np.uint32]
+"""A (in, out) matrix in bfloat16: (in / 2, out) words of two features each, the even one in the lower half."""
 
 LARGEST = 1e15
 """What vectors and changed rows may hold: a norm squares them, and float32 ends at 3e38."""
@@ -34,32 +34,50 @@ length: over 1536 features SmolLM2 is up to 4 times as far from float64 as torch
 def linear(x: Array, weight: Array | Bfloat16, bias: Array | None = None) -> Array:
     """`x @ weight + bias`: (..., in) with (in, out) -> (..., out); float32 sums, whatever the weight."""
     flat = x.reshape(-1, x.shape[-1])  # one 2-d product: numpy would loop over a batch axis
-    kernels = fast.kernels()
-    total = None if kernels is None else kernels.product(flat, weight, SUM_BLOCK)
-    out = (_product(flat, widened(weight)) if total is None else total).reshape(*x.shape[:-1], weight.shape[1])
+    out = _by_kernel(flat, weight)
+    if out is None and weight.dtype != np.float32:
+        weight = widened(weight)[: x.shape[-1]]
+        out = _by_kernel(flat, weight)
+    out = (_product(flat, weight) if out is None else out).reshape(*x.shape[:-1], weight.shape[1])
     if bias is not None:
         out += bias
     return out
 
 
-def times_vector(weight: Array, x: Array) -> Array:
-    """`weight @ x` of (out, in) and (in,): for one row four times as fast as `x @ weight.T`."""
+def _by_kernel(x: Array, weight: Array | Bfloat16) -> Array | None:
     kernels = fast.kernels()
-    made: Array | None = None if kernels is None else kernels.times_vector(weight, x)
-    return weight @ x if made is None else made
+    return None if kernels is None else kernels.product(x, weight, SUM_BLOCK)
+
+
+def inner(x: Array, weight: Array) -> Array:
+    """`x @ weight.T`: (rows, in) with (out, in) -> (rows, out)."""
+    kernels = fast.kernels()
+    made: Array | None = None if kernels is None else kernels.inner(x, weight)
+    if made is None:
+        made = (weight @ x[0])[None] if len(x) == 1 else x @ weight.T  # one row: four times as fast as x @ weight.T
+    return made
 
 
 def rounded(x: Array) -> Bfloat16:
-    """To the nearest bfloat16, ties to even."""
+    """(in, out) to the nearest bfloat16, ties to even; an odd last feature is paired with zeros."""
     bits = x.view(np.uint32)
-    return ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16)
+    upper = (bits + ((bits >> 16) & 1) + 0x7FFF) & np.uint32(0xFFFF0000)
+    words = upper[::2] >> 16
+    words[: len(x) // 2] |= upper[1::2]
+    return words
 
 
 def widened(x: Array | Bfloat16) -> Array:
-    """float32 again; what is float32 stays as it is."""
-    if x.dtype != np.uint16:
+    """(in, out) in float32 again, with an even number of features; what is float32 stays as it is."""
+    if x.dtype != np.uint32:
         return x.view(np.float32)
-    return (x.astype(np.uint32) << 16).view(np.float32)
+    kernels = fast.kernels()
+    if kernels is not None and x.flags.c_contiguous:
+        return kernels.widened(x)
+    made = np.empty((2 * len(x), *x.shape[1:]), np.uint32)
+    np.left_shift(x, 16, out=made[::2])
+    np.bitwise_and(x, 0xFFFF0000, out=made[1::2])
+    return made.view(np.float32)
 
 
 def _product(x: Array, weight: Array) -> Array:

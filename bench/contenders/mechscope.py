@@ -1,5 +1,6 @@
-"""mechscope itself."""
+"""mechscope itself; a second argument is the option `weights` of `load_model`."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -86,4 +87,4 @@ WORKS = {
 }
 
 if __name__ == "__main__":
-    serve(load_model, WORKS)
+    serve(lambda path: load_model(path, *sys.argv[2:]), WORKS)

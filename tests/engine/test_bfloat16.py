@@ -32,15 +32,27 @@ def as_float32(model: Model) -> Model:
 
 
 def test_rounding_goes_to_the_nearest_and_ties_go_to_even() -> None:
-    exact = np.array([1, 1.0078125, -2, 0, 3e38, 1e-30], np.float32)
-    kept = exact[:4]
-    assert (ops.widened(ops.rounded(kept)) == kept).all()
-    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20], np.float32)
-    assert ops.widened(ops.rounded(ties)).tolist() == [1, 1 + 2**-6, 1 + 2**-7]
-    noise = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    exact = np.array([[1, 1.0078125], [-2, 0]], np.float32)
+    assert (ops.widened(ops.rounded(exact)) == exact).all()
+    ties = np.array([[1 + 2**-8, 1 + 3 * 2**-8], [1 + 2**-8 + 2**-20, -(1 + 2**-8)]], np.float32)
+    assert ops.widened(ops.rounded(ties)).tolist() == [[1, 1 + 2**-6], [1 + 2**-7, -1]]
+    extreme = np.array([[3e38], [1e-30]], np.float32)
+    assert np.abs(ops.widened(ops.rounded(extreme)) / extreme - 1).max() <= 2**-8
+    noise = np.random.default_rng(0).standard_normal((100, 100)).astype(np.float32)
     share = np.abs(ops.widened(ops.rounded(noise)) / noise - 1)
     assert 2**-9 < share.max() <= 2**-8
-    assert np.abs(ops.widened(ops.rounded(exact[4:])) / exact[4:] - 1).max() <= 2**-8
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_a_matrix_with_an_odd_number_of_features_is_multiplied_as_it_is(rows: int, kernels: bool) -> None:
+    drawn = np.random.default_rng(0)
+    x, w = (drawn.standard_normal(shape).astype(np.float32) for shape in ((rows, 7), (7, 5)))
+    pairs = ops.rounded(w)
+    assert pairs.shape == (4, 5)
+    with fast.using(kernels):
+        made = ops.linear(x, pairs)
+    assert np.abs(made - x @ ops.widened(pairs)[:7]).max() <= KERNEL * np.abs(made).max()
 
 
 @pytest.mark.parametrize("kernels", [False, True])

@@ -23,6 +23,7 @@ from engine import (
     ops,
     patching_grid,
 )
+from engine.blas import library
 from engine.ops import Array
 
 NOISE = np.random.default_rng(0)
@@ -45,8 +46,8 @@ def agree(by_kernel: Array, by_numpy: Array, share: float = KERNEL) -> None:
     assert np.abs(by_kernel - by_numpy).max() <= share * np.abs(by_numpy).max()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 33])
-@pytest.mark.parametrize(("n", "columns"), [(576, 1536), (1536, 576), (64, 16), (50, 37), (7, 1), (333, 1000)])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 33, 1100])
+@pytest.mark.parametrize(("n", "columns"), [(576, 1536), (1536, 576), (64, 16), (50, 37), (7, 1), (333, 1000), (8, 3)])
 def test_a_product_is_as_near_to_float64_as_numpys(rows: int, n: int, columns: int) -> None:
     x, w = noise(rows, n), noise(n, columns)
     exact = x.astype(np.float64) @ w.astype(np.float64)
@@ -55,9 +56,27 @@ def test_a_product_is_as_near_to_float64_as_numpys(rows: int, n: int, columns: i
     assert error <= 2 * numpys + KERNEL * np.sqrt(np.mean(exact**2)) / 10
 
 
-def test_a_matrix_times_a_vector() -> None:
-    w, x = noise(5000, 577), noise(577)
-    agree(kernels.times_vector(w, x), (w.astype(np.float64) @ x).astype(np.float32))
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize("columns", [1, 16, 5000])
+def test_rows_times_the_rows_of_a_matrix(rows: int, columns: int) -> None:
+    x, w = noise(rows, 577), noise(columns, 577)
+    agree(kernels.inner(x, w), (x.astype(np.float64) @ w.T.astype(np.float64)).astype(np.float32))
+
+
+@pytest.mark.parametrize("n", [8, 7])
+def test_bfloat16_is_widened_as_numpy_does(n: int) -> None:
+    pairs = ops.rounded(noise(n, 37))
+    made = kernels.widened(pairs)
+    with fast.using(False):
+        assert (made == ops.widened(pairs)).all()
+
+
+def test_numpys_library_has_one_thread_while_kernels_are_in_use_and_its_own_number_after() -> None:
+    found = library()
+    threads = (found.get_threads(),)
+    with fast.using(False):
+        threads += (found.get_threads(),)
+    assert (*threads, found.get_threads()) == (1, found.threads, 1)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 33, 300])
