@@ -39,12 +39,14 @@ CONTENDERS = {
 PACKAGES = ("torch", "transformers", "transformer-lens", "interp-engine", "nnsight")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 VOCABULARY, START = 49_000, "start"
+REST = 0.1
+"""Seconds before each turn: threads of the contender before still look for work, for some 30 ms in OpenBLAS."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A piece of work. `against`: the peers that can do it; `at_most`: the ratio aimed at, with the fast extra, and with
-    weights in bfloat16 as well, which take part only where a ratio is aimed at.
+    """A piece of work. `against`: the peers that can do it; `at_most`: the ratio aimed at, with the fast extra, and
+    with weights in bfloat16 as well, which take part only where a ratio is aimed at.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Contender:
 
     def do(self, request: dict[str, Any]) -> tuple[float, list[float]]:
         assert self.process.stdin is not None
+        time.sleep(REST)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.read()
@@ -199,7 +202,7 @@ def first_answer(python: dict[str, str], model: Path, runs: int) -> dict[str, li
             contender = Contender.start(name, python[name], model, 2)
             contender.do(request(row, repetition, 0))
             if repetition >= 0:
-                times.setdefault(name, []).append(time.perf_counter() - began)
+                times.setdefault(name, []).append(time.perf_counter() - began - REST)
             contender.stop()
     return times
 
@@ -210,7 +213,7 @@ def first_start(model: Path) -> float:
         began = time.perf_counter()
         contender = Contender.start(OURS, sys.executable, model, 2, XDG_CACHE_HOME=cache)
         contender.do(request(Row("", "lens", 5, 1, (), 0), 0, 0))
-        took = time.perf_counter() - began
+        took = time.perf_counter() - began - REST
         contender.stop()
     return took
 
@@ -291,8 +294,9 @@ def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], 
         ratios = {who: medians_of[who] / best for who in (OURS, FAST)}
         lines.append(_line("process start to the first lens, second start", medians_of, ratios, {OURS: 0.25}))
     told = machine(options)
-    lines += ["", f"Milliseconds, medians; ratios to the best peer, in the worst of {len(tables)} tables, and in brackets the "
-              f"most they should be. {told['processor']}, {told['cores']} cores, {told['threads']} threads. "
+    lines += ["", f"Milliseconds, medians; ratios to the best peer, in the worst of {len(tables)} tables, and in "
+              "brackets the most they should be. "
+              f"{told['processor']}, {told['cores']} cores, {told['threads']} threads. "
               f"Python {told['python']}, numpy {told['numpy']}; peers {told['peers']}."]  # fmt: skip
     lines += ["", "A dash, and what shows it (helpers found by the command, in the peers' Python):", ""]
     lines += [

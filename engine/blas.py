@@ -29,8 +29,8 @@ _ROW_MAJOR, _AS_IT_IS = 101, 111  # cblas.h
 
 @dataclass(frozen=True)
 class Library:
-    """`sgemm`, its address and the width of its sizes; how many threads it uses if nobody changes that, and what gets and
-    sets their number where that is known.
+    """`sgemm`, its address and the width of its sizes; how many threads it uses if nobody changes that, and what gets
+    and sets their number where that is known.
     """
 
     sgemm: Callable[..., None]

@@ -51,13 +51,21 @@ class ForwardResult:
 
 @dataclass(frozen=True)
 class Pass:
-    """What every block of one pass shares; `pos` are the rows' absolute positions."""
+    """What every block of one pass shares; `pos` are the rows' absolute positions.
+
+    `kept` are the rows of the pass that go on once keys and values are made, all by default.
+    """
 
     cfg: Config
     hooks: Listeners
     pos: IntArray
     tables: dict[Rope, tuple[Array, Array]]
     cache: KVCache | None = None
+    kept: IntArray | None = None
+
+    def going_on(self, x: Array) -> Array:
+        """The rows of (b, s, ...) that go on."""
+        return x if self.kept is None else x[:, self.kept]
 
     def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """Each head's mix of the values it may see: (b, s, heads, d_head)."""
@@ -142,6 +150,7 @@ def block(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     cfg, hooks = run.cfg, run.hooks
     x = hooks.fire("resid_pre", layer, x)
     a = norm(attention(norm(x, p.attn_norm, cfg), p, layer, run), p.attn_post_norm, cfg)
+    x = run.going_on(x)
     a = hooks.fire("attn_out", layer, _scaled(a, cfg.residual_scale))
     mid = x if cfg.parallel else hooks.fire("resid_mid", layer, x + a)
     m = norm(mlp(norm(mid, p.mlp_norm, cfg), p, layer, run), p.mlp_post_norm, cfg)
@@ -153,15 +162,16 @@ def attention(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     """Grouped-query causal attention: (b, s, d_model) -> (b, s, d_model)."""
     cfg, hooks = run.cfg, run.hooks
 
-    def heads(w: Linear, weight: Norm | None, name: str) -> Array:
+    def heads(x: Array, w: Linear, weight: Norm | None, name: str) -> Array:
         flat = norm(linear(x, w.weight, w.bias), weight, cfg)  # (b, s, heads * d_head)
         split = flat.reshape(*flat.shape[:2], -1, cfg.d_head).swapaxes(1, 2)  # (b, heads, s, d_head)
         return hooks.fire(name, layer, split)
 
-    q, k, v = heads(p.q, p.q_norm, "q"), heads(p.k, p.k_norm, "k"), heads(p.v, None, "v")
+    q, k, v = heads(run.going_on(x), p.q, p.q_norm, "q"), heads(x, p.k, p.k_norm, "k"), heads(x, p.v, None, "v")
     rope = cfg.ropes[layer]
     if rope is not None:
-        q, k = rotate(q, *run.tables[rope]), rotate(k, *run.tables[rope])
+        q = rotate(q, *(run.going_on(table[None])[0] for table in run.tables[rope]))
+        k = rotate(k, *run.tables[rope])
     z = hooks.fire("z", layer, run.attend(layer, q, k, v))  # (b, s, heads, d_head)
     out = linear(z.reshape(*z.shape[:2], -1), p.o.weight, p.o.bias)
     return hooks.fire("attn_proj", layer, out)
@@ -206,13 +216,16 @@ def norm(x: Array, p: Norm | None, cfg: Config) -> Array:
     return layer_norm(grouped, p.weight, p.bias, cfg.norm_eps).reshape(x.shape)
 
 
-def unembed(model: Network, x: Array) -> Array:
-    """Normalised rows (..., d_model) -> logits (..., d_vocab): W_U, bias, logit scale, softcap."""
-    flat = x.reshape(-1, x.shape[-1])
-    w_u = model.params.unembed  # (d_vocab, d_model)
+def unembed(model: Network, x: Array, only: Sequence[int] | None = None) -> Array:
+    """Normalised rows (..., d_model) -> logits (..., d_vocab): W_U, bias, logit scale, softcap.
+
+    `only` names the tokens whose logits are wanted: (..., len(only)) then.
+    """
+    flat, chosen = x.reshape(-1, x.shape[-1]), slice(None) if only is None else list(only)
+    w_u = model.params.unembed[chosen]  # (d_vocab, d_model)
     logits = inner(flat, w_u)
     if model.params.unembed_bias is not None:
-        logits += model.params.unembed_bias
+        logits += model.params.unembed_bias[chosen]
     if model.config.logit_scale != 1:
         logits *= np.float32(model.config.logit_scale)
     return softcap(logits, model.config.final_softcap).reshape(*x.shape[:-1], len(w_u))

@@ -192,7 +192,10 @@ if _BLAS is not None and _BLAS.set_threads:
         from_x, from_w, to = x.ctypes.data, w.ctypes.data, out.ctypes.data
         for thread in prange(threads):
             first, a = (thread * width, 0) if by_rows else (0, thread * width)
-            height, wide = min(width, rows - first) if by_rows else rows, columns if by_rows else min(width, columns - a)
+            height, wide = (
+                min(width, rows - first) if by_rows else rows,
+                columns if by_rows else min(width, columns - a),
+            )
             if height > 0 and wide > 0:
                 for k in range(0, n, block):
                     _sgemm(
@@ -218,9 +221,7 @@ if _BLAS is not None and _BLAS.set_threads:
     _to_attend = t.void(any_heads, any_heads, any_heads, places, places, f32, i64, heads, heads)
 
     @_compiled(_to_attend, _SUMS)  # type: ignore[untyped-decorator]
-    def _attend(
-        q: Any, k: Any, v: Any, pos: Any, key_pos: Any, scale: Any, window: Any, z: Any, pattern: Any
-    ) -> None:
+    def _attend(q: Any, k: Any, v: Any, pos: Any, key_pos: Any, scale: Any, window: Any, z: Any, pattern: Any) -> None:
         """Each unit of work is a block of one head's queries; weights go to `pattern` unless that is empty."""
         batch, n_heads, queries, width = q.shape
         group, blocks = n_heads // k.shape[1], (queries + QUERIES - 1) // QUERIES
@@ -271,14 +272,16 @@ def widened(pairs: Any) -> Matrix:
 def product(x: Matrix, w: Any, block: int) -> Matrix | None:
     """The product x @ w, summing up at most `block` features at a time; None for what numpy must do.
 
-    w may be bfloat16 for a few rows, which widen it as they go.
+    w may be bfloat16: few rows widen it as they go, more have it widened first.
     """
     if not (x.flags.c_contiguous and w.flags.c_contiguous):
         return None
     if len(x) <= FEW and x.shape[1] % 8 == block % 8 == 0:
         return _product_of_few(x, w, block)
-    if w.dtype != np.float32 or _many_rows is None:
+    if _many_rows is None:
         return None
+    if w.dtype != np.float32:
+        w = widened(w)[: x.shape[1]]
     out = np.empty((len(x), w.shape[1]), np.float32)
     with _ONE_AT_A_TIME:
         _many_rows(x, w, out, block, THREADS)
@@ -291,7 +294,8 @@ def _product_of_few(x: Matrix, w: Any, block: int) -> Matrix:
     sums = np.empty((parts, len(x), w.shape[1]), np.float32)
     with _ONE_AT_A_TIME:
         _few_rows(x, w, sums, -(-x.shape[1] // parts // 8) * 8)
-    return np.add.reduce(sums)
+    out: Matrix = np.add.reduce(sums)
+    return out
 
 
 def attend(

@@ -6,7 +6,7 @@ logit_difference    logit(token) - logit(against)
 kl                  KL(this || baseline) in nats
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -38,6 +38,14 @@ class Metric:
                 raise InputError(f"the metric {self.kind} {'needs' if needed else 'takes no'} {name}")
             if token is not None:
                 model.check_token(token)
+
+    def narrowed(self) -> tuple["Metric", list[int] | None]:
+        """The same of the logits of a few tokens, and these tokens; itself and None if it needs the logits of all."""
+        if self.kind == "logit" and self.token is not None:
+            return replace(self, token=0), [self.token]
+        if self.kind == "logit_difference" and self.token is not None and self.against is not None:
+            return replace(self, token=0, against=1), [self.token, self.against]
+        return self, None
 
     def __call__(self, logits: Array, baseline: Array) -> Array:
         out: Array

@@ -34,19 +34,14 @@ length: over 1536 features SmolLM2 is up to 4 times as far from float64 as torch
 def linear(x: Array, weight: Array | Bfloat16, bias: Array | None = None) -> Array:
     """`x @ weight + bias`: (..., in) with (in, out) -> (..., out); float32 sums, whatever the weight."""
     flat = x.reshape(-1, x.shape[-1])  # one 2-d product: numpy would loop over a batch axis
-    out = _by_kernel(flat, weight)
-    if out is None and weight.dtype != np.float32:
-        weight = widened(weight)[: x.shape[-1]]
-        out = _by_kernel(flat, weight)
-    out = (_product(flat, weight) if out is None else out).reshape(*x.shape[:-1], weight.shape[1])
+    kernels = fast.kernels()
+    made: Array | None = None if kernels is None else kernels.product(flat, weight, SUM_BLOCK)
+    if made is None:
+        made = _product(flat, widened(weight)[: x.shape[-1]])
+    out = made.reshape(*x.shape[:-1], weight.shape[1])
     if bias is not None:
         out += bias
     return out
-
-
-def _by_kernel(x: Array, weight: Array | Bfloat16) -> Array | None:
-    kernels = fast.kernels()
-    return None if kernels is None else kernels.product(x, weight, SUM_BLOCK)
 
 
 def inner(x: Array, weight: Array) -> Array:
@@ -62,7 +57,7 @@ def rounded(x: Array) -> Bfloat16:
     """(in, out) to the nearest bfloat16, ties to even; an odd last feature is paired with zeros."""
     bits = x.view(np.uint32)
     upper = (bits + ((bits >> 16) & 1) + 0x7FFF) & np.uint32(0xFFFF0000)
-    words = upper[::2] >> 16
+    words: Bfloat16 = upper[::2] >> np.uint32(16)
     words[: len(x) // 2] |= upper[1::2]
     return words
 
@@ -71,13 +66,10 @@ def widened(x: Array | Bfloat16) -> Array:
     """(in, out) in float32 again, with an even number of features; what is float32 stays as it is."""
     if x.dtype != np.uint32:
         return x.view(np.float32)
-    kernels = fast.kernels()
-    if kernels is not None and x.flags.c_contiguous:
-        return kernels.widened(x)
-    made = np.empty((2 * len(x), *x.shape[1:]), np.uint32)
-    np.left_shift(x, 16, out=made[::2])
-    np.bitwise_and(x, 0xFFFF0000, out=made[1::2])
-    return made.view(np.float32)
+    bits = np.empty((2 * len(x), *x.shape[1:]), np.uint32)
+    np.left_shift(x, 16, out=bits[::2])
+    np.bitwise_and(x, 0xFFFF0000, out=bits[1::2])
+    return bits.view(np.float32)
 
 
 def _product(x: Array, weight: Array) -> Array:
@@ -125,7 +117,10 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    half = cos.shape[-1]
+    half, x = (
+        cos.shape[-1],
+        np.ascontiguousarray(x),
+    )  # heads beside each other: rows of 32 numbers cost more than a copy
     a, b = x[..., :half], x[..., half : 2 * half]
     out = np.empty(x.shape, np.float32)
     np.subtract(a * cos, b * sin, out=out[..., :half])

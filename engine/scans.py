@@ -268,7 +268,8 @@ def _scan(
     if not cells:
         empty = next(name for name, labels in axes.items() if not len(labels))
         raise InputError(f"the grid has no cells; name at least one {empty}")
-    run = sweep(model, prompt, [v for v in cells if v is not None], metric, budget=budget, tick=tick)
+    read, only = metric.narrowed()
+    run = sweep(model, prompt, [v for v in cells if v is not None], read, only=only, budget=budget, tick=tick)
     identical = np.array([v is None for v in cells])
     values = np.full(len(cells), run.baseline, np.float32)
     values[~identical] = run.values

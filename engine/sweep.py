@@ -32,8 +32,11 @@ from engine.points import POINTS
 Read = Callable[[Array, Array], Array]
 """(n, d_vocab) next-token logits of variants, (d_vocab,) of the base run -> (n, ...): what is kept of each variant."""
 
-BUDGET = 256 * 2**20
-"""Bytes that the variants of one slice may need together, about."""
+BUDGET = 128 * 2**20
+"""Bytes that the variants of one slice may need together, about: as much as `heap` keeps from one layer to the next."""
+
+FEEDS_ROWS = ("embed", "resid_pre", "k", "v")
+"""Points of a layer that come before the rows part from keys and values."""
 
 READ_AT_ONCE = 64
 """Variants whose logits exist at one time."""
@@ -67,6 +70,11 @@ class Sweep:
     slices: int
 
 
+def chosen(logits: Array, only: Sequence[int] | None) -> Array:
+    """The logits (..., d_vocab) of some tokens, in their order; all by default."""
+    return logits if only is None else logits[..., list(only)]
+
+
 def logits_of(logits: Array, baseline: Array) -> Array:
     """The `Read` that keeps the logits themselves."""
     return logits
@@ -78,23 +86,25 @@ def sweep(
     variants: Sequence[Variant],
     read: Read = logits_of,
     *,
+    only: Sequence[int] | None = None,
     budget: int = BUDGET,
     tick: Tick | None = None,
 ) -> Sweep:
     """Run `tokens` once unchanged and once for each variant, and read the logits after the last token.
 
-    Results equal runs one by one. `budget` bounds the bytes of a slice of variants; more than fit run one slice after
-    another. Raises `InputError` for an intervention that no row of the prompt meets.
+    Results equal runs one by one. `only` names tokens: `read` gets their logits alone, in this order. `budget` bounds
+    the bytes of a slice of variants; more than fit run one slice after another. Raises `InputError` for an
+    intervention that no row of the prompt meets.
     """
     length, forks = _forks(model, tokens, variants)
     slices = _slices(model.config, forks, length, budget)
     progress = _Progress(tick, _layers_entered(model.config, slices))
     base = _base_run(model, tokens, min((fork.layer for fork in forks), default=model.config.n_layers), progress)
-    baseline = read(base.logits[None], base.logits)[0]
+    baseline = read(chosen(base.logits[None], only), chosen(base.logits, only))[0]
     values = np.empty((len(forks), *np.shape(baseline)), np.float32)
     rows = model.config.n_layers * length
     for part in slices:
-        rows += _Slice(model, base, part).run(read, values, progress)
+        rows += _Slice(model, base, part, only).run(read, values, progress)
     return Sweep(np.asarray(baseline), values, base.logits, [fork.edits for fork in forks], rows, len(slices))
 
 
@@ -105,7 +115,7 @@ def sweep_cost(model: Network, tokens: Tokens, variants: Sequence[Variant], budg
     slices = _slices(cfg, forks, length, budget)
     rows = cfg.n_layers * length + sum((cfg.n_layers - fork.layer) * (length - fork.start) for fork in forks)
     base = 4 * cfg.n_layers * length * (cfg.d_model + 2 * cfg.n_kv_heads * cfg.d_head)
-    largest = max((sum(working_bytes(cfg, length - f.start, length) for f in part) for part in slices), default=0)
+    largest = max((sum(_needs(cfg, fork, length) for fork in part) for part in slices), default=0)
     return Cost(_layers_entered(cfg, slices), rows, 0, base + largest)
 
 
@@ -122,6 +132,12 @@ class _Fork:
     layer: int
     start: int
 
+    def ends_whole(self, last: int) -> bool:
+        """Whether it changes rows after the keys and values of the last layer: then all its rows go to the end."""
+        if self.layer > last:
+            return any(e.point == "final_norm" for e in self.edits)
+        return any(e.point == "final_norm" or (e.layer == last and e.point not in FEEDS_ROWS) for e in self.edits)
+
     def made_at_entry(self) -> Iterable[Edit]:
         """Edits between the layer before the first and the first: they change what the fork copies."""
         return (e for e in self.edits if e.point == "embed" or (_enters(e) == self.layer and e.point == "resid_post"))
@@ -134,6 +150,12 @@ def _forks(model: Network, tokens: Tokens, variants: Sequence[Variant]) -> tuple
         raise InputError(f"a sweep varies one prompt, not {len(ids)}")
     length = ids.shape[1]
     return length, [_fork(model, index, variant, length) for index, variant in enumerate(variants)]
+
+
+def _needs(cfg: Config, fork: _Fork, length: int) -> int:
+    """Bytes of a living variant; one that lives in the last layer alone hardly has more than its last row."""
+    last = cfg.n_layers - 1
+    return working_bytes(cfg, length - fork.start if fork.layer < last or fork.ends_whole(last) else 1, length)
 
 
 def _layers_entered(cfg: Config, slices: Sequence[Sequence[_Fork]]) -> int:
@@ -183,7 +205,7 @@ def _slices(cfg: Config, forks: Sequence[_Fork], length: int, budget: int) -> li
     slices: list[list[_Fork]] = []
     held = 0
     for fork in sorted(forks, key=lambda fork: (fork.layer, fork.start)):
-        needed = working_bytes(cfg, length - fork.start, length)
+        needed = _needs(cfg, fork, length)
         if not slices or held + needed > budget:
             slices.append([])
             held = 0
@@ -234,26 +256,38 @@ class _Progress:
 
 @dataclass
 class _Group:
-    """The living variants that start at one row. x: (members, rows, d_model); `at`: their rows in the batch."""
+    """The living variants that start at one row. x: (members, rows, d_model).
+
+    `at`: their rows in the batch. `on`: where those are that go on once keys and values are made, which are all but in
+    the last layer; from there on the last row of each is enough, unless they are `whole`.
+    """
 
     start: int
+    whole: bool
     members: list[_Fork]
     x: Array
     at: slice = field(default_factory=lambda: slice(0))
+    on: slice = field(default_factory=lambda: slice(0))
 
-    def join(self, fork: _Fork, x: Array) -> None:
-        self.members.append(fork)
-        self.x = np.concatenate([self.x, x])
-
-    def rows_of(self, place: int) -> slice:
-        """The rows of one member in the batch."""
+    @property
+    def kept(self) -> range:
+        """The rows of the batch that go on in the last layer."""
         n = self.x.shape[1]
-        return slice(self.at.start + place * n, self.at.start + (place + 1) * n)
+        return range(self.at.start, self.at.stop) if self.whole else range(self.at.start + n - 1, self.at.stop, n)
 
-    def split(self, x: Array) -> Array:
-        """(1, heads, batch rows, d_head) -> this group's (members, heads, rows, d_head)."""
-        heads = x.shape[1]
-        return x[0, :, self.at].reshape(heads, *self.x.shape[:2], -1).swapaxes(0, 1)
+    def join(self, forks: Sequence[_Fork], rows: Sequence[Array]) -> None:
+        self.members += forks
+        self.x = np.concatenate([self.x, *rows])
+
+    def rows_of(self, place: int, at: slice) -> slice:
+        """The rows of one member among those of the group."""
+        n = (at.stop - at.start) // len(self.members)
+        return slice(at.start + place * n, at.start + (place + 1) * n)
+
+    def split(self, x: Array, at: slice) -> Array:
+        """(1, heads, rows, d_head) -> (members, heads, rows of each, d_head) of this group's rows `at`."""
+        heads, d_head = x.shape[1], x.shape[3]
+        return x[0, :, at].reshape(heads, len(self.members), -1, d_head).swapaxes(0, 1)
 
 
 @dataclass(frozen=True)
@@ -265,13 +299,14 @@ class _VariantPass(Pass):
 
     def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         assert self.base is not None
-        z = np.empty((1, len(self.pos), q.shape[1], v.shape[-1]), np.float32)
+        z = np.empty((1, *q.shape[2:0:-1], v.shape[-1]), np.float32)
         for group in self.groups:
-            keys, values = self._all_keys(layer, group, group.split(k), group.split(v))
+            keys, values = self._all_keys(layer, group, group.split(k, group.at), group.split(v, group.at))
             on_weights = partial(_edit_patterns, layer, group, self.base.pos) if _knocks(layer, group) else None
-            pos = self.base.pos[group.start :]
-            mixed = masked_attention(self.cfg, layer, group.split(q), keys, values, pos, self.base.pos, on_weights)
-            z[0, group.at] = mixed.reshape(-1, *mixed.shape[2:])
+            at = group.on
+            pos = self.base.pos[-((at.stop - at.start) // len(group.members)) :]
+            mixed = masked_attention(self.cfg, layer, group.split(q, at), keys, values, pos, self.base.pos, on_weights)
+            z[0, at] = mixed.reshape(-1, *mixed.shape[2:])
         return z
 
     def _all_keys(self, layer: int, group: _Group, k: Array, v: Array) -> tuple[Array, Array]:
@@ -311,22 +346,24 @@ class _VariantEdits(LayerHook):
 
     def __init__(self, forks: Iterable[_Fork], length: int) -> None:
         self._length = length
-        self._edits: dict[tuple[str, int], list[tuple[int, Edit]]] = {}
+        self._edits: dict[tuple[str, int], list[tuple[_Fork, Edit]]] = {}
         for fork in forks:
             for edit in fork.edits:
                 if edit.point not in ("attn_pattern", "embed", "final_norm"):
-                    self._edits.setdefault((edit.point, edit.layer), []).append((fork.index, edit))
+                    self._edits.setdefault((edit.point, edit.layer), []).append((fork, edit))
         self.rows: dict[int, slice] = {}
+        """Where a variant's rows are in the batch, and among those that go on."""
+        self.rows_on: dict[int, slice] = {}
 
     def wants(self, point: str, layer: int) -> bool:
-        return any(index in self.rows for index, _ in self._edits.get((point, layer), ()))
+        return any(fork.index in self.rows for fork, _ in self._edits.get((point, layer), ()))
 
     def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array:
-        out = x.copy()
-        for index, edit in self._edits[point, layer]:
-            if index in self.rows:
-                mine = (*[slice(None)] * POINTS[point].seq_axis, self.rows[index])
-                changed = edit(out[mine], pos[self.rows[index]], key_pos, self._length)
+        out, rows = x.copy(), self.rows if point in FEEDS_ROWS else self.rows_on
+        for fork, edit in self._edits[point, layer]:
+            if fork.index in rows:
+                mine = (*[slice(None)] * POINTS[point].seq_axis, rows[fork.index])
+                changed = edit(out[mine], np.arange(fork.start, self._length), key_pos, self._length)
                 out[mine] = out[mine] if changed is None else changed
         return out
 
@@ -334,10 +371,10 @@ class _VariantEdits(LayerHook):
 class _Slice:
     """Variants that run together, from the first one's first layer to the logits."""
 
-    def __init__(self, model: Network, base: _Base, forks: Sequence[_Fork]) -> None:
-        self._model, self._base, self._forks = model, base, forks
+    def __init__(self, model: Network, base: _Base, forks: Sequence[_Fork], only: Sequence[int] | None) -> None:
+        self._model, self._base, self._forks, self._only = model, base, forks, only
         self._hook = _VariantEdits(forks, len(base.pos))
-        self._groups: dict[int, _Group] = {}
+        self._groups: dict[tuple[int, bool], _Group] = {}
 
     def run(self, read: Read, values: Array, progress: _Progress) -> int:
         """Fill the variants' places in `values`; returns how many rows went through a layer."""
@@ -350,41 +387,53 @@ class _Slice:
         for group in self._groups.values():
             for start in range(0, len(group.members), READ_AT_ONCE):
                 some = slice(start, start + READ_AT_ONCE)
-                logits = unembed(self._model, self._normed(group.members[some], group.x[some]))
-                values[[fork.index for fork in group.members[some]]] = read(logits, self._base.logits)
+                logits = unembed(self._model, self._normed(group.members[some], group.x[some]), self._only)
+                values[[fork.index for fork in group.members[some]]] = read(
+                    logits, chosen(self._base.logits, self._only)
+                )
         return rows
 
     def _join(self, layer: int) -> None:
-        for fork in self._forks:
-            if fork.layer == layer:
-                x = self._base.inputs[layer][None, fork.start :]
-                for edit in fork.made_at_entry():
-                    changed = edit(x, self._base.pos[fork.start :], None, len(self._base.pos))
-                    x = x if changed is None else changed
-                group = self._groups.setdefault(fork.start, _Group(fork.start, [], x[:0]))
-                group.join(fork, x)
+        n, joining = self._model.config.n_layers, [fork for fork in self._forks if fork.layer == layer]
+        for start, whole in dict.fromkeys((fork.start, fork.ends_whole(n - 1)) for fork in joining):
+            forks = [fork for fork in joining if (fork.start, fork.ends_whole(n - 1)) == (start, whole)]
+            rows = [self._rows(fork)[:, 0 if whole or layer < n else -1 :] for fork in forks]
+            self._groups.setdefault((start, whole), _Group(start, whole, [], rows[0][:0])).join(forks, rows)
+
+    def _rows(self, fork: _Fork) -> Array:
+        """(1, rows, d_model) that the fork begins with."""
+        x = self._base.inputs[fork.layer][None, fork.start :]
+        for edit in fork.made_at_entry():
+            changed = edit(x, self._base.pos[fork.start :], None, len(self._base.pos))
+            x = x if changed is None else changed
+        return x
 
     def _layer(self, layer: int) -> int:
         """All living variants through one layer, as one batch of rows."""
         base, groups = self._base, list(self._groups.values())
-        self._place(groups)
+        last = self._model.config.n_layers - 1
+        kept = self._place(groups, layer == last)
         which = np.concatenate([np.tile(base.pos[group.start :], len(group.members)) for group in groups])
-        hooks = Listeners(self._hook, range(layer, layer + 1), self._model.config.n_layers - 1, which)
+        hooks = Listeners(self._hook, range(layer, layer + 1), last, which)
         tables = {rope: (cos[which], sin[which]) for rope, (cos, sin) in base.tables.items()}
-        run = _VariantPass(self._model.config, hooks, which, tables, None, groups, base)
+        run = _VariantPass(self._model.config, hooks, which, tables, None, kept, groups, base)
         x = np.concatenate([group.x.reshape(1, -1, group.x.shape[2]) for group in groups], 1)
         x = block(x, self._model.params.layer(layer), layer, run)
         for group in groups:
-            group.x = x[0, group.at].reshape(group.x.shape)
+            group.x = x[0, group.on].reshape(len(group.members), -1, x.shape[2])
         return len(which)
 
-    def _place(self, groups: Iterable[_Group]) -> None:
-        """Say where in the batch each group's and each variant's rows are."""
-        start = 0
+    def _place(self, groups: Iterable[_Group], last: bool) -> IntArray | None:
+        """Say where each group's and each variant's rows are; returns which go on, in the last layer."""
+        start = on = 0
         for group in groups:
             group.at = slice(start, start + group.x.shape[0] * group.x.shape[1])
-            start = group.at.stop
-            self._hook.rows |= {fork.index: group.rows_of(place) for place, fork in enumerate(group.members)}
+            group.on = slice(on, on + len(group.kept)) if last else group.at
+            start, on = group.at.stop, group.on.stop
+            for place, fork in enumerate(group.members):
+                self._hook.rows[fork.index] = group.rows_of(place, group.at)
+                self._hook.rows_on[fork.index] = group.rows_of(place, group.on)
+        return np.concatenate([group.kept for group in groups]) if last else None
 
     def _normed(self, forks: Sequence[_Fork], x: Array) -> Array:
         """(n, d_model): the final norm of each variant's last row, as its edits at `final_norm` leave it."""

@@ -10,6 +10,7 @@ from engine.errors import UnknownModel
 from engine.families import _parts
 from engine.families._parts import Raw
 from engine.families._read import flag, real, whole
+from engine.ops import Array
 from engine.params import Ends, LayerParams, Linear
 from engine.weights import Tensors
 
@@ -65,7 +66,8 @@ def _conv1d(tensors: Tensors, name: str, d_in: int, d_out: int) -> Linear:
 def _fused(tensors: Tensors, name: str, width: int) -> list[Linear]:
     both = _conv1d(tensors, name, width, 3 * width)
     assert both.bias is not None
-    weights, biases = np.split(both.weight, 3, axis=1), np.split(both.bias, 3)
+    weights: list[Array] = np.split(both.weight, 3, axis=1)
+    biases: list[Array] = np.split(both.bias, 3)
     return [Linear(np.ascontiguousarray(w), b) for w, b in zip(weights, biases, strict=True)]
 
 

@@ -132,6 +132,30 @@ def test_the_variants_of_a_layer_go_through_it_in_one_batch(monkeypatch, synthet
     assert len(rows) == 2 * n
 
 
+@pytest.mark.parametrize(("point", "all_rows"), [("resid_pre", False), ("v", False), ("z", True), ("final_norm", True)])
+def test_in_the_last_layer_only_last_rows_go_on_unless_another_row_is_changed_there(
+    monkeypatch, synthetic, point, all_rows
+):
+    decoder, rows = importlib.import_module("engine.decoder"), []
+    mlp = decoder.mlp
+    monkeypatch.setattr(decoder, "mlp", lambda x, *rest: rows.append(x.shape[1]) or mlp(x, *rest))
+    last = synthetic.config.n_layers - 1
+    early = Variant((Intervention("scale", (1,), "mlp_out", (0,), value=0.5),))
+    late = Variant((*early.interventions, Intervention("scale", (last,), point, (3,), value=0.5)))
+    run = sweep(synthetic, list(range(6)), [late, early])
+    assert rows[-1] == (1 + 6 if all_rows else 1 + 1)
+    for variant, values in zip((late, early), run.values, strict=True):
+        assert_close(values, solo(synthetic, list(range(6)), variant)[0])
+
+
+def test_logits_of_a_few_tokens_are_those_of_all(synthetic):
+    ids, variants = list(range(7)), everywhere(synthetic)
+    whole, few = sweep(synthetic, ids, variants), sweep(synthetic, ids, variants, only=[9, 3])
+    assert_close(few.values, whole.values[:, [9, 3]])
+    assert_close(few.baseline, whole.baseline[[9, 3]])
+    assert_same(few.logits, whole.logits)
+
+
 def test_slices_change_nothing(synthetic):
     ids, variants = list(range(20)), everywhere(synthetic)
     whole, cut = sweep(synthetic, ids, variants), sweep(synthetic, ids, variants, budget=200_000)
