@@ -161,13 +161,14 @@ _few = [t.void(seen, weights, f32[:, :, ::1], i64) for weights in (seen, seen_pa
 def _few_rows(x: Any, w: Any, sums: Any, block: Any) -> None:
     """The product x @ w of each `block` of features, into a matrix of `sums`."""
     n, columns = x.shape[1], w.shape[1]
+    panel = columns if len(x) == 1 else PANEL
     for part in prange(len(sums)):
         total = sums[part]
         total[:] = 0
         for k in range(part * block, min(n, (part + 1) * block), 8):
-            for a in range(0, columns, PANEL):
+            for a in range(0, columns, panel):
                 for row in range(len(x)):
-                    _add_eight(total[row, a : min(columns, a + PANEL)], x[row, k : k + 8], w, k, a)
+                    _add_eight(total[row, a : min(columns, a + panel)], x[row, k : k + 8], w, k, a)
 
 
 _BLAS = library()

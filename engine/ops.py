@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -74,10 +75,21 @@ def widened(x: Array | Bfloat16) -> Array:
 
 def _product(x: Array, weight: Array) -> Array:
     """(rows, in) @ (in, out), summed up in blocks."""
+    if len(x) == 1 and (parts := _equal_parts(len(weight))) is not None:
+        blocks: Array = x.reshape(parts, 1, -1) @ weight.reshape(parts, -1, weight.shape[1])
+        sums: Array = np.add.reduce(blocks)
+        return sums
     total: Array = x[:, :SUM_BLOCK] @ weight[:SUM_BLOCK]
     for start in range(SUM_BLOCK, len(weight), SUM_BLOCK):
         add_product(total, x[:, start : start + SUM_BLOCK], weight[start : start + SUM_BLOCK])
     return total
+
+
+@cache
+def _equal_parts(features: int) -> int | None:
+    """How many blocks of one size, at most SUM_BLOCK, there may be: numpy multiplies those in one call."""
+    least = -(-features // SUM_BLOCK)
+    return next((parts for parts in range(least, 2 * least) if features % parts == 0), None)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
