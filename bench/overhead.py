@@ -2,7 +2,7 @@
 
 hooks     decoding without a hook against a decoder whose hook calls are taken out
 steering  decoding with one SteerHook against decoding without
-stdio     a trivial tool call over stdio, from a client in another process
+stdio     a trivial tool call over stdio, from a client in another process; beside it the SDK alone, with an echo
 
 The first two are ratios of a pair's times; their median comes with a 95% bootstrap interval.
 """
@@ -56,16 +56,33 @@ def paired(one: Callable[[], float], other: Callable[[], float]) -> str:
     return f"{statistics.median(ratios[1:]):.4f}, 95% interval {low:.4f} to {high:.4f}, {PAIRS} pairs"
 
 
-async def stdio() -> str:
-    script = str(Path(sys.executable).with_name("mechscope"))
-    server = StdioServerParameters(command=script, args=["serve", "--log-level", "error"], env=dict(os.environ))
-    took = []
-    async with Client(server) as client:
+ECHO = """
+from mcp.server import MCPServer
+server = MCPServer("echo")
+@server.tool()
+def tokenize(text: str) -> dict[str, str]:
+    return {"text": text}
+server.run("stdio")
+"""
+
+
+async def stdio() -> dict[str, str]:
+    """Two servers asked in turns."""
+    script, env = str(Path(sys.executable).with_name("mechscope")), dict(os.environ)
+    ours = StdioServerParameters(command=script, args=["serve", "--log-level", "error"], env=env)
+    alone = StdioServerParameters(command=sys.executable, args=["-c", ECHO], env=env)
+    took: dict[str, list[float]] = {"mechscope": [], "the SDK alone": []}
+    async with Client(ours) as client, Client(alone) as echo:
         await client.call_tool("load_model", {"model": "synthetic"})
         for _ in range(CALLS):
-            began = time.perf_counter()
-            await client.call_tool("tokenize", {"text": "hello"})
-            took.append(time.perf_counter() - began)
+            for who, asked in zip(took, (client, echo), strict=True):
+                began = time.perf_counter()
+                await asked.call_tool("tokenize", {"text": "hello"})
+                took[who].append(time.perf_counter() - began)
+    return {who: _told(times) for who, times in took.items()}
+
+
+def _told(took: list[float]) -> str:
     middle, slow = statistics.median(took), statistics.quantiles(took, n=20)[-1]
     return f"median {1000 * middle:.2f} ms, 95% below {1000 * slow:.2f} ms, {CALLS} calls"
 
@@ -87,7 +104,8 @@ def main() -> None:
 
     print("no hook / hook calls taken out:", paired(decode, without_calls))
     print("one SteerHook / no hook:", paired(lambda: decode(steer), decode))
-    print("tokenize over stdio:", asyncio.run(stdio()))
+    for who, told in asyncio.run(stdio()).items():
+        print(f"a trivial tool over stdio, {who}:", told)
 
 
 if __name__ == "__main__":
