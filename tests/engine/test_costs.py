@@ -128,7 +128,7 @@ def test_a_grids_memory_is_bounded_however_many_cells_it_has(synthetic):
     ids, budget = list(range(40)), 1 << 20
     cells = [
         Variant((Intervention("scale", (layer,), "resid_pre", [position], value=0.5),))
-        for layer in range(4)
+        for layer in range(3)
         for position in range(len(ids))
     ]
 
@@ -138,7 +138,7 @@ def test_a_grids_memory_is_bounded_however_many_cells_it_has(synthetic):
         _, peak = held_and_peak(lambda: found.append(sweep(synthetic, ids, some, read, budget=budget)))
         return found[-1].slices, peak
 
-    (few, small), (many, large) = run(cells[::2]), run(cells)  # every second: cells of all sizes in both
+    (few, small), (many, large) = run(cells[::2]), run(cells)  # in the last layer cells hardly cost anything
     assert many >= 2 * few - 1 > 2
     assert large < 1.3 * small
 
