@@ -83,3 +83,9 @@ class Config:
     def group(self) -> int:
         """Query heads per key-value head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def qkv_widths(self) -> tuple[int, int, int]:
+        """Features of a position's queries, keys and values, all heads together."""
+        kv_width = self.n_kv_heads * self.d_head
+        return self.n_heads * self.d_head, kv_width, kv_width

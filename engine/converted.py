@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_path
 
+from engine.config import Config
 from engine.ops import Array, widened
-from engine.params import Ends, LayerParams, Linear, Norm, Params
+from engine.params import Ends, Joined, LayerParams, Linear, Norm, Params
 
 LEAST = 16 << 20
 """Bytes of float32 below which a model loads so fast that nothing is kept."""
@@ -52,10 +53,10 @@ class Conversion:
     notes: Notes
     arrays: Mapping[str, Array]
 
-    def params(self, n_layers: int) -> Params:
+    def params(self, cfg: Config) -> Params:
         """The weights; reading them brings in their pages."""
-        layers = [_layer(self.arrays, f"{i}.") for i in range(n_layers)]
-        return Params(_ends(self.arrays), layers.__getitem__, n_layers)
+        layers = [_layer(self.arrays, f"{i}.", cfg) for i in range(cfg.n_layers)]
+        return Params(_ends(self.arrays), layers.__getitem__, cfg.n_layers)
 
 
 def directory() -> Path:
@@ -220,7 +221,7 @@ def _named(params: Params, n_layers: int) -> Iterator[tuple[str, Array]]:
     ends |= {} if norm is None else {"final_norm": norm.weight, "final_norm.bias": norm.bias}
     yield from ((name, array) for name, array in ends.items() if array is not None)
     for i in range(n_layers):
-        yield from ((f"{i}.{name}", widened(array)) for name, array in params.layer(i).arrays())
+        yield from ((f"{i}.{name}", widened(array)) for name, array in params.layer(i).stored())
 
 
 def _ends(arrays: Mapping[str, Array]) -> Ends:
@@ -229,10 +230,13 @@ def _ends(arrays: Mapping[str, Array]) -> Ends:
     return Ends(embed, arrays.get("unembed", embed), norm, arrays.get("positions"), arrays.get("unembed_bias"))
 
 
-def _layer(arrays: Mapping[str, Array], at: str) -> LayerParams:
+def _layer(arrays: Mapping[str, Array], at: str, cfg: Config) -> LayerParams:
     parts: dict[str, Any] = {}
     for field in fields(LayerParams):
         if (weight := arrays.get(at + field.name)) is not None:
             kind = Norm if field.name.endswith("_norm") else Linear
             parts[field.name] = kind(weight, arrays.get(f"{at}{field.name}.bias"))
+    branches = parts["gate_up"].weight.shape[1] // cfg.d_mlp
+    parts["qkv"] = Joined.fused(parts["qkv"], *cfg.qkv_widths)
+    parts["gate_up"] = Joined.fused(parts["gate_up"], *[cfg.d_mlp] * branches)
     return LayerParams(**parts)

@@ -30,7 +30,7 @@ from engine.ops import (
     rotate,
     softcap,
 )
-from engine.params import LayerParams, Linear, Norm
+from engine.params import LayerParams, Norm
 
 Tick = Callable[[int, int, str], None]
 """Called as tick(done, total, what) at least once per layer; raising from it stops the work."""
@@ -162,12 +162,13 @@ def attention(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     """Grouped-query causal attention: (b, s, d_model) -> (b, s, d_model)."""
     cfg, hooks = run.cfg, run.hooks
 
-    def heads(x: Array, w: Linear, weight: Norm | None, name: str) -> Array:
-        flat = norm(linear(x, w.weight, w.bias), weight, cfg)  # (b, s, heads * d_head)
+    def heads(flat: Array, weight: Norm | None, name: str) -> Array:
+        flat = norm(flat, weight, cfg)
         split = flat.reshape(*flat.shape[:2], -1, cfg.d_head).swapaxes(1, 2)  # (b, heads, s, d_head)
         return hooks.fire(name, layer, split)
 
-    q, k, v = heads(run.going_on(x), p.q, p.q_norm, "q"), heads(x, p.k, p.k_norm, "k"), heads(x, p.v, None, "v")
+    q, k, v = p.qkv.split(linear(x, p.qkv.weight, p.qkv.bias))  # each (b, s, heads * d_head)
+    q, k, v = heads(run.going_on(q), p.q_norm, "q"), heads(k, p.k_norm, "k"), heads(v, None, "v")
     rope = cfg.ropes[layer]
     if rope is not None:
         q = rotate(q, *(run.going_on(table[None])[0] for table in run.tables[rope]))
@@ -197,11 +198,8 @@ def masked_attention(
 def mlp(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     """act(gate) * up, or act(up), then down: (b, s, d_model) -> (b, s, d_model)."""
     activation = run.cfg.activation
-    up = linear(x, p.up.weight, p.up.bias)  # (b, s, d_mlp)
-    if p.gate is None:
-        act = ACTIVATIONS[activation](up)
-    else:
-        act = gated(activation, linear(x, p.gate.weight, p.gate.bias), up)
+    *gate, up = p.gate_up.split(linear(x, p.gate_up.weight, p.gate_up.bias))  # each (b, s, d_mlp)
+    act = gated(activation, gate[0], up) if gate else ACTIVATIONS[activation](up)
     act = run.hooks.fire("mlp_act", layer, act)
     return run.hooks.fire("mlp_proj", layer, linear(act, p.down.weight, p.down.bias))
 

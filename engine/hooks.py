@@ -110,8 +110,9 @@ class Listeners:
 class RecordHook(LayerHook):
     """Snapshots of points. A run that starts at position 0 clears the record; decode steps append rows.
 
-    Where hooks may write in place (`resid_mid`, `resid_post`) a snapshot is a copy. Elsewhere it is the decoder's own
-    array, which nobody changes once it was shown: read-only, so copy it to write into it.
+    Where hooks may write in place (`resid_mid`, `resid_post`) a snapshot is a copy, and where the array is a part of a
+    larger one (`q`, `k`, `v`). Elsewhere it is the decoder's own array, which nobody changes once it was shown:
+    read-only, so copy it to write into it.
 
     Points that exist once per pass (`points.ONCE`) are recorded whatever the layers. Results are `{layer: array}`
     without the batch axis for a single prompt: `get(point)`, and the attributes `pre_layer`,
@@ -204,8 +205,12 @@ class RecordHook(LayerHook):
 
 
 def _snapshot(x: Array) -> Array:
-    """A copy, unless nobody can change `x`; what another hook returned is writeable like the stream itself."""
-    return np.array(x) if x.flags.writeable else x
+    """A copy, unless nobody can change `x`; what another hook returned is writeable like the stream itself.
+
+    A view of something larger is copied, too: it would keep all of that in memory.
+    """
+    is_part = isinstance(x.base, np.ndarray) and x.base.nbytes > x.nbytes
+    return np.array(x) if x.flags.writeable or is_part else x
 
 
 def _without_batch(x: Array) -> Array:

@@ -166,7 +166,7 @@ def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick |
 
     backend = tokenizer.Deferred(words, notes["vocabulary"])
     told = tokenizer.Tokenizer(backend, notes["bos"], notes["eos"], lambda: backend.words.chat_template)
-    return Model(name, cfg, conversion.params(cfg.n_layers), told, notes["fingerprint"], "dense", conversion="used")
+    return Model(name, cfg, conversion.params(cfg), told, notes["fingerprint"], "dense", conversion="used")
 
 
 def _from_directory(path: Path, name: str, budget: int | None, tick: Tick | None, room: Room | None) -> _Read:

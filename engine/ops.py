@@ -254,10 +254,10 @@ def _mix(weights: Array, v: Array) -> Array:
 
 
 def gated(activation: str, gate: Array, up: Array) -> Array:
-    """act(gate) * up; may use the memory of `gate`."""
+    """act(gate) * up, in memory of its own."""
     kernels = fast.kernels()
-    if kernels is not None and ACTIVATIONS[activation] is _silu and kernels.gated_silu(gate, up):
-        return gate
+    if kernels is not None and ACTIVATIONS[activation] is _silu and kernels.gated_silu(act := gate.copy(), up):
+        return act
     act = ACTIVATIONS[activation](gate)
     act *= up
     return act
@@ -265,7 +265,8 @@ def gated(activation: str, gate: Array, up: Array) -> Array:
 
 def _silu(x: Array) -> Array:
     with np.errstate(over="ignore"):  # exp(88) overflows to inf, and x / inf is the right answer, 0
-        gate = np.exp(-x)
+        gate = np.negative(x)
+        np.exp(gate, out=gate)
     gate += 1
     return np.divide(x, gate, out=gate)
 

@@ -1,4 +1,4 @@
-"""The weights as the decoder reads them: `Linear`, `Norm`, one `LayerParams` per layer, and `Params`.
+"""The weights as the decoder reads them: `Linear`, `Joined`, `Norm`, one `LayerParams` per layer, and `Params`.
 
 An absent part is None and means the identity (a norm) or nothing to add (a bias). `Params.layer(i)` gives a
 layer's dense weights: kept in memory (`dense`), or made from the file when the layer runs (`scoped`), where a budget
@@ -7,9 +7,10 @@ unembedding) is dense in all.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,45 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined(Linear):
+    """Matrices that read the same features, beside each other: one product is faster than one for each.
+
+    weight (in, sum(widths)), bias (sum(widths),) or None.
+    """
+
+    widths: tuple[int, ...] = field(kw_only=True)
+
+    @classmethod
+    def of(cls, *parts: Linear) -> "Joined":
+        """These matrices, copied; where some have a bias, the others get zeros."""
+        weight = np.concatenate([part.weight for part in parts], axis=1)
+        widths = tuple(part.weight.shape[1] for part in parts)
+        biases = [np.zeros(w, np.float32) if p.bias is None else p.bias for p, w in zip(parts, widths, strict=True)]
+        bias = np.concatenate(biases) if any(part.bias is not None for part in parts) else None
+        return cls(weight, bias, widths=widths)
+
+    @classmethod
+    def fused(cls, whole: Linear, *widths: int) -> "Joined":
+        """A matrix whose parts lie beside each other already."""
+        return cls(whole.weight, whole.bias, widths=widths)
+
+    def parts(self) -> list[Linear]:
+        """The matrices by themselves: views."""
+        return [
+            Linear(self.weight[:, at], None if self.bias is None else self.bias[at]) for at in _columns(self.widths)
+        ]
+
+    def split(self, x: Array) -> list[Array]:
+        """What the product gave, (..., sum(widths)) -> what each matrix gives, (..., width): views."""
+        return [x[..., at] for at in _columns(self.widths)]
+
+
+def _columns(widths: tuple[int, ...]) -> list[slice]:
+    """Where parts of these widths lie beside each other."""
+    return [slice(end - width, end) for width, end in zip(widths, accumulate(widths), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
 class Norm:
     """weight: what the normalised features are multiplied by; bias or None. The weight's length is the
     width of the groups that are normalised (a head's width for per-head query and key norms); a (heads, d_head)
@@ -36,17 +76,22 @@ class Norm:
     bias: Array | None = None
 
 
+_NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm")
+SINGLE = ("q", "k", "v", "o", "up", "down", "gate", *_NORMS)
+"""Parts of a layer, joined ones by themselves. Fingerprints of models that never were in a file follow this order."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerParams:
-    """One layer. `gate` is None in an MLP without gating."""
+    """One layer. `qkv` joins queries, keys and values; `gate_up` gate and up, in an MLP without gating up alone.
 
-    q: Linear
-    k: Linear
-    v: Linear
+    `q`, `k`, `v`, `gate` (or None) and `up` are these by themselves: views.
+    """
+
+    qkv: Joined
     o: Linear
-    up: Linear
+    gate_up: Joined
     down: Linear
-    gate: Linear | None = None
     attn_norm: Norm | None = None
     mlp_norm: Norm | None = None
     q_norm: Norm | None = None
@@ -54,14 +99,41 @@ class LayerParams:
     attn_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
 
+    @property
+    def q(self) -> Linear:
+        return self.qkv.parts()[0]
+
+    @property
+    def k(self) -> Linear:
+        return self.qkv.parts()[1]
+
+    @property
+    def v(self) -> Linear:
+        return self.qkv.parts()[2]
+
+    @property
+    def gate(self) -> Linear | None:
+        return self.gate_up.parts()[0] if len(self.gate_up.widths) == 2 else None
+
+    @property
+    def up(self) -> Linear:
+        return self.gate_up.parts()[-1]
+
     def arrays(self) -> Iterator[tuple[str, Array | Bfloat16]]:
-        """(name, array) of every weight, in field order."""
-        for field in fields(self):
-            part = getattr(self, field.name)
+        """(name, array) of every weight by itself; of joined ones views."""
+        return self._arrays(SINGLE)
+
+    def stored(self) -> Iterator[tuple[str, Array | Bfloat16]]:
+        """(name, array) of every weight as it lies in memory, in field order."""
+        return self._arrays(field.name for field in fields(self))
+
+    def _arrays(self, names: Iterable[str]) -> Iterator[tuple[str, Array | Bfloat16]]:
+        for name in names:
+            part = getattr(self, name)
             if part is not None:
-                yield field.name, part.weight
+                yield name, part.weight
                 if part.bias is not None:
-                    yield f"{field.name}.bias", part.bias
+                    yield f"{name}.bias", part.bias
 
 
 class Ends(NamedTuple):
@@ -137,7 +209,7 @@ def in_bfloat16(params: Params, n_layers: int) -> Params:
         parts: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields(layer)}
         for name, part in parts.items():
             if isinstance(part, Linear):
-                parts[name] = Linear(rounded(widened(part.weight)), part.bias)
+                parts[name] = replace(part, weight=rounded(widened(part.weight)))
         layers.append(LayerParams(**parts))
     ends = Ends(params.embed, params.unembed, params.final_norm, params.positions, params.unembed_bias)
     return Params(ends, layers.__getitem__, n_layers)

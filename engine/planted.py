@@ -18,7 +18,7 @@ from engine.config import Config, Rope
 from engine.errors import UnknownModel
 from engine.model import Model
 from engine.ops import Array
-from engine.params import Ends, LayerParams, Linear, Norm, Params
+from engine.params import Ends, Joined, LayerParams, Linear, Norm, Params
 from engine.synthetic import fingerprint
 from engine.tokenizer import byte_level
 
@@ -158,12 +158,9 @@ def _layer(rng: np.random.Generator, wired: dict[int, _Wiring], codes: Array) ->
     down[:, : -WIDTH - 1] *= LEAK
     down[:, -1] = 0
     return LayerParams(
-        q=Linear(q),
-        k=Linear(k),
-        v=Linear(v),
+        qkv=Joined.of(Linear(q), Linear(k), Linear(v)),
         o=Linear(out),
-        gate=Linear(gate),
-        up=Linear(up),
+        gate_up=Joined.of(Linear(gate), Linear(up)),
         down=Linear(down),
         attn_norm=_plain(),
         mlp_norm=_plain(),

@@ -11,7 +11,7 @@ from engine.catalog import SYNTHETIC
 from engine.config import Config, Rope
 from engine.model import Model
 from engine.ops import Array
-from engine.params import Ends, LayerParams, Linear, Norm, Params
+from engine.params import Ends, Joined, LayerParams, Linear, Norm, Params
 from engine.tokenizer import byte_level
 
 CONFIG = Config(
@@ -44,14 +44,18 @@ def synthetic(seed: int = 0, config: Config = CONFIG) -> Model:
 
 
 def _layer(rng: np.random.Generator, cfg: Config) -> LayerParams:
-    q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    q_width, kv_width, _ = cfg.qkv_widths
     return LayerParams(
-        q=Linear(_normal(rng, cfg.d_model, q_width) * np.float32(2)),
-        k=Linear(_normal(rng, cfg.d_model, kv_width) * np.float32(2)),
-        v=Linear(_normal(rng, cfg.d_model, kv_width)),
+        qkv=Joined.of(
+            Linear(_normal(rng, cfg.d_model, q_width) * np.float32(2)),
+            Linear(_normal(rng, cfg.d_model, kv_width) * np.float32(2)),
+            Linear(_normal(rng, cfg.d_model, kv_width)),
+        ),
         o=Linear(_normal(rng, q_width, cfg.d_model)),
-        gate=Linear(_normal(rng, cfg.d_model, cfg.d_mlp)),
-        up=Linear(_normal(rng, cfg.d_model, cfg.d_mlp)),
+        gate_up=Joined.of(
+            Linear(_normal(rng, cfg.d_model, cfg.d_mlp)),
+            Linear(_normal(rng, cfg.d_model, cfg.d_mlp)),
+        ),
         down=Linear(_normal(rng, cfg.d_mlp, cfg.d_model)),
         attn_norm=_gain(rng, cfg.d_model),
         mlp_norm=_gain(rng, cfg.d_model),

@@ -61,7 +61,6 @@ SETTINGS = {
 """Fields of `Config` that have defaults; a field without a name here is a feature by its own name."""
 
 PARTS = {
-    "gate": "gated MLP",
     "attn_norm": "norm before attention",
     "mlp_norm": "norm before the MLP",
     "q_norm": "queries normed",
@@ -118,7 +117,7 @@ def _attention(cfg: Config) -> Iterator[str]:
 
 
 def _parts(layer: LayerParams, ends: Ends, cfg: Config) -> Iterator[str]:
-    yield from () if layer.gate else ["plain MLP"]
+    yield "gated MLP" if layer.gate else "plain MLP"
     yield from ["final norm"] if ends.final_norm else ()
     for field in fields(layer):
         if field.default is None and getattr(layer, field.name) is not None:

@@ -13,7 +13,7 @@ from engine.errors import DamagedFile, clipped
 from engine.families._read import choice, flag, real, whole
 from engine.families._rope import rope_from
 from engine.ops import ACTIVATIONS
-from engine.params import Ends, Linear, Norm, transposed
+from engine.params import Ends, Joined, Linear, Norm, transposed
 from engine.weights import Tensors
 
 Raw = Mapping[str, Any]
@@ -22,23 +22,15 @@ Raw = Mapping[str, Any]
 class Attention(TypedDict):
     """Fields of `LayerParams`."""
 
-    q: Linear
-    k: Linear
-    v: Linear
+    qkv: Joined
     o: Linear
 
 
-class PlainMlp(TypedDict):
+class Mlp(TypedDict):
     """Fields of `LayerParams`."""
 
-    up: Linear
+    gate_up: Joined
     down: Linear
-
-
-class GatedMlp(PlainMlp):
-    """Fields of `LayerParams`."""
-
-    gate: Linear
 
 
 def base_config(raw: Raw, family: str, **changes: Any) -> Config:
@@ -160,29 +152,33 @@ def attention(
     o_bias: bool | None = False,
     o: str = "o_proj",
 ) -> Attention:
-    """The four projections under `at`, by the names of `LayerParams`."""
-    q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    """The four projections under `at`."""
+    q_width, kv_width, _ = cfg.qkv_widths
     return {
-        "q": linear(tensors, f"{at}.q_proj", cfg.d_model, q_width, qkv_bias),
-        "k": linear(tensors, f"{at}.k_proj", cfg.d_model, kv_width, qkv_bias),
-        "v": linear(tensors, f"{at}.v_proj", cfg.d_model, kv_width, qkv_bias),
+        "qkv": Joined.of(
+            linear(tensors, f"{at}.q_proj", cfg.d_model, q_width, qkv_bias),
+            linear(tensors, f"{at}.k_proj", cfg.d_model, kv_width, qkv_bias),
+            linear(tensors, f"{at}.v_proj", cfg.d_model, kv_width, qkv_bias),
+        ),
         "o": linear(tensors, f"{at}.{o}", q_width, cfg.d_model, o_bias),
     }
 
 
-def gated_mlp(tensors: Tensors, at: str, cfg: Config, bias: bool | None = False) -> GatedMlp:
+def gated_mlp(tensors: Tensors, at: str, cfg: Config, bias: bool | None = False) -> Mlp:
     """gate, up and down under `at`."""
     return {
-        "gate": linear(tensors, f"{at}.gate_proj", cfg.d_model, cfg.d_mlp, bias),
-        "up": linear(tensors, f"{at}.up_proj", cfg.d_model, cfg.d_mlp, bias),
+        "gate_up": Joined.of(
+            linear(tensors, f"{at}.gate_proj", cfg.d_model, cfg.d_mlp, bias),
+            linear(tensors, f"{at}.up_proj", cfg.d_model, cfg.d_mlp, bias),
+        ),
         "down": linear(tensors, f"{at}.down_proj", cfg.d_mlp, cfg.d_model, bias),
     }
 
 
-def plain_mlp(tensors: Tensors, up: str, down: str, cfg: Config, bias: bool = True) -> PlainMlp:
+def plain_mlp(tensors: Tensors, up: str, down: str, cfg: Config, bias: bool = True) -> Mlp:
     """An MLP without gate."""
     return {
-        "up": linear(tensors, up, cfg.d_model, cfg.d_mlp, bias),
+        "gate_up": Joined.fused(linear(tensors, up, cfg.d_model, cfg.d_mlp, bias), cfg.d_mlp),
         "down": linear(tensors, down, cfg.d_mlp, cfg.d_model, bias),
     }
 

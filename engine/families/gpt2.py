@@ -3,15 +3,12 @@
 Reference: transformers, models/gpt2/modeling_gpt2.py.
 """
 
-import numpy as np
-
 from engine.config import Config
 from engine.errors import UnknownModel
 from engine.families import _parts
 from engine.families._parts import Raw
 from engine.families._read import flag, real, whole
-from engine.ops import Array
-from engine.params import Ends, LayerParams, Linear
+from engine.params import Ends, Joined, LayerParams
 from engine.weights import Tensors
 
 
@@ -45,30 +42,20 @@ def config(raw: Raw) -> Config:
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
     at = f"transformer.h.{i}"
-    q, k, v = _fused(tensors, f"{at}.attn.c_attn", cfg.d_model)
     return LayerParams(
-        q=q,
-        k=k,
-        v=v,
+        qkv=_conv1d(tensors, f"{at}.attn.c_attn", cfg.d_model, *cfg.qkv_widths),
         o=_conv1d(tensors, f"{at}.attn.c_proj", cfg.d_model, cfg.d_model),
-        up=_conv1d(tensors, f"{at}.mlp.c_fc", cfg.d_model, cfg.d_mlp),
+        gate_up=_conv1d(tensors, f"{at}.mlp.c_fc", cfg.d_model, cfg.d_mlp),
         down=_conv1d(tensors, f"{at}.mlp.c_proj", cfg.d_mlp, cfg.d_model),
         attn_norm=_parts.norm(tensors, f"{at}.ln_1", cfg.d_model, bias=True),
         mlp_norm=_parts.norm(tensors, f"{at}.ln_2", cfg.d_model, bias=True),
     )
 
 
-def _conv1d(tensors: Tensors, name: str, d_in: int, d_out: int) -> Linear:
+def _conv1d(tensors: Tensors, name: str, d_in: int, *widths: int) -> Joined:
     """A Conv1D of GPT-2's: stored (in, out) already."""
-    return Linear(tensors.get(f"{name}.weight", (d_in, d_out)), tensors.get(f"{name}.bias", (d_out,)))
-
-
-def _fused(tensors: Tensors, name: str, width: int) -> list[Linear]:
-    both = _conv1d(tensors, name, width, 3 * width)
-    assert both.bias is not None
-    weights: list[Array] = np.split(both.weight, 3, axis=1)
-    biases: list[Array] = np.split(both.bias, 3)
-    return [Linear(np.ascontiguousarray(w), b) for w, b in zip(weights, biases, strict=True)]
+    d_out = sum(widths)
+    return Joined(tensors.get(f"{name}.weight", (d_in, d_out)), tensors.get(f"{name}.bias", (d_out,)), widths=widths)
 
 
 def ends(tensors: Tensors, cfg: Config, raw: Raw) -> Ends:

@@ -3,13 +3,11 @@
 Reference: transformers, models/gpt_neox/modeling_gpt_neox.py.
 """
 
-import numpy as np
-
 from engine.config import Config
 from engine.families import _parts
 from engine.families._parts import Raw
 from engine.families._read import flag, real, whole
-from engine.params import Ends, LayerParams, Linear, transposed
+from engine.params import Ends, Joined, LayerParams, transposed
 from engine.weights import Tensors
 
 
@@ -30,11 +28,8 @@ def config(raw: Raw) -> Config:
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
     at = f"gpt_neox.layers.{i}"
     bias = flag(raw, "attention_bias", True)
-    q, k, v = _fused(tensors, f"{at}.attention.query_key_value", cfg, bias)
     return LayerParams(
-        q=q,
-        k=k,
-        v=v,
+        qkv=_fused(tensors, f"{at}.attention.query_key_value", cfg, bias),
         o=_parts.linear(tensors, f"{at}.attention.dense", cfg.d_model, cfg.d_model, bias),
         **_parts.plain_mlp(tensors, f"{at}.mlp.dense_h_to_4h", f"{at}.mlp.dense_4h_to_h", cfg),
         attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model, bias=True),
@@ -42,18 +37,16 @@ def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
     )
 
 
-def _fused(tensors: Tensors, name: str, cfg: Config, bias: bool) -> list[Linear]:
+def _fused(tensors: Tensors, name: str, cfg: Config, bias: bool) -> Joined:
     """Rows are (head, one of q k v, feature)."""
     d_model = cfg.d_model
     weight = tensors.get(f"{name}.weight", (3 * d_model, d_model)).reshape(cfg.n_heads, 3, cfg.d_head, d_model)
     offset = tensors.get(f"{name}.bias", (3 * d_model,)).reshape(cfg.n_heads, 3, cfg.d_head) if bias else None
-    return [
-        Linear(
-            transposed(weight[:, part].reshape(d_model, d_model)),
-            None if offset is None else np.ascontiguousarray(offset[:, part]).reshape(d_model),
-        )
-        for part in range(3)
-    ]
+    return Joined(
+        transposed(weight.swapaxes(0, 1).reshape(3 * d_model, d_model)),
+        None if offset is None else offset.swapaxes(0, 1).reshape(3 * d_model),
+        widths=cfg.qkv_widths,
+    )
 
 
 def ends(tensors: Tensors, cfg: Config, raw: Raw) -> Ends:

@@ -3,14 +3,12 @@
 Reference: transformers, models/phi3/modeling_phi3.py.
 """
 
-import numpy as np
-
 from engine.config import Config
 from engine.families import _parts
 from engine.families._parts import Raw
 from engine.families._read import real, whole
 from engine.families.llama import ends
-from engine.params import LayerParams, Linear, transposed
+from engine.params import Joined, LayerParams
 from engine.weights import Tensors
 
 __all__ = ["config", "ends", "layer"]
@@ -34,22 +32,15 @@ def config(raw: Raw) -> Config:
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
     at = f"model.layers.{i}"
-    q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-    q, k, v = _split(tensors, f"{at}.self_attn.qkv_proj", cfg.d_model, (q_width, kv_width, kv_width))
-    gate, up = _split(tensors, f"{at}.mlp.gate_up_proj", cfg.d_model, (cfg.d_mlp, cfg.d_mlp))
     return LayerParams(
-        q=q,
-        k=k,
-        v=v,
-        o=_parts.linear(tensors, f"{at}.self_attn.o_proj", q_width, cfg.d_model),
-        gate=gate,
-        up=up,
+        qkv=_fused(tensors, f"{at}.self_attn.qkv_proj", cfg.d_model, *cfg.qkv_widths),
+        o=_parts.linear(tensors, f"{at}.self_attn.o_proj", cfg.qkv_widths[0], cfg.d_model),
+        gate_up=_fused(tensors, f"{at}.mlp.gate_up_proj", cfg.d_model, cfg.d_mlp, cfg.d_mlp),
         down=_parts.linear(tensors, f"{at}.mlp.down_proj", cfg.d_mlp, cfg.d_model),
         attn_norm=_parts.norm(tensors, f"{at}.input_layernorm", cfg.d_model),
         mlp_norm=_parts.norm(tensors, f"{at}.post_attention_layernorm", cfg.d_model),
     )
 
 
-def _split(tensors: Tensors, name: str, d_in: int, widths: tuple[int, ...]) -> list[Linear]:
-    rows = tensors.get(f"{name}.weight", (sum(widths), d_in))
-    return [Linear(transposed(part)) for part in np.split(rows, np.cumsum(widths)[:-1])]
+def _fused(tensors: Tensors, name: str, d_in: int, *widths: int) -> Joined:
+    return Joined.fused(_parts.linear(tensors, name, d_in, sum(widths)), *widths)

@@ -24,7 +24,7 @@ def as_float32(model: Model) -> Model:
     for index in range(model.config.n_layers):
         layer = model.params.layer(index)
         parts = {name: getattr(layer, name) for name in layer.__slots__}
-        widened = {n: Linear(ops.widened(p.weight), p.bias) for n, p in parts.items() if isinstance(p, Linear)}
+        widened = {n: replace(p, weight=ops.widened(p.weight)) for n, p in parts.items() if isinstance(p, Linear)}
         layers.append(LayerParams(**(parts | widened)))
     p = model.params
     ends = Ends(p.embed, p.unembed, p.final_norm, p.positions, p.unembed_bias)

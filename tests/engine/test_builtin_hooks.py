@@ -55,9 +55,9 @@ def test_a_record_holds_the_three_residual_points_by_default(model, ids, clean):
     assert record.positions.tolist() == list(range(len(ids)))
 
 
-def test_a_record_of_every_point_copies_only_where_hooks_may_write(model, ids):
+def test_a_record_of_every_point_copies_only_where_hooks_may_write_and_parts_of_something_larger(model, ids):
     """What is not copied must not change after it was shown: it equals the copies of a hook that copies."""
-    copies, points = {}, points_of(model)
+    copies, copied, points = {}, {"resid_mid", "resid_post"}, points_of(model)
 
     class Copies(LayerHook):
         def wants(self, point, layer):
@@ -65,6 +65,8 @@ def test_a_record_of_every_point_copies_only_where_hooks_may_write(model, ids):
 
         def at(self, point, layer, x, pos, key_pos=None):
             copies[point, layer] = x.copy()
+            if x.base is not None and x.base.nbytes > x.nbytes:
+                copied.add(point)
 
     record = RecordHook.for_layers(range(model.config.n_layers), points=points)
     forward(model, ids, hook=CompositeHook([Copies(), record]), logits_at="all")
@@ -72,7 +74,9 @@ def test_a_record_of_every_point_copies_only_where_hooks_may_write(model, ids):
     assert recorded.keys() == copies.keys()
     for (name, layer), rows in recorded.items():
         assert_same(rows, copies[name, layer][0])
-        assert rows.flags.writeable == (name in ("resid_mid", "resid_post"))
+        assert rows.flags.writeable == (name in copied)
+        assert rows.base is None or rows.base.nbytes == rows.nbytes, "nothing else stays in memory"
+    assert {"v"} < copied <= {"resid_mid", "resid_post", "q", "k", "v"}
 
 
 def test_a_record_copies_what_another_hook_returned_and_may_change(model, ids, clean, layer):

@@ -99,6 +99,16 @@ def test_mapped_weights_cannot_be_written(source):
         weight[0, 0] = 1
 
 
+def test_matrices_that_are_one_product_are_one_array_of_the_file(source):
+    load_model(source)
+    layer = load_model(source).params.layer(1)
+    read = load_file(only_file())
+    for name, joined in (("qkv", layer.qkv), ("gate_up", layer.gate_up)):
+        assert_same(joined.weight, read[f"1.{name}"])
+        assert joined.weight.flags.c_contiguous
+        assert not joined.weight.flags.owndata, "mapped, not copied"
+
+
 def test_arrays_begin_at_cache_lines_and_another_reader_reads_the_file(source):
     first = load_model(source)
     second = load_model(source)

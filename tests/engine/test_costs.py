@@ -13,6 +13,7 @@ from recording import Calls
 import engine.hooks
 from engine import Intervention, LayerHook, RecordHook, SteerHook, Variant, forward, generate, sweep
 from engine.config import Rope
+from engine.cost import row_size
 from engine.hooks import NoopHook
 
 COPIES = {"copy", "array", "take", "concatenate", "copyto", "ascontiguousarray", "stack", "pad"}
@@ -85,7 +86,7 @@ def test_a_steered_decode_calls_its_hook_once_a_step(synthetic):
     assert seen["EditHook.begin_run"] == made
 
 
-@pytest.mark.parametrize("point", ["resid_post", "mlp_act", "z"])
+@pytest.mark.parametrize("point", ["resid_post", "mlp_act", "z", "q", "k", "v"])
 def test_a_captures_memory_and_calls_grow_linearly_in_layers(synthetic, point):
     ids, held, calls = list(range(100)), [], []
 
@@ -103,8 +104,8 @@ def test_a_captures_memory_and_calls_grow_linearly_in_layers(synthetic, point):
     for n in range(5):
         held.append(held_and_peak(lambda n=n: capture(n))[0])
         assert calls[-1] == n
-    width = synthetic.config.d_mlp if point == "mlp_act" else synthetic.config.d_model
-    assert np.diff(held) == pytest.approx(len(ids) * width * 4, rel=0.1)
+    row_and_position = 4 * row_size(synthetic.config, point, len(ids)) + 8
+    assert np.diff(held) == pytest.approx(len(ids) * row_and_position, rel=0.1)
 
 
 def test_a_grids_work_grows_linearly_in_cells(synthetic):

@@ -10,10 +10,11 @@ from naive import naive
 from recording import Replace
 from tolerances import REFERENCE, assert_close, assert_moved, assert_same
 
-from engine import ZeroAblateHook, forward, generate, load_model
+from engine import LayerHook, ZeroAblateHook, forward, generate, load_model
 from engine.config import Rope
 from engine.errors import DamagedFile
-from engine.params import Linear, Norm
+from engine.ops import linear
+from engine.params import Joined, Linear, Norm
 from engine.synthetic import CONFIG, synthetic
 
 IDS = [70, 3, 99, 5, 5, 180, 12]
@@ -128,6 +129,48 @@ def test_biases_of_a_file_are_added(tmp_path, small, in_f32):
     projected = forward(model, IDS, hook=Replace("z", 1, np.zeros_like), stop=2, logits_at="none").residual
     without = forward(in_f32, IDS, hook=Replace("z", 1, np.zeros_like), stop=2, logits_at="none").residual
     assert_moved(projected, without)
+
+
+# --- matrices that read the same features ---------------------------------------------------------------------
+
+
+def test_parts_of_a_layer_lie_beside_each_other(small, in_f32):
+    for i in range(2):
+        layer = in_f32.params.layer(i)
+        for joined, names in ((layer.qkv, "q k v"), (layer.gate_up, "gate up")):
+            assert joined.weight.flags.c_contiguous
+            parts = [small[f"model.layers.{i}.{NAMES[name]}.weight"].T for name in names.split()]
+            assert_same(joined.weight, np.concatenate(parts, axis=1))
+            assert all(np.shares_memory(getattr(layer, name).weight, joined.weight) for name in names.split())
+    kept = sum(array.nbytes for _, array in layer.stored())
+    assert kept == sum(array.nbytes for _, array in layer.arrays()), "each number once"
+
+
+def test_a_part_without_a_bias_gets_zeros():
+    ones = Linear(np.ones((4, 3), np.float32), np.ones(3, np.float32))
+    bare = Linear(np.ones((4, 2), np.float32))
+    assert Joined.of(ones, bare, ones).bias.tolist() == [1, 1, 1, 0, 0, 1, 1, 1]
+    assert Joined.of(bare, bare).bias is None
+
+
+def test_a_joined_product_is_that_of_its_parts(in_f32):
+    layer = in_f32.params.layer(0)
+    x = np.random.default_rng(5).standard_normal((2, 5, 32)).astype(np.float32)
+    for joined in (layer.qkv, layer.gate_up):
+        made = linear(x, joined.weight, joined.bias)
+        for own, part in zip(joined.split(made), joined.parts(), strict=True):
+            assert np.shares_memory(own, made)
+            assert_close(own, linear(x, np.ascontiguousarray(part.weight)))
+
+
+def test_the_activation_of_an_mlp_has_memory_of_its_own(model, ids):
+    class Owner(LayerHook):
+        def on_ffn_activation(self, layer, x, pos):
+            assert x.flags.c_contiguous
+            assert x.base.nbytes == x.nbytes
+
+    for rows in (ids, ids[:1]):
+        forward(model, rows, hook=Owner())
 
 
 # --- architecture as data -------------------------------------------------------------------------------------
