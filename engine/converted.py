@@ -29,7 +29,7 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from engine.config import Config
-from engine.ops import Array, widened
+from engine.matrices import Array, widened
 from engine.params import Ends, Joined, LayerParams, Linear, Norm, Params
 
 LEAST = 16 << 20

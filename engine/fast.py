@@ -4,11 +4,13 @@ They are used when numba is installed and MECHSCOPE_FAST is not "no", from the f
 calls. Compiling takes half a minute once per machine, reading numba's cache a second per process.
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 from engine.blas import library
@@ -83,6 +85,21 @@ def _use(kernels: ModuleType | None) -> None:
 
 def _compiled() -> ModuleType:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    from engine import kernels
+    import numba
+    from platformdirs import user_cache_path
 
+    kept = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = kept or str(user_cache_path("mechscope") / "kernels" / _sources())
+    try:
+        from engine import kernels
+    finally:
+        numba.config.CACHE_DIR = kept
     return kernels
+
+
+def _sources() -> str:
+    """A digest of what kernels are compiled from: numba's cache looks at one file, and may have no place beside it."""
+    digest = hashlib.sha256()
+    for name in ("kernels.py", "matrices.py", "tile.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Compiled kernels: the `fast` extra (numba). `engine.fast` imports this and hands it to `engine.ops`.
 
-product         rows times a matrix: few by loops over its columns, more by numpy's BLAS on a share for each thread
-inner           rows times the rows of a matrix
+product         rows times a matrix in panels
+inner           rows times the rows of a matrix, by numpy's BLAS on a share for each thread
 attend          causal attention
 gated_silu      SiLU of a gate, times the other branch
 softmax         over the last axis
@@ -22,16 +22,14 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange
 from numba import types as t
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from engine.blas import Matrix, library
+from engine.matrices import PANEL, Panels
+from engine.tile import ROWS, WIDTH, tile, tile_of_words
 
-FEW = 6
-"""Rows up to which loops are faster than the library, which packs the matrix first."""
 QUERIES = 64
 """Queries of a head per unit of attention: keys later than the last of them are never multiplied."""
-PANEL = 768
-"""Columns of a few rows that a thread works on at a time: eight rows of the matrix stay in the first cache."""
 
 f32: Any = t.float32
 i32: Any = t.int32
@@ -89,10 +87,9 @@ def _compiled(signature: Any, flags: set[str]) -> Any:
 
 
 matrix, vector = f32[:, ::1], f32[::1]
-seen, seen_vector, seen_heads = (t.Array(f32, axes, "C", readonly=True) for axes in (2, 1, 4))  # mapped weights, say
-heads, any_heads = f32[:, :, :, ::1], t.Array(f32, 4, "A", readonly=True)
+seen, seen_vector = (t.Array(f32, axes, "C", readonly=True) for axes in (2, 1))  # mapped weights, say
+any_heads, heads = t.Array(f32, 4, "A", readonly=True), f32[:, :, :, ::1]
 places = t.Array(t.int64, 1, "C", readonly=True)
-seen_pairs = t.Array(t.uint32, 2, "C", readonly=True)
 
 
 @njit(fastmath=_SUMS, error_model="numpy")
@@ -116,63 +113,49 @@ def _softmax_between(x: Any, start: Any, end: Any) -> None:
 # --- products -----------------------------------------------------------------------------------------------------
 
 
-@njit(inline="always")
-def _lower(pair: Any) -> Any:
-    """The bfloat16 in the lower half of a word."""
-    return _as_float(i32(pair << np.uint32(16)))
+def _by_panels(kind: Any, features: int, tile: Any) -> Any:
+    """A product with panels of this kind of number, so many features to each."""
+
+    @_compiled(t.void(seen, kind, matrix, i64), _STRICT)  # type: ignore[untyped-decorator]
+    def product(x: Any, panels: Any, out: Any, block: Any) -> None:
+        """Out = x @ w: each thread has some panels, and sums up `block` features at a time."""
+        rows, n = x.shape
+        steps, width = panels.shape[1], out.shape[1]
+        from_x, from_w, to = x.ctypes.data, panels.ctypes.data, out.ctypes.data
+        for panel in prange(len(panels)):
+            for k in range(0, steps, block):
+                for a in range(0, PANEL, WIDTH):
+                    w = from_w + 4 * ((panel * steps + k) * PANEL + a)
+                    for row in range(0, rows, ROWS):
+                        x_at, place = from_x + 4 * (row * n + features * k), to + 4 * (row * width + panel * PANEL + a)
+                        tile(min(ROWS, rows - row), x_at, n, w, place, width, min(block, steps - k), k > 0)
+
+    return product
 
 
-@njit(inline="always")
-def _upper(pair: Any) -> Any:
-    return _as_float(i32(pair & np.uint32(0xFFFF0000)))
+_by_numbers = _by_panels(t.Array(f32, 3, "C", readonly=True), 1, tile)
+_by_words = _by_panels(t.Array(t.uint32, 3, "C", readonly=True), 2, tile_of_words)
 
 
-def _add_eight(y: Any, f: Any, w: Any, k: Any, a: Any) -> None:
-    """To y add eight features times the eight rows of w from k on, in the columns from a on."""
-
-
-@overload(_add_eight, inline="always")
-def _add_eight_of_any(y: Any, f: Any, w: Any, k: Any, a: Any) -> Any:
-    def of_numbers(y: Any, f: Any, w: Any, k: Any, a: Any) -> None:
-        b = a + len(y)
-        w0, w1, w2, w3 = w[k, a:b], w[k + 1, a:b], w[k + 2, a:b], w[k + 3, a:b]
-        w4, w5, w6, w7 = w[k + 4, a:b], w[k + 5, a:b], w[k + 6, a:b], w[k + 7, a:b]
-        f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
-        for j in range(len(y)):
-            first = (f0 * w0[j] + f1 * w1[j]) + (f2 * w2[j] + f3 * w3[j])
-            y[j] += first + ((f4 * w4[j] + f5 * w5[j]) + (f6 * w6[j] + f7 * w7[j]))
-
-    def of_pairs(y: Any, f: Any, w: Any, k: Any, a: Any) -> None:
-        b, p = a + len(y), k // 2
-        w0, w1, w2, w3 = w[p, a:b], w[p + 1, a:b], w[p + 2, a:b], w[p + 3, a:b]
-        f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
-        for j in range(len(y)):
-            first = (f0 * _lower(w0[j]) + f1 * _upper(w0[j])) + (f2 * _lower(w1[j]) + f3 * _upper(w1[j]))
-            more = (f4 * _lower(w2[j]) + f5 * _upper(w2[j])) + (f6 * _lower(w3[j]) + f7 * _upper(w3[j]))
-            y[j] += first + more
-
-    return of_pairs if w.dtype == t.uint32 else of_numbers
-
-
-_few = [t.void(seen, weights, f32[:, :, ::1], i64) for weights in (seen, seen_pairs)]
-
-
-@_compiled(_few, _STRICT)  # type: ignore[untyped-decorator]
-def _few_rows(x: Any, w: Any, sums: Any, block: Any) -> None:
-    """The product x @ w of each `block` of features, into a matrix of `sums`."""
-    n, columns = x.shape[1], w.shape[1]
-    panel = columns if len(x) == 1 else PANEL
-    for part in prange(len(sums)):
-        total = sums[part]
-        total[:] = 0
-        for k in range(part * block, min(n, (part + 1) * block), 8):
-            for a in range(0, columns, panel):
-                for row in range(len(x)):
-                    _add_eight(total[row, a : min(columns, a + panel)], x[row, k : k + 8], w, k, a)
+def product(x: Matrix, w: Any, block: int) -> Matrix | None:
+    """The product x @ w of (rows, in) with `Panels`, summing up at most `block` features at a time; None for arrays
+    that numpy must do.
+    """
+    if not isinstance(w, Panels) or not x.flags.c_contiguous:
+        return None
+    of_words = w.numbers.dtype == np.uint32
+    if of_words and x.shape[1] % 2:
+        x = np.pad(x, ((0, 0), (0, 1)))  # a word's second feature is read, too, though it is zero
+    out = np.empty((len(x), PANEL * len(w.numbers)), np.float32)
+    with _ONE_AT_A_TIME:
+        if of_words:
+            _by_words(x, w.numbers, out, block // 2)
+        else:
+            _by_numbers(x, w.numbers, out, block)
+    return np.ascontiguousarray(out[:, : w.shape[1]])
 
 
 _BLAS = library()
-_many_rows: Any = None
 _inner: Any = None
 _attend: Any = None
 if _BLAS is not None and _BLAS.set_threads:
@@ -182,28 +165,6 @@ if _BLAS is not None and _BLAS.set_threads:
         "mechscope_sgemm",
         t.void(i32, i32, i32, _size, _size, _size, f32, address, _size, address, _size, f32, address, _size),
     )
-
-    @_compiled(t.void(seen, seen, matrix, i64, i64), _STRICT)  # type: ignore[untyped-decorator]
-    def _many_rows(x: Any, w: Any, out: Any, block: Any, threads: Any) -> None:
-        """Out = x @ w: each thread has a share of the rows or columns, and sums up `block` features at a time."""
-        rows, n = x.shape
-        columns = w.shape[1]
-        by_rows = rows > columns
-        width = (((rows if by_rows else columns) + threads - 1) // threads + 15) // 16 * 16
-        from_x, from_w, to = x.ctypes.data, w.ctypes.data, out.ctypes.data
-        for thread in prange(threads):
-            first, a = (thread * width, 0) if by_rows else (0, thread * width)
-            height, wide = (
-                min(width, rows - first) if by_rows else rows,
-                columns if by_rows else min(width, columns - a),
-            )
-            if height > 0 and wide > 0:
-                for k in range(0, n, block):
-                    _sgemm(
-                        i32(101), i32(111), i32(111), height, wide, min(block, n - k),
-                        _ONE, from_x + 4 * (first * n + k), n, from_w + 4 * (k * columns + a), columns,
-                        _ZERO if k == 0 else _ONE, to + 4 * (first * columns + a), columns,
-                    )  # fmt: skip
 
     @_compiled(t.void(seen, seen, matrix, i64), _STRICT)  # type: ignore[untyped-decorator]
     def _inner(x: Any, w: Any, out: Any, threads: Any) -> None:
@@ -254,51 +215,6 @@ if _BLAS is not None and _BLAS.set_threads:
             weights[0, 0] = 0  # a last use: numba frees an array after that, and an address is none
 
 
-@_compiled(t.void(seen_pairs, matrix), _STRICT)  # type: ignore[untyped-decorator]
-def _widen(pairs: Any, out: Any) -> None:
-    for p in prange(len(pairs)):
-        for j in range(pairs.shape[1]):
-            out[2 * p, j] = _lower(pairs[p, j])
-            out[2 * p + 1, j] = _upper(pairs[p, j])
-
-
-def widened(pairs: Any) -> Matrix:
-    """A bfloat16 matrix in float32."""
-    out = np.empty((2 * len(pairs), pairs.shape[1]), np.float32)
-    with _ONE_AT_A_TIME:
-        _widen(pairs, out)
-    return out
-
-
-def product(x: Matrix, w: Any, block: int) -> Matrix | None:
-    """The product x @ w, summing up at most `block` features at a time; None for what numpy must do.
-
-    w may be bfloat16: few rows widen it as they go, more have it widened first.
-    """
-    if not (x.flags.c_contiguous and w.flags.c_contiguous):
-        return None
-    if len(x) <= FEW and x.shape[1] % 8 == block % 8 == 0:
-        return _product_of_few(x, w, block)
-    if _many_rows is None:
-        return None
-    if w.dtype != np.float32:
-        w = widened(w)[: x.shape[1]]
-    out = np.empty((len(x), w.shape[1]), np.float32)
-    with _ONE_AT_A_TIME:
-        _many_rows(x, w, out, block, THREADS)
-    return out
-
-
-def _product_of_few(x: Matrix, w: Any, block: int) -> Matrix:
-    """As many parts for each thread, and none of more than `block` features."""
-    parts = -(-x.shape[1] // block // THREADS) * THREADS
-    sums = np.empty((parts, len(x), w.shape[1]), np.float32)
-    with _ONE_AT_A_TIME:
-        _few_rows(x, w, sums, -(-x.shape[1] // parts // 8) * 8)
-    out: Matrix = np.add.reduce(sums)
-    return out
-
-
 def attend(
     q: Matrix, k: Matrix, v: Matrix, pos: Any, key_pos: Any, scale: float, window: int | None, pattern: Matrix | None
 ) -> Matrix | None:
@@ -338,11 +254,20 @@ def inner(x: Matrix, w: Matrix) -> Matrix | None:
 # --- elementwise --------------------------------------------------------------------------------------------------
 
 
-@_compiled(t.void(vector, seen_vector), _STRICT)  # type: ignore[untyped-decorator]
-def _gated_silu(gate: Any, up: Any) -> None:
-    for i in prange(len(gate)):
-        g = gate[i]
-        gate[i] = g / (_ONE + _exp(-g)) * up[i]
+def _stepped(x: Matrix) -> Matrix:
+    """(rows, width) whose rows lie apart -> (rows, step): a row's own numbers, then what must not be read."""
+    flat = x if x.strides[1] == 4 and x.strides[0] % 4 == 0 else np.ascontiguousarray(x)
+    step = max(flat.strides[0] // 4, flat.shape[1])
+    return np.lib.stride_tricks.as_strided(flat, (len(flat), step), (4 * step, 4), writeable=False)
+
+
+@_compiled(t.void(seen, seen, matrix), _STRICT)  # type: ignore[untyped-decorator]
+def _gated_silu(gate: Any, up: Any, out: Any) -> None:
+    for row in prange(len(out)):
+        ours, gates, ups = out[row], gate[row], up[row]
+        for j in range(len(ours)):
+            g = gates[j]
+            ours[j] = g / (_ONE + _exp(-g)) * ups[j]
 
 
 @_compiled(t.void(matrix), _SUMS)  # type: ignore[untyped-decorator]
@@ -364,28 +289,29 @@ def _rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
             out[row, j] = x[row, j] / root * gain[j]
 
 
-@_compiled(t.void(seen_heads, seen, seen, f32[:, :, :, ::1]), _STRICT)  # type: ignore[untyped-decorator]
+@_compiled(t.void(seen, seen, seen, heads), _STRICT)  # type: ignore[untyped-decorator]
 def _rotate(x: Any, cos: Any, sin: Any, out: Any) -> None:
-    batch, seq, heads, width = x.shape
+    batch, n_heads, seq, width = out.shape
     half = cos.shape[1]
     for place in prange(batch * seq):
         i, s = place // seq, place % seq
-        for head in range(heads):
+        c, d = cos[s], sin[s]
+        for head in range(n_heads):
+            turned, given = out[i, head, s], x[place, head * width : (head + 1) * width]
+            a, b, first, second = given[:half], given[half : 2 * half], turned[:half], turned[half : 2 * half]
             for j in range(half):
-                a, b = x[i, s, head, j], x[i, s, head, j + half]
-                out[i, head, s, j] = a * cos[s, j] - b * sin[s, j]
-                out[i, head, s, j + half] = b * cos[s, j] + a * sin[s, j]
-            for j in range(2 * half, width):
-                out[i, head, s, j] = x[i, s, head, j]
+                first[j] = a[j] * c[j] - b[j] * d[j]
+                second[j] = b[j] * c[j] + a[j] * d[j]
+            turned[2 * half :] = given[2 * half :]
 
 
-def gated_silu(gate: Matrix, up: Matrix) -> bool:
-    """SiLU(gate) * up, into `gate`; False for arrays that numpy must do."""
-    if not (gate.flags.carray and up.flags.c_contiguous):
-        return False
+def gated_silu(gate: Matrix, up: Matrix) -> Matrix:
+    """SiLU(gate) * up."""
+    out = np.empty(gate.shape, np.float32)
+    flat = (-1, gate.shape[-1])
     with _ONE_AT_A_TIME:
-        _gated_silu(gate.reshape(-1), up.reshape(-1))
-    return True
+        _gated_silu(_stepped(gate.reshape(flat)), _stepped(up.reshape(flat)), out.reshape(flat))
+    return out
 
 
 def softmax(x: Matrix) -> bool:
@@ -397,10 +323,9 @@ def softmax(x: Matrix) -> bool:
     return True
 
 
-def rms_norm(x: Matrix, weight: Matrix, eps: float) -> Matrix | None:
-    """As `ops.rms_norm`; None for arrays that numpy must do."""
-    if not (x.flags.c_contiguous and weight.flags.c_contiguous):
-        return None
+def rms_norm(x: Matrix, weight: Matrix, eps: float) -> Matrix:
+    """As `ops.rms_norm`."""
+    x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
     out = np.empty(x.shape, np.float32)
     flat = (-1, x.shape[-1])
     with _ONE_AT_A_TIME:
@@ -409,10 +334,11 @@ def rms_norm(x: Matrix, weight: Matrix, eps: float) -> Matrix | None:
 
 
 def rotate(x: Matrix, cos: Matrix, sin: Matrix) -> Matrix | None:
-    """As `ops.rotate`, of (batch, heads, seq, d_head) that lies in memory as (batch, seq, heads, d_head)."""
-    if x.ndim != 4 or not (turned := x.swapaxes(1, 2)).flags.c_contiguous:
+    """As `ops.rotate`, of (batch, heads, seq, d_head); None for arrays that numpy must do."""
+    if x.ndim != 4:
         return None
+    batch, n_heads, seq, d_head = x.shape
     out = np.empty(x.shape, np.float32)
     with _ONE_AT_A_TIME:
-        _rotate(turned, cos, sin, out)
+        _rotate(_stepped(x.swapaxes(1, 2).reshape(batch * seq, n_heads * d_head)), cos, sin, out)
     return out

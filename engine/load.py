@@ -17,7 +17,7 @@ from engine.gguf_file import GgufFile
 from engine.heap import keep_freed_memory
 from engine.model import Model
 from engine.network import ROUNDED
-from engine.params import Params, in_bfloat16
+from engine.params import Params, in_bfloat16, in_panels
 from engine.planted import planted
 from engine.synthetic import synthetic
 from engine.weights import Counted, SafetensorsDir, Tensors, read_json
@@ -51,10 +51,13 @@ def load_model(
     keep_freed_memory()
     fast.prepare(None if tick is None else partial(tick, 0, 1))
     made = _loaded(model, weights, tick, progress, dense_layers, converted, room)
-    if weights != "bf16":
-        return made
-    params = in_bfloat16(made.params, made.config.n_layers)
-    return replace(made, params=params, weights="bf16", fingerprint=f"{made.fingerprint}{ROUNDED}")
+    n_layers = made.config.n_layers
+    if weights == "bf16":
+        params = in_bfloat16(made.params, n_layers)
+        made = replace(made, params=params, weights="bf16", fingerprint=f"{made.fingerprint}{ROUNDED}")
+    if fast.kernels() is not None:
+        made = replace(made, params=in_panels(made.params, n_layers))
+    return made
 
 
 def _loaded(

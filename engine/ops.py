@@ -12,11 +12,10 @@ import numpy.typing as npt
 
 from engine import fast
 from engine.blas import add_product
+from engine.matrices import Array as Array
+from engine.matrices import Matrix, widened
 
-Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-Bfloat16 = npt.NDArray[np.uint32]
-"""A (in, out) matrix in bfloat16: (in / 2, out) words of two features each, the even one in the lower half."""
 
 LARGEST = 1e15
 """What vectors and changed rows may hold: a norm squares them, and float32 ends at 3e38."""
@@ -32,8 +31,8 @@ length: over 1536 features SmolLM2 is up to 4 times as far from float64 as torch
 """
 
 
-def linear(x: Array, weight: Array | Bfloat16, bias: Array | None = None) -> Array:
-    """`x @ weight + bias`: (..., in) with (in, out) -> (..., out); float32 sums, whatever the weight."""
+def linear(x: Array, weight: Matrix, bias: Array | None = None) -> Array:
+    """`x @ weight + bias`: (..., in) with (in, out) -> (..., out); float32 sums, however the weight is kept."""
     flat = x.reshape(-1, x.shape[-1])  # one 2-d product: numpy would loop over a batch axis
     kernels = fast.kernels()
     made: Array | None = None if kernels is None else kernels.product(flat, weight, SUM_BLOCK)
@@ -52,25 +51,6 @@ def inner(x: Array, weight: Array) -> Array:
     if made is None:
         made = (weight @ x[0])[None] if len(x) == 1 else x @ weight.T  # one row: four times as fast as x @ weight.T
     return made
-
-
-def rounded(x: Array) -> Bfloat16:
-    """(in, out) to the nearest bfloat16, ties to even; an odd last feature is paired with zeros."""
-    bits = x.view(np.uint32)
-    upper = (bits + ((bits >> 16) & 1) + 0x7FFF) & np.uint32(0xFFFF0000)
-    words: Bfloat16 = upper[::2] >> np.uint32(16)
-    words[: len(x) // 2] |= upper[1::2]
-    return words
-
-
-def widened(x: Array | Bfloat16) -> Array:
-    """(in, out) in float32 again, with an even number of features; what is float32 stays as it is."""
-    if x.dtype != np.uint32:
-        return x.view(np.float32)
-    bits = np.empty((2 * len(x), *x.shape[1:]), np.uint32)
-    np.left_shift(x, 16, out=bits[::2])
-    np.bitwise_and(x, 0xFFFF0000, out=bits[1::2])
-    return bits.view(np.float32)
 
 
 def _product(x: Array, weight: Array) -> Array:
@@ -95,8 +75,8 @@ def _equal_parts(features: int) -> int | None:
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Root-mean-square norm over the last axis (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
     kernels = fast.kernels()
-    made: Array | None = None if kernels is None else kernels.rms_norm(x, weight, eps)
-    return _rms_norm(x, weight, eps) if made is None else made
+    made: Array = _rms_norm(x, weight, eps) if kernels is None else kernels.rms_norm(x, weight, eps)
+    return made
 
 
 def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -256,8 +236,9 @@ def _mix(weights: Array, v: Array) -> Array:
 def gated(activation: str, gate: Array, up: Array) -> Array:
     """act(gate) * up, in memory of its own."""
     kernels = fast.kernels()
-    if kernels is not None and ACTIVATIONS[activation] is _silu and kernels.gated_silu(act := gate.copy(), up):
-        return act
+    if kernels is not None and ACTIVATIONS[activation] is _silu:
+        made: Array = kernels.gated_silu(gate, up)
+        return made
     act = ACTIVATIONS[activation](gate)
     act *= up
     return act

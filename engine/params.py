@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from engine.ops import Array, Bfloat16, rounded, widened
+from engine.matrices import Array, Matrix, columns, panelled, rounded, widened
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """weight (in, out), bias (out,) or None."""
+    """weight (in, out), however it is kept (`matrices.py`), bias (out,) or None."""
 
-    weight: Array | Bfloat16
+    weight: Matrix
     bias: Array | None = None
 
 
@@ -37,8 +37,8 @@ class Joined(Linear):
 
     @classmethod
     def of(cls, *parts: Linear) -> "Joined":
-        """These matrices, copied; where some have a bias, the others get zeros."""
-        weight = np.concatenate([part.weight for part in parts], axis=1)
+        """These float32 matrices, copied; where some have a bias, the others get zeros."""
+        weight = np.concatenate([widened(part.weight) for part in parts], axis=1)
         widths = tuple(part.weight.shape[1] for part in parts)
         biases = [np.zeros(w, np.float32) if p.bias is None else p.bias for p, w in zip(parts, widths, strict=True)]
         bias = np.concatenate(biases) if any(part.bias is not None for part in parts) else None
@@ -50,10 +50,9 @@ class Joined(Linear):
         return cls(whole.weight, whole.bias, widths=widths)
 
     def parts(self) -> list[Linear]:
-        """The matrices by themselves: views."""
-        return [
-            Linear(self.weight[:, at], None if self.bias is None else self.bias[at]) for at in _columns(self.widths)
-        ]
+        """The matrices by themselves: views, of panels copies."""
+        biases = [None if self.bias is None else self.bias[at] for at in _columns(self.widths)]
+        return [Linear(columns(self.weight, at), b) for at, b in zip(_columns(self.widths), biases, strict=True)]
 
     def split(self, x: Array) -> list[Array]:
         """What the product gave, (..., sum(widths)) -> what each matrix gives, (..., width): views."""
@@ -119,15 +118,23 @@ class LayerParams:
     def up(self) -> Linear:
         return self.gate_up.parts()[-1]
 
-    def arrays(self) -> Iterator[tuple[str, Array | Bfloat16]]:
+    def with_matrices(self, change: Callable[[Matrix], Matrix]) -> "LayerParams":
+        """The same with each matrix kept otherwise."""
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, part in parts.items():
+            if isinstance(part, Linear):
+                parts[name] = replace(part, weight=change(part.weight))
+        return LayerParams(**parts)
+
+    def arrays(self) -> Iterator[tuple[str, Matrix]]:
         """(name, array) of every weight by itself; of joined ones views."""
         return self._arrays(SINGLE)
 
-    def stored(self) -> Iterator[tuple[str, Array | Bfloat16]]:
+    def stored(self) -> Iterator[tuple[str, Matrix]]:
         """(name, array) of every weight as it lies in memory, in field order."""
         return self._arrays(field.name for field in fields(self))
 
-    def _arrays(self, names: Iterable[str]) -> Iterator[tuple[str, Array | Bfloat16]]:
+    def _arrays(self, names: Iterable[str]) -> Iterator[tuple[str, Matrix]]:
         for name in names:
             part = getattr(self, name)
             if part is not None:
@@ -155,6 +162,7 @@ class Params:
 
     def __init__(self, ends: Ends, load_layer: Callable[[int], LayerParams], keep: int) -> None:
         """At most `keep` layers are dense in memory, pinned ones aside; the least recently used go first."""
+        self.ends = ends
         self.embed, self.unembed, self.final_norm, self.positions, self.unembed_bias = ends
         self._load_layer = load_layer
         self.keep = keep
@@ -174,6 +182,15 @@ class Params:
         if self.keep:
             self._dense[index] = params
         return params
+
+    def changed(self, change: Callable[[LayerParams], LayerParams]) -> "Params":
+        """The same with every layer changed when it becomes dense; takes over those that are dense now."""
+        load = self._load_layer
+        made = Params(self.ends, lambda index: change(load(index)), self.keep)
+        while self._dense:
+            index, layer = self._dense.popitem(last=False)
+            made._dense[index] = change(layer)
+        return made
 
     @contextmanager
     def pinned(self, index: int) -> Iterator[LayerParams]:
@@ -204,15 +221,16 @@ class Params:
 
 def in_bfloat16(params: Params, n_layers: int) -> Params:
     """The same with the layers' matrices rounded to bfloat16: half the memory. What lies outside the layers stays."""
-    layers = []
-    for layer in map(params.layer, range(n_layers)):
-        parts: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields(layer)}
-        for name, part in parts.items():
-            if isinstance(part, Linear):
-                parts[name] = replace(part, weight=rounded(widened(part.weight)))
-        layers.append(LayerParams(**parts))
-    ends = Ends(params.embed, params.unembed, params.final_norm, params.positions, params.unembed_bias)
-    return Params(ends, layers.__getitem__, n_layers)
+    layers = [params.layer(i).with_matrices(lambda weight: rounded(widened(weight))) for i in range(n_layers)]
+    return Params(params.ends, layers.__getitem__, n_layers)
+
+
+def in_panels(params: Params, n_layers: int) -> Params:
+    """The same with the layers' matrices in panels, for compiled products. It takes over the layers that are dense."""
+    made = params.changed(lambda layer: layer.with_matrices(panelled))
+    for index in range(n_layers if made.keep >= n_layers else 0):
+        made.layer(index)
+    return made
 
 
 def transposed(weight: Array) -> Array:

@@ -8,7 +8,9 @@ from tolerances import KERNEL
 
 from engine import Model, fast, forward, load_model, ops
 from engine.errors import InputError
-from engine.params import Ends, LayerParams, Linear, Params, in_bfloat16
+from engine.matrices import panelled, widened
+from engine.matrices import rounded as to_bfloat16
+from engine.params import Params, in_bfloat16, in_panels
 
 PROMPT = "The capital of France is"
 
@@ -20,26 +22,19 @@ def rounded() -> Model:
 
 def as_float32(model: Model) -> Model:
     """The same rounded numbers, in float32."""
-    layers = []
-    for index in range(model.config.n_layers):
-        layer = model.params.layer(index)
-        parts = {name: getattr(layer, name) for name in layer.__slots__}
-        widened = {n: replace(p, weight=ops.widened(p.weight)) for n, p in parts.items() if isinstance(p, Linear)}
-        layers.append(LayerParams(**(parts | widened)))
-    p = model.params
-    ends = Ends(p.embed, p.unembed, p.final_norm, p.positions, p.unembed_bias)
-    return replace(model, params=Params(ends, layers.__getitem__, len(layers)))
+    layers = [model.params.layer(i).with_matrices(widened) for i in range(model.config.n_layers)]
+    return replace(model, params=Params(model.params.ends, layers.__getitem__, len(layers)))
 
 
 def test_rounding_goes_to_the_nearest_and_ties_go_to_even() -> None:
     exact = np.array([[1, 1.0078125], [-2, 0]], np.float32)
-    assert (ops.widened(ops.rounded(exact)) == exact).all()
+    assert (widened(to_bfloat16(exact)) == exact).all()
     ties = np.array([[1 + 2**-8, 1 + 3 * 2**-8], [1 + 2**-8 + 2**-20, -(1 + 2**-8)]], np.float32)
-    assert ops.widened(ops.rounded(ties)).tolist() == [[1, 1 + 2**-6], [1 + 2**-7, -1]]
+    assert widened(to_bfloat16(ties)).tolist() == [[1, 1 + 2**-6], [1 + 2**-7, -1]]
     extreme = np.array([[3e38], [1e-30]], np.float32)
-    assert np.abs(ops.widened(ops.rounded(extreme)) / extreme - 1).max() <= 2**-8
+    assert np.abs(widened(to_bfloat16(extreme)) / extreme - 1).max() <= 2**-8
     noise = np.random.default_rng(0).standard_normal((100, 100)).astype(np.float32)
-    share = np.abs(ops.widened(ops.rounded(noise)) / noise - 1)
+    share = np.abs(widened(to_bfloat16(noise)) / noise - 1)
     assert 2**-9 < share.max() <= 2**-8
 
 
@@ -48,17 +43,19 @@ def test_rounding_goes_to_the_nearest_and_ties_go_to_even() -> None:
 def test_a_matrix_with_an_odd_number_of_features_is_multiplied_as_it_is(rows: int, kernels: bool) -> None:
     drawn = np.random.default_rng(0)
     x, w = (drawn.standard_normal(shape).astype(np.float32) for shape in ((rows, 7), (7, 5)))
-    pairs = ops.rounded(w)
+    pairs = to_bfloat16(w)
     assert pairs.shape == (4, 5)
     with fast.using(kernels):
-        made = ops.linear(x, pairs)
-    assert np.abs(made - x @ ops.widened(pairs)[:7]).max() <= KERNEL * np.abs(made).max()
+        made = ops.linear(x, panelled(pairs) if kernels else pairs)
+    assert np.abs(made - x @ widened(pairs)[:7]).max() <= KERNEL * np.abs(made).max()
 
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("prompt", ["a", PROMPT])
 def test_a_run_is_that_of_the_rounded_weights_in_float32(rounded: Model, prompt: str, kernels: bool) -> None:
     expected = forward(as_float32(rounded), list(rounded.encode(prompt)), logits_at="all").logits
+    if kernels:
+        rounded = replace(rounded, params=in_panels(in_bfloat16(rounded.params, 4), 4))
     with fast.using(kernels):
         made = forward(rounded, list(rounded.encode(prompt)), logits_at="all").logits
     if kernels:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from engine import (
     patching_grid,
 )
 from engine.blas import library
-from engine.ops import Array
+from engine.matrices import PANEL, Array, Panels, panelled, rounded, widened
+from engine.params import Params, in_panels
+from engine.tile import ROWS
 
 NOISE = np.random.default_rng(0)
 
@@ -46,14 +49,45 @@ def agree(by_kernel: Array, by_numpy: Array, share: float = KERNEL) -> None:
     assert np.abs(by_kernel - by_numpy).max() <= share * np.abs(by_numpy).max()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6, 7, 33, 1100])
-@pytest.mark.parametrize(("n", "columns"), [(576, 1536), (1536, 576), (64, 16), (50, 37), (7, 1), (333, 1000), (8, 3)])
+SHAPES = [(576, 1536), (1536, 576), (64, 16), (50, 37), (7, 1), (333, 1000), (8, 3), (145, 2 * PANEL)]
+
+
+@pytest.mark.parametrize("rows", [*range(1, ROWS + 2), 33, 1100])
+@pytest.mark.parametrize(("n", "columns"), SHAPES)
 def test_a_product_is_as_near_to_float64_as_numpys(rows: int, n: int, columns: int) -> None:
     x, w = noise(rows, n), noise(n, columns)
     exact = x.astype(np.float64) @ w.astype(np.float64)
-    made = kernels.product(x, w, ops.SUM_BLOCK)
+    made = kernels.product(x, panelled(w), ops.SUM_BLOCK)
+    assert made.shape == exact.shape
     error, numpys = (np.sqrt(np.mean((y - exact) ** 2)) for y in (made, ops._product(x, w)))
     assert error <= 2 * numpys + KERNEL * np.sqrt(np.mean(exact**2)) / 10
+
+
+@pytest.mark.parametrize("rows", [1, ROWS, 33])
+@pytest.mark.parametrize(("n", "columns"), SHAPES)
+def test_a_product_with_bfloat16_is_that_with_the_widened_numbers(rows: int, n: int, columns: int) -> None:
+    x, w = noise(rows, n), rounded(noise(n, columns))
+    expected = kernels.product(x, panelled(widened(w)[:n]), ops.SUM_BLOCK)
+    agree(kernels.product(x, panelled(w), ops.SUM_BLOCK), expected)
+
+
+def test_a_word_without_a_second_feature_reads_nothing_of_the_next_row() -> None:
+    x, w = noise(2, 7), panelled(rounded(noise(7, 5)))
+    expected = kernels.product(x, w, 144)[0]
+    x[1] = np.nan
+    assert (kernels.product(x, w, 144)[0] == expected).all()
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (64, PANEL), (50, 3 * PANEL + 5)])
+def test_panels_hold_each_column_with_all_its_features_and_zeros_after_the_last(shape: tuple[int, int]) -> None:
+    w = noise(*shape)
+    panels = panelled(w)
+    assert (panels.shape, panelled(panels)) == (shape, panels)
+    for column in range(shape[1]):
+        assert (panels.numbers[column // PANEL, :, column % PANEL] == w[:, column]).all()
+    assert np.count_nonzero(panels.numbers) == w.size
+    assert (widened(panels) == w).all()
+    assert (widened(panelled(rounded(w))) == widened(rounded(w))).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33])
@@ -61,14 +95,6 @@ def test_a_product_is_as_near_to_float64_as_numpys(rows: int, n: int, columns: i
 def test_rows_times_the_rows_of_a_matrix(rows: int, columns: int) -> None:
     x, w = noise(rows, 577), noise(columns, 577)
     agree(kernels.inner(x, w), (x.astype(np.float64) @ w.T.astype(np.float64)).astype(np.float32))
-
-
-@pytest.mark.parametrize("n", [8, 7])
-def test_bfloat16_is_widened_as_numpy_does(n: int) -> None:
-    pairs = ops.rounded(noise(n, 37))
-    made = kernels.widened(pairs)
-    with fast.using(False):
-        assert (made == ops.widened(pairs)).all()
 
 
 def test_numpys_library_has_one_thread_while_kernels_are_in_use_and_its_own_number_after() -> None:
@@ -110,17 +136,18 @@ def test_no_kernel_hides_a_number_that_is_none(place: int) -> None:
     assert kernels.softmax(weights := x.copy())
     assert np.isnan(weights).all()
     assert np.isnan(kernels.rms_norm(x, ones[0], 1e-5)).all()
-    assert kernels.gated_silu(gate := x.copy(), ones)
-    assert np.isnan(gate).tolist() == np.isnan(x).tolist()
-    assert np.isnan(kernels.product(x, np.ones((40, 3), np.float32), 16)).all()
+    assert np.isnan(kernels.gated_silu(x, ones)).tolist() == np.isnan(x).tolist()
+    assert np.isnan(kernels.product(x, panelled(np.ones((40, 3), np.float32)), 16)).all()
 
 
 @pytest.mark.parametrize("size", [1e-3, 1, 30, 90, 1e4, 1e15])
 def test_a_gated_silu_of_any_size(size: float) -> None:
     gate, up = np.float32(size) * noise(4, 333), noise(4, 333)
+    beside = np.concatenate([gate, up], axis=1)
     with fast.using(False):
-        by_numpy = ops.gated("silu", gate.copy(), up)
+        by_numpy = ops.gated("silu", gate, up)
     agree(ops.gated("silu", gate, up), by_numpy)
+    agree(ops.gated("silu", beside[:, :333], beside[:, 333:]), by_numpy)
 
 
 @pytest.mark.parametrize("weights", [(64,), (3, 64)])
@@ -135,6 +162,10 @@ def test_rotation_of_all_features_and_of_some(half: int) -> None:
     angle = noise(7, half)
     cos, sin = np.cos(angle), np.sin(angle)
     agree(kernels.rotate(x, cos, sin), ops._rotate(x, cos, sin))
+    part = noise(2, 7, 5 * 64)[:, :, 64:256].reshape(2, 7, 3, 64).swapaxes(1, 2)
+    agree(kernels.rotate(part, cos, sin), ops._rotate(part, cos, sin))
+    alone = noise(2, 3, 7, 64)
+    agree(kernels.rotate(alone, cos, sin), ops._rotate(alone, cos, sin))
 
 
 @pytest.mark.parametrize("queries", [1, 5, 64, 65, 150])
@@ -165,32 +196,42 @@ def test_a_query_that_sees_no_key_attends_to_nothing() -> None:
     assert (ops.attend(q, k, k, np.array([0, 1, 2]), np.array([3, 4, 5, 6]), scale=1) == 0).all()
 
 
-def test_what_lies_otherwise_in_memory_is_left_to_numpy() -> None:
+def test_what_lies_otherwise_in_memory_is_copied_or_left_to_numpy() -> None:
     x, w = noise(9, 80)[:, ::2], noise(40, 30)
-    assert kernels.product(x, w, 16) is None
-    assert kernels.rms_norm(x, w[:, 0], 1e-5) is None
-    assert kernels.rotate(noise(1, 3, 7, 8), noise(7, 4), noise(7, 4)) is None
+    assert kernels.product(x, panelled(w), 16) is None
+    assert kernels.product(x.copy(), w, 16) is None
+    agree(kernels.rms_norm(x, w[:, 0], 1e-5), ops._rms_norm(x, w[:, 0], 1e-5))
+    agree(kernels.gated_silu(x, x), kernels.gated_silu(x.copy(), x.copy()))
     assert not kernels.softmax(x)
-    assert not kernels.gated_silu(x, x)
     frozen = noise(3, 4)
     frozen.flags.writeable = False
     assert not kernels.softmax(frozen), "what may not be written is not"
     agree(ops.linear(x, w), x @ w)
+    agree(ops.linear(x, panelled(w)), x @ w)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
+def with_panels(model: Model) -> Model:
+    """The same numbers as a model has them that was loaded with kernels in use."""
+    n = model.config.n_layers
+    held = Params(model.params.ends, model.params.layer, n)
+    return replace(model, params=in_panels(held, n))
+
+
 def test_every_point_of_every_family_is_what_numpy_computes(model: Model, ids: list[int]) -> None:
-    def points() -> dict[str, dict[int, Array]]:
+    def points(model: Model) -> dict[str, dict[int, Array]]:
         names = [name for name in POINTS if not (model.config.parallel and name == "resid_mid")]
         record = RecordHook.for_layers(range(model.config.n_layers), points=names)
         logits = forward(model, ids, hook=record, logits_at="all").logits
         return {name: record.get(name) for name in names} | {"logits": {0: logits}}
 
-    by_kernels = points()
+    compiled = with_panels(model)
+    assert isinstance(compiled.params.layer(0).o.weight, Panels)
+    by_kernels = points(compiled)
     with fast.using(False):
-        by_numpy = points()
+        by_numpy = points(model)
     for name, layers in by_numpy.items():
         for layer, rows in layers.items():
             largest = np.abs(rows).max()
@@ -201,19 +242,19 @@ def test_generation_and_a_grid_come_out_the_same(smollm2: Model) -> None:
     clean, corrupt = (list(smollm2.encode(f"The capital of {x} is")) for x in ("France", "Italy"))
     metric = Metric("logit_difference", *(smollm2.encode(f" {x}")[-1] for x in ("Paris", "Rome")))
 
-    def both() -> tuple[list[int], Array]:
-        new = generate(smollm2, clean, 8, cache=KVCache.with_layers(30)).ids
-        return new, patching_grid(smollm2, clean, corrupt, metric, "resid_pre").values
+    def both(model: Model) -> tuple[list[int], Array]:
+        new = generate(model, clean, 8, cache=KVCache.with_layers(30)).ids
+        return new, patching_grid(model, clean, corrupt, metric, "resid_pre").values
 
-    ids, grid = both()
+    ids, grid = both(with_panels(smollm2))
     with fast.using(False):
-        expected_ids, expected = both()
+        expected_ids, expected = both(smollm2)
     assert ids == expected_ids
     assert np.abs(grid - expected).max() < 1e-3
 
 
 def test_many_threads_at_once_get_what_one_gets() -> None:
-    x, w = noise(50, 576), noise(576, 576)
+    x, w = noise(50, 576), panelled(noise(576, 576))
     expected = kernels.product(x, w, 144)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: kernels.product(x, w, 144), range(200)))

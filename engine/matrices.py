@@ -1,0 +1,95 @@
+"""How a matrix of weights is kept: its (in, out) float32 numbers, or what stands for them.
+
+Bfloat16            words of two rounded numbers each
+Panels              either, in the order in which compiled products read it
+rounded, panelled   make these
+widened             the (in, out) float32 numbers, however they are kept
+columns             some columns, likewise
+"""
+
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+Bfloat16 = npt.NDArray[np.uint32]
+"""A (in, out) matrix in bfloat16: (in / 2, out) words of two features each, the even one in the lower half."""
+
+PANEL = 32
+"""Columns of a panel: two of the widest vectors there are."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Panels:
+    """A matrix cut into panels of PANEL columns, each with all its features beside each other in memory.
+
+    numbers: (panels, in, PANEL) float32 or (panels, in / 2, PANEL) words of bfloat16; the last panel ends in zeros.
+    shape: that of the matrix as it was, (in, out) or (in / 2, out).
+    """
+
+    numbers: Array | Bfloat16
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes
+
+    def tobytes(self) -> bytes:
+        """The numbers as they lie in memory."""
+        return self.numbers.tobytes()
+
+
+Matrix = Array | Bfloat16 | Panels
+
+
+def rounded(x: Array) -> Bfloat16:
+    """(in, out) to the nearest bfloat16, ties to even; an odd last feature is paired with zeros."""
+    bits = x.view(np.uint32)
+    upper = (bits + ((bits >> 16) & 1) + 0x7FFF) & np.uint32(0xFFFF0000)
+    words: Bfloat16 = upper[::2] >> np.uint32(16)
+    words[: len(x) // 2] |= upper[1::2]
+    return words
+
+
+def panelled(x: Matrix) -> Panels:
+    """The same in panels: a copy, unless it is in panels already. Pages of a mapped file are given back."""
+    if isinstance(x, Panels):
+        return x
+    n, width = x.shape
+    numbers = np.zeros((-(-width // PANEL), n, PANEL), x.dtype)
+    for panel, start in zip(numbers, range(0, width, PANEL), strict=True):
+        part = x[:, start : start + PANEL]
+        panel[:, : part.shape[1]] = part
+    _give_back_pages(x)
+    return Panels(numbers, (n, width))
+
+
+def _give_back_pages(x: npt.NDArray[Any]) -> None:
+    """If x lies in a mapped file: what was read of it need not stay in memory."""
+    base: Any = x
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def widened(x: Matrix) -> Array:
+    """(in, out) in float32 again, with an even number of features if it was rounded; an array of that is itself."""
+    if isinstance(x, Panels):
+        flat: Array | Bfloat16 = x.numbers.swapaxes(0, 1).reshape(len(x.numbers[0]), -1)
+        whole: Array | Bfloat16 = np.ascontiguousarray(flat[:, : x.shape[1]])
+        return widened(whole)
+    if x.dtype != np.uint32:
+        return x.view(np.float32)
+    bits = np.empty((2 * len(x), *x.shape[1:]), np.uint32)
+    np.left_shift(x, 16, out=bits[::2])
+    np.bitwise_and(x, 0xFFFF0000, out=bits[1::2])
+    return bits.view(np.float32)
+
+
+def columns(x: Matrix, at: slice) -> Array | Bfloat16:
+    """Some columns by themselves: a view, of panels a float32 copy."""
+    return widened(x)[:, at] if isinstance(x, Panels) else x[:, at]

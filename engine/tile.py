@@ -1,0 +1,170 @@
+"""`tile`: a few rows times a panel, with all sums in vector registers. It is what compiled products are made of.
+
+A tile's sums stay in registers over all its features: each feature costs a load of the panel's numbers, and for each
+row a load of one number of x. Written in LLVM's vectors, so it is the same text for every processor; how many rows and
+vectors fit the registers is looked up once. The layout follows Goto & van de Geijn, "Anatomy of High-Performance
+Matrix Multiplication" (2008), with panels that were laid out when the weights were read.
+"""
+
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types as t
+from numba.extending import intrinsic
+
+from engine.matrices import PANEL
+
+
+def _registers() -> tuple[int, int, int]:
+    """(lanes of a vector, vectors beside each other, rows): sums, panel and one number of x fill the registers."""
+    if llvmlite.binding.get_host_cpu_features().get("avx512f"):
+        return 16, 2, 12
+    if llvmlite.binding.get_process_triple().startswith(("aarch64", "arm64")):
+        return 4, 4, 6
+    return 8, 2, 6
+
+
+LANES, VECTORS, ROWS = _registers()
+WIDTH = LANES * VECTORS
+"""Columns of a tile: a panel is one or several tiles wide."""
+AHEAD = 32
+"""Features ahead for which the panel's numbers are asked for: the processor's own guesses end at each 4 KiB."""
+
+_FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+_VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
+
+
+class _Tile:
+    """Emits the loop for one number of rows. Steps are in numbers: from row to row of x and of the result."""
+
+    def __init__(self, builder: Any, rows: int, arguments: Any, words: bool) -> None:
+        self.builder, self.rows, self.words = builder, rows, words
+        self.x, self.x_step, self.w, self.out, self.out_step, self.features, self.add = arguments
+        self.fma = self._named(ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32")
+
+    def emit(self) -> None:
+        """Sum up over the features, then write the sums or add them to what is there."""
+        builder, start = self.builder, self.builder.block
+        loop, end = builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        at = builder.phi(_INT)
+        sums = [[builder.phi(_VECTOR) for _ in range(VECTORS)] for _ in range(self.rows)]
+        after, step = self._feature(at, sums), builder.add(at, _int(1))
+        for phi, first, later in [(at, _int(0), step), *((y, _zeros(), z) for y, z in _pairs(sums, after))]:
+            phi.add_incoming(first, start)
+            phi.add_incoming(later, loop)
+        builder.cbranch(builder.icmp_signed("<", step, self.features), loop, end)
+        builder.position_at_end(end)
+        with builder.if_else(self.add) as (adding, writing):
+            with adding:
+                self._store(after, add=True)
+            with writing:
+                self._store(after, add=False)
+
+    def _feature(self, at: Any, sums: list[list[Any]]) -> list[list[Any]]:
+        """The sums with one feature more, or with the two of a word."""
+        builder, per_step = self.builder, 2 if self.words else 1
+        row_of_w = builder.gep(self.w, [builder.mul(at, _int(PANEL))])
+        panel = self._panel(row_of_w)
+        self._prefetch(row_of_w)
+        after = []
+        for row, before in enumerate(sums):
+            self._fence()
+            first = builder.add(builder.mul(self.x_step, _int(row)), builder.mul(at, _int(per_step)))
+            for feature in range(per_step):
+                number = self._spread(builder.load(builder.gep(self.x, [builder.add(first, _int(feature))])))
+                before = [builder.call(self.fma, [number, w, y]) for w, y in zip(panel[feature], before, strict=True)]
+            after.append(before)
+        return after
+
+    def _panel(self, row_of_w: Any) -> list[list[Any]]:
+        """The vectors of one feature, or of the two in each word."""
+        builder = self.builder
+        kind = _WORDS if self.words else _VECTOR
+        loaded = [self._load(builder.gep(row_of_w, [_int(LANES * v)]), kind) for v in range(VECTORS)]
+        if not self.words:
+            return [loaded]
+        low, high = (ir.Constant(_WORDS, [ir.Constant(_WORD, n)] * LANES) for n in (16, 0xFFFF0000))
+        even = [builder.bitcast(builder.shl(word, low), _VECTOR) for word in loaded]
+        return [even, [builder.bitcast(builder.and_(word, high), _VECTOR) for word in loaded]]
+
+    def _store(self, sums: list[list[Any]], add: bool) -> None:
+        builder = self.builder
+        for row, parts in enumerate(sums):
+            for v, part in enumerate(parts):
+                place = builder.gep(self.out, [builder.add(builder.mul(self.out_step, _int(row)), _int(LANES * v))])
+                whole = builder.fadd(self._load(place, _VECTOR), part) if add else part
+                builder.store(whole, builder.bitcast(place, _VECTOR.as_pointer())).align = 4
+
+    def _load(self, place: Any, kind: Any) -> Any:
+        loaded = self.builder.load(self.builder.bitcast(place, kind.as_pointer()))
+        loaded.align = 4
+        return loaded
+
+    def _spread(self, number: Any) -> Any:
+        """The number in every lane."""
+        nothing, first = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES)
+        return self.builder.shuffle_vector(
+            self.builder.insert_element(nothing, number, ir.Constant(_WORD, 0)), nothing, first
+        )
+
+    def _prefetch(self, row_of_w: Any) -> None:
+        byte = ir.IntType(8).as_pointer()
+        fetch = self._named(ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD]), "llvm.prefetch.p0")
+        for line in range(0, WIDTH, 16):
+            place = self.builder.gep(row_of_w, [_int(AHEAD * PANEL + line)])
+            self.builder.call(fetch, [self.builder.bitcast(place, byte), *(ir.Constant(_WORD, n) for n in (0, 3, 1))])
+
+    def _named(self, kind: Any, name: str) -> Any:
+        """One of LLVM's intrinsic functions."""
+        known = self.builder.module.globals
+        return known[name] if name in known else ir.Function(self.builder.module, kind, name)
+
+    def _fence(self) -> None:
+        """No instruction, but LLVM must not load beyond it: it would load all rows first, and run out of registers."""
+        nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", side_effect=True)
+        self.builder.call(nothing, [])
+
+
+def _int(n: int) -> Any:
+    return ir.Constant(_INT, n)
+
+
+def _zeros() -> Any:
+    return ir.Constant(_VECTOR, [0.0] * LANES)
+
+
+def _pairs(sums: list[list[Any]], after: list[list[Any]]) -> list[tuple[Any, Any]]:
+    return [pair for before, now in zip(sums, after, strict=True) for pair in zip(before, now, strict=True)]
+
+
+def _of(words: bool) -> Any:
+    def tile(_: Any, rows: Any, x: Any, x_step: Any, w: Any, out: Any, out_step: Any, features: Any, add: Any) -> Any:
+        """Out (rows, WIDTH) = or += x (rows, features) @ w (features, WIDTH); w's rows are PANEL numbers apart."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            n, x, x_step, w, out, out_step, features, add = arguments
+            pointers = [builder.inttoptr(place, _FLOAT.as_pointer()) for place in (x, w, out)]
+            given = (pointers[0], x_step, pointers[1], pointers[2], out_step, features, add)
+            done = builder.append_basic_block()
+            switch = builder.switch(n, done)
+            for count in range(1, ROWS + 1):
+                case = builder.append_basic_block()
+                switch.add_case(_int(count), case)
+                builder.position_at_end(case)
+                _Tile(builder, count, given, words).emit()
+                builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        place, size = t.uintp, t.int64
+        return t.void(size, place, size, place, place, size, size, t.boolean), generate
+
+    return intrinsic(tile)
+
+
+tile = _of(words=False)
+tile_of_words = _of(words=True)
+"""`tile` of bfloat16: `features` counts words."""
