@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from engine.blas import library
 
@@ -88,12 +89,13 @@ def _compiled() -> ModuleType:
     import numba
     from platformdirs import user_cache_path
 
-    kept = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = kept or str(user_cache_path("mechscope") / "kernels" / _sources())
+    settings: Any = numba.config
+    kept = settings.CACHE_DIR
+    settings.CACHE_DIR = kept or str(user_cache_path("mechscope") / "kernels" / _sources())
     try:
         from engine import kernels
     finally:
-        numba.config.CACHE_DIR = kept
+        settings.CACHE_DIR = kept
     return kernels
 
 

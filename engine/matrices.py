@@ -79,9 +79,8 @@ def _give_back_pages(x: npt.NDArray[Any]) -> None:
 def widened(x: Matrix) -> Array:
     """(in, out) in float32 again, with an even number of features if it was rounded; an array of that is itself."""
     if isinstance(x, Panels):
-        flat: Array | Bfloat16 = x.numbers.swapaxes(0, 1).reshape(len(x.numbers[0]), -1)
-        whole: Array | Bfloat16 = np.ascontiguousarray(flat[:, : x.shape[1]])
-        return widened(whole)
+        flat: Any = x.numbers.swapaxes(0, 1).reshape(len(x.numbers[0]), -1)
+        return widened(np.ascontiguousarray(flat[:, : x.shape[1]]))
     if x.dtype != np.uint32:
         return x.view(np.float32)
     bits = np.empty((2 * len(x), *x.shape[1:]), np.uint32)

@@ -239,7 +239,7 @@ def gated(activation: str, gate: Array, up: Array) -> Array:
     if kernels is not None and ACTIVATIONS[activation] is _silu:
         made: Array = kernels.gated_silu(gate, up)
         return made
-    act = ACTIVATIONS[activation](gate)
+    act = ACTIVATIONS[activation](np.ascontiguousarray(gate))  # rows that lie apart take numpy twice as long
     act *= up
     return act
 
