@@ -38,8 +38,9 @@ class Joined(Linear):
     @classmethod
     def of(cls, *parts: Linear) -> "Joined":
         """These matrices, copied; where some have a bias, the others get zeros."""
-        weight = np.concatenate([part.weight for part in parts], axis=1)
         widths = tuple(part.weight.shape[1] for part in parts)
+        weight = np.empty((len(parts[0].weight), sum(widths)), np.float32)
+        np.concatenate([part.weight for part in parts], axis=1, out=weight)
         biases = [np.zeros(w, np.float32) if p.bias is None else p.bias for p, w in zip(parts, widths, strict=True)]
         bias = np.concatenate(biases) if any(part.bias is not None for part in parts) else None
         return cls(weight, bias, widths=widths)
