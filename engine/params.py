@@ -37,9 +37,11 @@ class Joined(Linear):
 
     @classmethod
     def of(cls, *parts: Linear) -> "Joined":
-        """These float32 matrices, copied; where some have a bias, the others get zeros."""
-        weight = np.concatenate([widened(part.weight) for part in parts], axis=1)
-        widths = tuple(part.weight.shape[1] for part in parts)
+"""These float32 matrices, copied; where some have a bias, the others get zeros."""
+        matrices = [widened(part.weight) for part in parts]
+        widths = tuple(matrix.shape[1] for matrix in matrices)
+        weight = np.empty((len(matrices[0]), sum(widths)), np.float32)  # in this order, whatever that of the parts
+        np.concatenate(matrices, axis=1, out=weight)
         biases = [np.zeros(w, np.float32) if p.bias is None else p.bias for p, w in zip(parts, widths, strict=True)]
         bias = np.concatenate(biases) if any(part.bias is not None for part in parts) else None
         return cls(weight, bias, widths=widths)

@@ -12,7 +12,7 @@ from engine.config import Config, Rope
 from engine.errors import DamagedFile, clipped
 from engine.families._read import choice, flag, real, whole
 from engine.families._rope import rope_from
-from engine.ops import ACTIVATIONS
+from engine.ops import ACTIVATIONS, Array
 from engine.params import Ends, Joined, Linear, Norm, transposed
 from engine.weights import Tensors
 
@@ -133,9 +133,23 @@ def gain_minus_one(raw: Raw) -> bool:
 
 def linear(tensors: Tensors, name: str, d_in: int, d_out: int, bias: bool | None = False) -> Linear:
     """`name.weight`, and `name.bias` if the architecture has one (None: if it is stored)."""
+    weight, offset = _stored(tensors, name, d_in, d_out, bias)
+    return Linear(transposed(weight), offset)
+
+
+def joined(
+    tensors: Tensors, names: Sequence[str], d_in: int, widths: Sequence[int], bias: bool | None = False
+) -> Joined:
+    """`linear` of each name, beside each other."""
+    stored = [_stored(tensors, name, d_in, width, bias) for name, width in zip(names, widths, strict=True)]
+    return Joined.of(*(Linear(weight.T, offset) for weight, offset in stored))
+
+
+def _stored(tensors: Tensors, name: str, d_in: int, d_out: int, bias: bool | None) -> tuple[Array, Array | None]:
+    """(out, in) and the bias, as files have them."""
     bias = f"{name}.bias" in tensors if bias is None else bias
-    weight = transposed(tensors.get(f"{name}.weight", (d_out, d_in)))
-    return Linear(weight, tensors.get(f"{name}.bias", (d_out,)) if bias else None)
+    weight = tensors.get(f"{name}.weight", (d_out, d_in))
+    return weight, tensors.get(f"{name}.bias", (d_out,)) if bias else None
 
 
 def norm(tensors: Tensors, name: str, width: int, bias: bool = False, plus_one: bool = False) -> Norm:
@@ -153,24 +167,18 @@ def attention(
     o: str = "o_proj",
 ) -> Attention:
     """The four projections under `at`."""
-    q_width, kv_width, _ = cfg.qkv_widths
+    names = [f"{at}.{part}_proj" for part in "qkv"]
     return {
-        "qkv": Joined.of(
-            linear(tensors, f"{at}.q_proj", cfg.d_model, q_width, qkv_bias),
-            linear(tensors, f"{at}.k_proj", cfg.d_model, kv_width, qkv_bias),
-            linear(tensors, f"{at}.v_proj", cfg.d_model, kv_width, qkv_bias),
-        ),
-        "o": linear(tensors, f"{at}.{o}", q_width, cfg.d_model, o_bias),
+        "qkv": joined(tensors, names, cfg.d_model, cfg.qkv_widths, qkv_bias),
+        "o": linear(tensors, f"{at}.{o}", cfg.qkv_widths[0], cfg.d_model, o_bias),
     }
 
 
 def gated_mlp(tensors: Tensors, at: str, cfg: Config, bias: bool | None = False) -> Mlp:
     """gate, up and down under `at`."""
+    names = [f"{at}.{part}_proj" for part in ("gate", "up")]
     return {
-        "gate_up": Joined.of(
-            linear(tensors, f"{at}.gate_proj", cfg.d_model, cfg.d_mlp, bias),
-            linear(tensors, f"{at}.up_proj", cfg.d_model, cfg.d_mlp, bias),
-        ),
+        "gate_up": joined(tensors, names, cfg.d_model, (cfg.d_mlp, cfg.d_mlp), bias),
         "down": linear(tensors, f"{at}.down_proj", cfg.d_mlp, cfg.d_model, bias),
     }
 
