@@ -37,7 +37,7 @@ class Joined(Linear):
 
     @classmethod
     def of(cls, *parts: Linear) -> "Joined":
-"""These float32 matrices, copied; where some have a bias, the others get zeros."""
+        """These float32 matrices, copied; where some have a bias, the others get zeros."""
         matrices = [widened(part.weight) for part in parts]
         widths = tuple(matrix.shape[1] for matrix in matrices)
         weight = np.empty((len(matrices[0]), sum(widths)), np.float32)  # in this order, whatever that of the parts
