@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
-from engine.blas import library
+from engine.blas import want_single_threaded
 
 VARIABLE = "MECHSCOPE_FAST"
 SPINS = "20000"
@@ -76,9 +76,9 @@ def using(wanted: bool) -> Iterator[None]:
 def _use(kernels: ModuleType | None) -> None:
     """The kernels have threads of their own: numpy's BLAS has one meanwhile, in the whole process."""
     global _kernels
+    if (change := (kernels is not None) - (_kernels is not None)) != 0:
+        want_single_threaded(change)
     _kernels = kernels
-    if (found := library()) is not None:
-        found.use_threads(found.threads if kernels is None else 1)
 
 
 def _compiled() -> ModuleType:

@@ -16,6 +16,7 @@ from engine import (
     Metric,
     Model,
     RecordHook,
+    blas,
     fast,
     forward,
     generate,
@@ -23,7 +24,6 @@ from engine import (
     ops,
     patching_grid,
 )
-from engine.blas import library
 from engine.ops import Array
 
 NOISE = np.random.default_rng(0)
@@ -72,11 +72,11 @@ def test_bfloat16_is_widened_as_numpy_does(n: int) -> None:
 
 
 def test_numpys_library_has_one_thread_while_kernels_are_in_use_and_its_own_number_after() -> None:
-    found = library()
+    found = blas.library()
     threads = (found.get_threads(),)
     with fast.using(False):
         threads += (found.get_threads(),)
-    assert (*threads, found.get_threads()) == (1, found.threads, 1)
+    assert (*threads, found.get_threads()) == (1, blas.threads(), 1)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 33, 300])
