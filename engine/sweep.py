@@ -174,7 +174,7 @@ class _Group:
         self.x = np.concatenate([self.x, *rows])
 
     def rows_of(self, place: int, at: slice) -> slice:
-        """The rows of one member among those of the group."""
+        """The rows of one member among those of the group, which are `at`."""
         n = (at.stop - at.start) // len(self.members)
         return slice(at.start + place * n, at.start + (place + 1) * n)
 
@@ -245,18 +245,19 @@ class _VariantEdits(LayerHook):
             for edit in fork.edits:
                 if edit.point not in ("attn_pattern", "embed", "final_norm"):
                     self._edits.setdefault((edit.point, edit.layer), []).append((fork, edit))
-        self.rows: dict[int, slice] = {}
-        """Where a variant's rows are in the batch, and among those that go on."""
-        self.rows_on: dict[int, slice] = {}
+        self.places: dict[int, tuple[_Group, int]] = {}
+        """Of each living variant: its group and its place there."""
 
     def wants(self, point: str, layer: int) -> bool:
-        return any(fork.index in self.rows for fork, _ in self._edits.get((point, layer), ()))
+        return any(fork.index in self.places for fork, _ in self._edits.get((point, layer), ()))
 
     def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array:
-        out, rows = x.copy(), self.rows if point in FEEDS_ROWS else self.rows_on
+        out = x if x.flags.writeable else x.copy()
         for fork, edit in self._edits[point, layer]:
-            if fork.index in rows:
-                mine = (*[slice(None)] * POINTS[point].seq_axis, rows[fork.index])
+            if fork.index in self.places:
+                group, place = self.places[fork.index]
+                rows = group.rows_of(place, group.at if point in FEEDS_ROWS else group.on)
+                mine = (*[slice(None)] * POINTS[point].seq_axis, rows)
                 changed = edit(out[mine], np.arange(fork.start, self._length), key_pos, self._length)
                 out[mine] = out[mine] if changed is None else changed
         return out
@@ -292,7 +293,9 @@ class _Slice:
         for start, whole in dict.fromkeys((fork.start, fork.ends_whole(n - 1)) for fork in joining):
             forks = [fork for fork in joining if (fork.start, fork.ends_whole(n - 1)) == (start, whole)]
             rows = [self._rows(fork)[:, 0 if whole or layer < n else -1 :] for fork in forks]
-            self._groups.setdefault((start, whole), _Group(start, whole, [], rows[0][:0])).join(forks, rows)
+            group = self._groups.setdefault((start, whole), _Group(start, whole, [], rows[0][:0]))
+            self._hook.places |= {fork.index: (group, len(group.members) + i) for i, fork in enumerate(forks)}
+            group.join(forks, rows)
 
     def _rows(self, fork: Fork) -> Array:
         """(1, rows, d_model) that the fork begins with."""
@@ -318,15 +321,12 @@ class _Slice:
         return len(which)
 
     def _place(self, groups: Iterable[_Group], last: bool) -> IntArray | None:
-        """Say where each group's and each variant's rows are; returns which go on, in the last layer."""
+        """Say where each group's rows are; returns which go on, in the last layer."""
         start = on = 0
         for group in groups:
             group.at = slice(start, start + group.x.shape[0] * group.x.shape[1])
             group.on = slice(on, on + len(group.kept)) if last else group.at
             start, on = group.at.stop, group.on.stop
-            for place, fork in enumerate(group.members):
-                self._hook.rows[fork.index] = group.rows_of(place, group.at)
-                self._hook.rows_on[fork.index] = group.rows_of(place, group.on)
         return np.concatenate([group.kept for group in groups]) if last else None
 
     def _normed(self, forks: Sequence[Fork], x: Array) -> Array:
