@@ -95,9 +95,9 @@ def test_in_the_last_layer_only_last_rows_go_on_unless_another_row_is_changed_th
     last = synthetic.config.n_layers - 1
     early = Variant((Intervention("scale", (1,), "mlp_out", (0,), value=0.5),))
     late = Variant((*early.interventions, Intervention("scale", (last,), point, (3,), value=0.5)))
-    run = sweep(synthetic, list(range(6)), [late, early])
+    run = sweep(synthetic, list(range(6)), [early, late])
     assert rows[-1] == (1 + 6 if all_rows else 1 + 1)
-    for variant, values in zip((late, early), run.values, strict=True):
+    for variant, values in zip((early, late), run.values, strict=True):
         assert_close(values, solo(synthetic, list(range(6)), variant)[0])
 
 
