@@ -29,6 +29,9 @@ ROWS_WORTH_A_THREAD = 48
 every thread reads, and a product's own threads read each weight once.
 """
 
+MOST_UNEVEN = 1.1
+"""How much more than the mean a thread may have to do: the others are idle meanwhile, and its products are its own."""
+
 Slice = list["Fork"]
 """Variants that run together."""
 
@@ -82,9 +85,11 @@ def shares_of(model: Network, forks: Sequence[Fork], length: int, budget: int) -
     """
     cfg, threads = model.config, blas.threads()
     if threads > 1 and fast.kernels() is None and model.params.keep >= cfg.n_layers:
-        shares = [_slices(cfg, dealt, length, budget // threads) for dealt in _dealt(cfg, forks, length, threads)]
-        entered = layers_entered(cfg, shares)
-        if rows_of(cfg, forks, length) >= ROWS_WORTH_A_THREAD * max(entered, 1):
+        dealt = _dealt(cfg, forks, length, threads)
+        shares = [_slices(cfg, some, length, budget // threads) for some in dealt]
+        rows, most = rows_of(cfg, forks, length), max(rows_of(cfg, some, length) for some in dealt)
+        enough = rows >= ROWS_WORTH_A_THREAD * max(layers_entered(cfg, shares), 1)
+        if enough and threads * most <= MOST_UNEVEN * rows:
             return shares
     return [_slices(cfg, forks, length, budget)]
 

@@ -157,6 +157,8 @@ PLAIN_MUTANTS = (
            "test_sweep.py::test_variants_equal_runs_one_by_one"),
     Mutant("threads get variants of unequal sizes", "forks.py", "rows[least] += 1 + rows_of(cfg, [fork], length)",
            "rows[least] += 1", "test_shares.py::test_every_thread_has_its_part_of_the_rows"),
+    Mutant("a thread waits for another's variants", "forks.py", "threads * most <= MOST_UNEVEN * rows", "True",
+           "test_shares.py::test_variants_that_cannot_be_dealt_out_evenly_are_one_threads"),
     Mutant("each thread takes the whole budget", "forks.py", "budget // threads", "budget",
            "test_shares.py::test_a_budget_is_for_all_threads_together"),
     Mutant("threads go on after a cancellation", "shares.py", "if self._stopping:", "if False:",

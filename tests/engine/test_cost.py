@@ -65,6 +65,7 @@ def test_a_grid_takes_the_rows_it_is_said_to(
 ) -> None:
     monkeypatch.setattr(blas, "threads", lambda: threads)
     monkeypatch.setattr(forks, "ROWS_WORTH_A_THREAD", 0)
+    monkeypatch.setattr(forks, "MOST_UNEVEN", 3)
     cost = patching_grid_cost(model, DONOR, RECIPIENT, point, by, budget=budget)
     grids = []
     ticks = counted(

@@ -27,6 +27,7 @@ def threads(request, monkeypatch):
     """However little there is to do, so many threads do it."""
     monkeypatch.setattr(blas, "threads", lambda: request.param)
     monkeypatch.setattr(forks, "ROWS_WORTH_A_THREAD", 0)
+    monkeypatch.setattr(forks, "MOST_UNEVEN", np.inf)
     return request.param
 
 
@@ -86,6 +87,14 @@ def test_little_work_scoped_weights_and_compiled_kernels_are_one_threads(synthet
     monkeypatch.setattr(fast, "kernels", lambda: None)
     monkeypatch.setattr(synthetic.params, "keep", synthetic.config.n_layers - 1)
     assert shares(20 * some) == 1
+
+
+def test_variants_that_cannot_be_dealt_out_evenly_are_one_threads(synthetic, monkeypatch):
+    monkeypatch.setattr(blas, "threads", lambda: 2)
+    ids = list(range(200))
+    alone, pair, three = (forks.forks_of(synthetic, ids, zeroing([0], [0] * n)) for n in (1, 2, 3))
+    shares = [len(forks.shares_of(synthetic, chosen, length, 2**30)) for length, chosen in (alone, pair, three)]
+    assert shares == [1, 2, 1]
 
 
 def test_the_callers_thread_alone_is_told_of_every_layer_of_all_threads(synthetic, threads):
