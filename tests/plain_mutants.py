@@ -164,7 +164,7 @@ PLAIN_MUTANTS = (
     Mutant("threads go on after a cancellation", "shares.py", "if self._stopping:", "if False:",
            "test_shares.py::test_raising_from_tick_stops_every_thread_within_a_layer"),
     Mutant("layers of other threads are told at the end", "shares.py", "while not self._heard.empty():", "while False:",
-           "test_shares.py::test_raising_from_tick_stops_every_thread_within_a_layer"),
+           "test_shares.py::test_layers_of_other_threads_are_told_while_the_caller_works"),
     Mutant("whoever is done first gives products their threads back", "blas.py", "1 if self._wanted else self._before",
            "1 if change > 0 else self._before",
            "test_blas.py::test_products_have_one_thread_until_the_last_who_wants_that_is_done"),

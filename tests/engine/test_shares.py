@@ -143,6 +143,20 @@ def test_raising_from_tick_stops_every_thread_within_a_layer(at):
     assert len(entered) - 1 - entered.index("raised") <= 2
 
 
+def test_layers_of_other_threads_are_told_while_the_caller_works():
+    told = []
+
+    def own(tick):
+        end = time.monotonic() + WAIT / 10
+        while "other" not in told and time.monotonic() < end:
+            tick(0, 0, "own")
+            time.sleep(0.01)
+        told.append("own share done")
+
+    side_by_side([own, lambda tick: tick(0, 0, "other")], lambda done, total, what: told.append(what))
+    assert told.index("other") < told.index("own share done")
+
+
 def test_a_cancelled_sweep_leaves_a_model_that_works(synthetic, threads):
     whole = sweep(synthetic, IDS, zeroing(range(4)))
 
