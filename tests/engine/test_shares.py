@@ -101,7 +101,7 @@ def test_the_callers_thread_alone_is_told_of_every_layer_of_all_threads(syntheti
     told, readers = [], set()
 
     def read(logits, base):
-        readers.add(threading.get_ident())
+        readers.add(threading.current_thread())
         return logits[:, 0]
 
     def tick(done, total, what):
