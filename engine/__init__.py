@@ -8,6 +8,7 @@ from engine.cache import KVCache
 from engine.decoder import ForwardResult, forward
 from engine.edits import Edit
 from engine.errors import EngineError
+from engine.forks import Variant
 from engine.generate import Generation, generate
 from engine.hooks import (
     CompositeHook,
@@ -48,7 +49,7 @@ from engine.patching import (
 )
 from engine.points import POINTS
 from engine.scans import Scan, ablation_scan, alpha_sweep, knockout_scan, patching_grid
-from engine.sweep import Sweep, Variant, sweep
+from engine.sweep import Sweep, sweep
 from engine.trace import StoredTrace, export_trace, load_trace
 
 __all__ = [

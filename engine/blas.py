@@ -1,14 +1,16 @@
-"""`add_product`: out += a @ b, without a matrix in between.
+"""`add_product`: out += a @ b, without a matrix in between. `single_threaded`: products that leave a processor free.
 
 The BLAS that numpy came with adds a product to a matrix in one call; numpy's own product only overwrites, so a second
 pass has to add. The call is the library's C interface (Netlib's cblas_sgemm), found through numpy's extension module.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,21 +31,13 @@ _ROW_MAJOR, _AS_IT_IS = 101, 111  # cblas.h
 
 @dataclass(frozen=True)
 class Library:
-    """`sgemm`, its address and the width of its sizes; how many threads it uses if nobody changes that, and what gets
-    and sets their number where that is known.
-    """
+    """`sgemm`, its address and the width of its sizes; what gets and sets its number of threads, where known."""
 
     sgemm: Callable[..., None]
     address: int
     bits: int
-    threads: int
     get_threads: Callable[[], int] | None
     set_threads: Callable[[int], None] | None
-
-    def use_threads(self, number: int) -> None:
-        """Let products of the whole process have so many threads."""
-        if self.set_threads is not None:
-            self.set_threads(number)
 
 
 def add_product(out: Matrix, a: Matrix, b: Matrix) -> None:
@@ -53,6 +47,50 @@ def add_product(out: Matrix, a: Matrix, b: Matrix) -> None:
         out += a @ b
     else:
         _add(found.sgemm, out, a, b)
+
+
+class _Single:
+    """Who wants products of one thread just now, and how many threads products had before."""
+
+    def __init__(self) -> None:
+        self._lock, self._wanted, self._before = Lock(), 0, 1
+
+    def threads(self) -> int:
+        found = library()
+        if found is None or found.get_threads is None:
+            return 1
+        with self._lock:
+            return self._before if self._wanted else found.get_threads()
+
+    def want(self, change: int) -> None:
+        """One more (1) or less (-1) wants it."""
+        found = library()
+        if found is None or found.get_threads is None or found.set_threads is None:
+            return
+        with self._lock:
+            if self._wanted == 0:
+                self._before = found.get_threads()
+            self._wanted += change
+            found.set_threads(1 if self._wanted else self._before)
+
+
+_single = _Single()
+want_single_threaded = _single.want
+
+
+def threads() -> int:
+    """How many threads a product has while nobody wants one thread; 1 where that is unknown or cannot be changed."""
+    return _single.threads()
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Products of the whole process have one thread for a `with` block. Blocks may overlap, in several threads."""
+    _single.want(1)
+    try:
+        yield
+    finally:
+        _single.want(-1)
 
 
 def _add(sgemm: Callable[..., None], out: Matrix, a: Matrix, b: Matrix) -> None:
@@ -82,7 +120,7 @@ def library() -> Library | None:
     for name, size, threads in NAMES:
         entry, setter, getter = (getattr(loaded, n, None) for n in (name, threads.format("set"), threads.format("get")))
         if entry is not None and _agrees(declared := _declared(entry, size)):
-            known = (0, None, None) if setter is None or getter is None else (getter(), getter, setter)
+            known = (None, None) if setter is None or getter is None else (getter, setter)
             return Library(declared, _address(entry), 8 * ctypes.sizeof(size), *known)
     return None
 

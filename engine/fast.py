@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engine.blas import library
+from engine.blas import want_single_threaded
 
 VARIABLE = "MECHSCOPE_FAST"
 SPINS = "20000"
@@ -79,9 +79,9 @@ def using(wanted: bool) -> Iterator[None]:
 def _use(kernels: ModuleType | None) -> None:
     """The kernels have threads of their own: numpy's BLAS has one meanwhile, in the whole process."""
     global _kernels
+    if (change := (kernels is not None) - (_kernels is not None)) != 0:
+        want_single_threaded(change)
     _kernels = kernels
-    if (found := library()) is not None:
-        found.use_threads(found.threads if kernels is None else 1)
 
 
 def _compiled() -> ModuleType:

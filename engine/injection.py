@@ -16,11 +16,12 @@ from engine.cost import Cost, of_pass
 from engine.decoder import Tick, forward
 from engine.distribution import kl_divergence, softmax_of
 from engine.errors import PromptError
+from engine.forks import Variant
 from engine.generate import Generation, generate
 from engine.metrics import Metric
 from engine.network import Network
 from engine.ops import Array
-from engine.sweep import Read, Variant, sweep, sweep_cost
+from engine.sweep import Read, sweep, sweep_cost
 
 LEAST_GAP = 0.05
 """`recovered` is not reported when donor and baseline probabilities differ by less."""

@@ -21,6 +21,7 @@ from engine.cost import Cost, of_pass, row_shape
 from engine.decoder import Tick, forward
 from engine.edits import Scope, Unit
 from engine.errors import InputError, PointError, PromptError, clipped
+from engine.forks import Variant
 from engine.hooks import RecordHook
 from engine.interventions import Intervention
 from engine.metrics import Metric
@@ -29,7 +30,7 @@ from engine.ops import Array
 from engine.patching import by_position, pooled_rows
 from engine.points import ONCE
 from engine.points import point as point_named
-from engine.sweep import BUDGET, Variant, sweep, sweep_cost
+from engine.sweep import BUDGET, sweep, sweep_cost
 
 GridBy = Literal["position", "head", "head_position"]
 AblateBy = Literal["layer", "component", "head"]

@@ -3,31 +3,30 @@
 A variant equals the base run up to the first layer it changes, and a causal model leaves the rows before its first
 changed row alone for ever. So the base run is computed once; each variant forks from it at its first changed layer and
 carries only the rows from its first changed row on. Earlier keys and values are the base run's. All living variants of
-a layer go through it as one batch of rows.
+a layer go through it as one batch of rows, or one of each thread's.
 
-Variant     what one variant changes: interventions, or keys and values that its last row reads
 sweep       base run and variants -> what `read` takes from each one's next-token logits
 sweep_cost  what that will take
 Sweep       the result
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from engine.cache import KVCache
-from engine.config import Config, Rope
-from engine.cost import Cost, working_bytes
+from engine.config import Rope
+from engine.cost import Cost
 from engine.decoder import Pass, Tick, block, forward, masked_attention, norm, unembed
-from engine.edits import Edit, rows_in_scope
-from engine.errors import InputError, LayerError
+from engine.edits import Edit
+from engine.forks import FEEDS_ROWS, Fork, Variant, forks_of, held_by, layers_entered, rows_of, shares_of
 from engine.hooks import LayerHook, Listeners, RecordHook
-from engine.interventions import Intervention, compile_interventions
 from engine.network import Network, Tokens
 from engine.ops import Array, IntArray
 from engine.points import POINTS
+from engine.shares import side_by_side
 
 Read = Callable[[Array, Array], Array]
 """(n, d_vocab) next-token logits of variants, (d_vocab,) of the base run -> (n, ...): what is kept of each variant."""
@@ -35,23 +34,8 @@ Read = Callable[[Array, Array], Array]
 BUDGET = 128 * 2**20
 """Bytes that the variants of one slice may need together, about: as much as `heap` keeps from one layer to the next."""
 
-FEEDS_ROWS = ("embed", "resid_pre", "k", "v")
-"""Points of a layer that come before the rows part from keys and values."""
-
 READ_AT_ONCE = 64
 """Variants whose logits exist at one time."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One changed run.
-
-    `kv` is {layer: (keys, values)}, each (kv_heads, seq - 1, d_head) after rotary: what the last row reads there in
-    place of the base run's. Interventions beside it may change the last row only.
-    """
-
-    interventions: tuple[Intervention, ...] = ()
-    kv: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,125 +77,35 @@ def sweep(
     """Run `tokens` once unchanged and once for each variant, and read the logits after the last token.
 
     Results equal runs one by one. `only` names tokens: `read` gets their logits alone, in this order. `budget` bounds
-    the bytes of a slice of variants; more than fit run one slice after another. Raises `InputError` for an
-    intervention that no row of the prompt meets.
+    the bytes of the variants that run at one time; more than fit run one slice after another. Where it pays, threads
+    share the variants: `read` is called in several of them then, `tick` in the calling one alone. Raises `InputError`
+    for an intervention that no row of the prompt meets.
     """
-    length, forks = _forks(model, tokens, variants)
-    slices = _slices(model.config, forks, length, budget)
-    progress = _Progress(tick, _layers_entered(model.config, slices))
-    base = _base_run(model, tokens, min((fork.layer for fork in forks), default=model.config.n_layers), progress)
+    cfg = model.config
+    length, forks = forks_of(model, tokens, variants)
+    shares = shares_of(model, forks, length, budget)
+    progress = _Progress(tick, cfg.n_layers + layers_entered(cfg, shares))
+    base = _base_run(model, tokens, min((fork.layer for fork in forks), default=cfg.n_layers), progress)
     baseline = read(chosen(base.logits[None], only), chosen(base.logits, only))[0]
     values = np.empty((len(forks), *np.shape(baseline)), np.float32)
-    rows = model.config.n_layers * length
-    for part in slices:
-        rows += _Slice(model, base, part, only).run(read, values, progress)
-    return Sweep(np.asarray(baseline), values, base.logits, [fork.edits for fork in forks], rows, len(slices))
+    rows = [cfg.n_layers * length]
+
+    def run(slices: Sequence[Sequence[Fork]], tick: Tick) -> None:
+        rows.extend(_Slice(model, base, part, only).run(read, values, tick) for part in slices)
+
+    side_by_side([partial(run, slices) for slices in shares], progress)
+    edits = [fork.edits for fork in forks]
+    return Sweep(np.asarray(baseline), values, base.logits, edits, sum(rows), sum(map(len, shares)))
 
 
 def sweep_cost(model: Network, tokens: Tokens, variants: Sequence[Variant], budget: int = BUDGET) -> Cost:
     """What `sweep` will take. Nothing is run; of vectors, rows, keys and values only the shapes matter."""
-    length, forks = _forks(model, tokens, variants)
     cfg = model.config
-    slices = _slices(cfg, forks, length, budget)
-    rows = cfg.n_layers * length + sum((cfg.n_layers - fork.layer) * (length - fork.start) for fork in forks)
+    length, forks = forks_of(model, tokens, variants)
+    shares = shares_of(model, forks, length, budget)
+    rows = cfg.n_layers * length + rows_of(cfg, forks, length)
     base = 4 * cfg.n_layers * length * (cfg.d_model + 2 * cfg.n_kv_heads * cfg.d_head)
-    largest = max((sum(_needs(cfg, fork, length) for fork in part) for part in slices), default=0)
-    return Cost(_layers_entered(cfg, slices), rows, 0, base + largest)
-
-
-# --- what forks where -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Fork:
-    """A variant: the first layer that it runs itself, and its first row."""
-
-    index: int
-    edits: list[Edit]
-    kv: Mapping[int, tuple[Array, Array]]
-    layer: int
-    start: int
-
-    def ends_whole(self, last: int) -> bool:
-        """Whether it changes rows after the keys and values of the last layer: then all its rows go to the end."""
-        if self.layer > last:
-            return any(e.point == "final_norm" for e in self.edits)
-        return any(e.point == "final_norm" or (e.layer == last and e.point not in FEEDS_ROWS) for e in self.edits)
-
-    def made_at_entry(self) -> Iterable[Edit]:
-        """Edits between the layer before the first and the first: they change what the fork copies."""
-        return (e for e in self.edits if e.point == "embed" or (_enters(e) == self.layer and e.point == "resid_post"))
-
-
-def _forks(model: Network, tokens: Tokens, variants: Sequence[Variant]) -> tuple[int, list[_Fork]]:
-    """The prompt's length, and where each variant forks from it."""
-    ids = model.token_batch(tokens)
-    if len(ids) != 1:
-        raise InputError(f"a sweep varies one prompt, not {len(ids)}")
-    length = ids.shape[1]
-    return length, [_fork(model, index, variant, length) for index, variant in enumerate(variants)]
-
-
-def _needs(cfg: Config, fork: _Fork, length: int) -> int:
-    """Bytes of a living variant; one that lives in the last layer alone hardly has more than its last row."""
-    last = cfg.n_layers - 1
-    return working_bytes(cfg, length - fork.start if fork.layer < last or fork.ends_whole(last) else 1, length)
-
-
-def _layers_entered(cfg: Config, slices: Sequence[Sequence[_Fork]]) -> int:
-    """The base run's layers, and each slice's from its first fork on."""
-    return cfg.n_layers * (1 + len(slices)) - sum(part[0].layer for part in slices)
-
-
-def _fork(model: Network, index: int, variant: Variant, length: int) -> _Fork:
-    edits = compile_interventions(model, variant.interventions, length).edits
-    layers = [*map(_enters, edits), *variant.kv]
-    starts = [_first_row(edit, length) for edit in edits]
-    if variant.kv:
-        _check_kv(model, variant.kv, length)
-        if any(start < length - 1 for start in starts):
-            raise InputError("interventions beside a changed cache may only change the last row")
-        starts.append(length - 1)
-    return _Fork(index, edits, variant.kv, min(layers, default=model.config.n_layers), min(starts, default=length - 1))
-
-
-def _enters(edit: Edit) -> int:
-    """The first layer whose computation differs; the number of layers when only what follows them does."""
-    return edit.layer + (edit.point in ("resid_post", "final_norm"))
-
-
-def _first_row(edit: Edit, length: int) -> int:
-    rows = rows_in_scope(edit.scope, np.arange(length), length)
-    if not len(rows):
-        raise InputError(
-            f"the intervention {edit.kind} at {edit.point}, layer {edit.layer}, never fires: positions {edit.scope} "
-            f"are not in a prompt with positions 0 to {length - 1}"
-        )
-    return int(rows[0])
-
-
-def _check_kv(model: Network, kv: Mapping[int, tuple[Array, Array]], length: int) -> None:
-    cfg = model.config
-    wanted = (cfg.n_kv_heads, length - 1, cfg.d_head)
-    for layer, (keys, values) in kv.items():
-        if not 0 <= layer < cfg.n_layers:
-            raise LayerError(f"layer {layer} does not exist; valid: 0 to {cfg.n_layers - 1}")
-        if keys.shape != wanted or values.shape != wanted:
-            raise InputError(f"layer {layer}: keys {keys.shape} and values {values.shape} must both be {wanted}")
-
-
-def _slices(cfg: Config, forks: Sequence[_Fork], length: int, budget: int) -> list[list[_Fork]]:
-    """Forks by first layer, cut where the budget is full."""
-    slices: list[list[_Fork]] = []
-    held = 0
-    for fork in sorted(forks, key=lambda fork: (fork.layer, fork.start)):
-        needed = _needs(cfg, fork, length)
-        if not slices or held + needed > budget:
-            slices.append([])
-            held = 0
-        slices[-1].append(fork)
-        held += needed
-    return slices
+    return Cost(cfg.n_layers + layers_entered(cfg, shares), rows, 0, base + held_by(cfg, shares, length))
 
 
 # --- the base run ---------------------------------------------------------------------------------------------
@@ -264,7 +158,7 @@ class _Group:
 
     start: int
     whole: bool
-    members: list[_Fork]
+    members: list[Fork]
     x: Array
     at: slice = field(default_factory=lambda: slice(0))
     on: slice = field(default_factory=lambda: slice(0))
@@ -275,12 +169,12 @@ class _Group:
         n = self.x.shape[1]
         return range(self.at.start, self.at.stop) if self.whole else range(self.at.start + n - 1, self.at.stop, n)
 
-    def join(self, forks: Sequence[_Fork], rows: Sequence[Array]) -> None:
+    def join(self, forks: Sequence[Fork], rows: Sequence[Array]) -> None:
         self.members += forks
         self.x = np.concatenate([self.x, *rows])
 
     def rows_of(self, place: int, at: slice) -> slice:
-        """The rows of one member among those of the group."""
+        """The rows of one member among those of the group, which are `at`."""
         n = (at.stop - at.start) // len(self.members)
         return slice(at.start + place * n, at.start + (place + 1) * n)
 
@@ -344,25 +238,26 @@ def _edit_patterns(layer: int, group: _Group, pos: IntArray, weights: Array) -> 
 class _VariantEdits(LayerHook):
     """The edits of all variants of a slice; each changes its own variant's rows of the batch."""
 
-    def __init__(self, forks: Iterable[_Fork], length: int) -> None:
+    def __init__(self, forks: Iterable[Fork], length: int) -> None:
         self._length = length
-        self._edits: dict[tuple[str, int], list[tuple[_Fork, Edit]]] = {}
+        self._edits: dict[tuple[str, int], list[tuple[Fork, Edit]]] = {}
         for fork in forks:
             for edit in fork.edits:
                 if edit.point not in ("attn_pattern", "embed", "final_norm"):
                     self._edits.setdefault((edit.point, edit.layer), []).append((fork, edit))
-        self.rows: dict[int, slice] = {}
-        """Where a variant's rows are in the batch, and among those that go on."""
-        self.rows_on: dict[int, slice] = {}
+        self.places: dict[int, tuple[_Group, int]] = {}
+        """Of each living variant: its group and its place there."""
 
     def wants(self, point: str, layer: int) -> bool:
-        return any(fork.index in self.rows for fork, _ in self._edits.get((point, layer), ()))
+        return any(fork.index in self.places for fork, _ in self._edits.get((point, layer), ()))
 
     def at(self, point: str, layer: int, x: Array, pos: IntArray, key_pos: IntArray | None = None) -> Array:
-        out, rows = x.copy(), self.rows if point in FEEDS_ROWS else self.rows_on
+        out = x if x.flags.writeable else x.copy()
         for fork, edit in self._edits[point, layer]:
-            if fork.index in rows:
-                mine = (*[slice(None)] * POINTS[point].seq_axis, rows[fork.index])
+            if fork.index in self.places:
+                group, place = self.places[fork.index]
+                rows = group.rows_of(place, group.at if point in FEEDS_ROWS else group.on)
+                mine = (*[slice(None)] * POINTS[point].seq_axis, rows)
                 changed = edit(out[mine], np.arange(fork.start, self._length), key_pos, self._length)
                 out[mine] = out[mine] if changed is None else changed
         return out
@@ -371,16 +266,16 @@ class _VariantEdits(LayerHook):
 class _Slice:
     """Variants that run together, from the first one's first layer to the logits."""
 
-    def __init__(self, model: Network, base: _Base, forks: Sequence[_Fork], only: Sequence[int] | None) -> None:
+    def __init__(self, model: Network, base: _Base, forks: Sequence[Fork], only: Sequence[int] | None) -> None:
         self._model, self._base, self._forks, self._only = model, base, forks, only
         self._hook = _VariantEdits(forks, len(base.pos))
         self._groups: dict[tuple[int, bool], _Group] = {}
 
-    def run(self, read: Read, values: Array, progress: _Progress) -> int:
+    def run(self, read: Read, values: Array, tick: Tick) -> int:
         """Fill the variants' places in `values`; returns how many rows went through a layer."""
         n, rows = self._model.config.n_layers, 0
         for layer in range(self._forks[0].layer, n):
-            progress(0, 0, f"layer {layer}")
+            tick(0, 0, f"layer {layer}")
             self._join(layer)
             rows += self._layer(layer)
         self._join(n)
@@ -398,9 +293,11 @@ class _Slice:
         for start, whole in dict.fromkeys((fork.start, fork.ends_whole(n - 1)) for fork in joining):
             forks = [fork for fork in joining if (fork.start, fork.ends_whole(n - 1)) == (start, whole)]
             rows = [self._rows(fork)[:, 0 if whole or layer < n else -1 :] for fork in forks]
-            self._groups.setdefault((start, whole), _Group(start, whole, [], rows[0][:0])).join(forks, rows)
+            group = self._groups.setdefault((start, whole), _Group(start, whole, [], rows[0][:0]))
+            self._hook.places |= {fork.index: (group, len(group.members) + i) for i, fork in enumerate(forks)}
+            group.join(forks, rows)
 
-    def _rows(self, fork: _Fork) -> Array:
+    def _rows(self, fork: Fork) -> Array:
         """(1, rows, d_model) that the fork begins with."""
         x = self._base.inputs[fork.layer][None, fork.start :]
         for edit in fork.made_at_entry():
@@ -424,18 +321,15 @@ class _Slice:
         return len(which)
 
     def _place(self, groups: Iterable[_Group], last: bool) -> IntArray | None:
-        """Say where each group's and each variant's rows are; returns which go on, in the last layer."""
+        """Say where each group's rows are; returns which go on, in the last layer."""
         start = on = 0
         for group in groups:
             group.at = slice(start, start + group.x.shape[0] * group.x.shape[1])
             group.on = slice(on, on + len(group.kept)) if last else group.at
             start, on = group.at.stop, group.on.stop
-            for place, fork in enumerate(group.members):
-                self._hook.rows[fork.index] = group.rows_of(place, group.at)
-                self._hook.rows_on[fork.index] = group.rows_of(place, group.on)
         return np.concatenate([group.kept for group in groups]) if last else None
 
-    def _normed(self, forks: Sequence[_Fork], x: Array) -> Array:
+    def _normed(self, forks: Sequence[Fork], x: Array) -> Array:
         """(n, d_model): the final norm of each variant's last row, as its edits at `final_norm` leave it."""
         cfg, gain = self._model.config, self._model.params.final_norm
         last = norm(x[:, -1], gain, cfg)

@@ -1,5 +1,8 @@
 """`add_product` adds what numpy's product would be, whatever the arrays' layout."""
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
@@ -65,3 +68,38 @@ def test_without_the_library_numpy_adds(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_function_that_computes_something_else_is_not_used() -> None:
     assert not blas._agrees(lambda *_: None)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[Callable[[], int]]:
+    """What tells how many threads products have: two, as a machine with one processor may have, too."""
+    found = blas.library()
+    if found is None or found.get_threads is None or found.set_threads is None:
+        pytest.skip("the number of threads cannot be changed")
+    before = found.get_threads()
+    found.set_threads(2)
+    yield found.get_threads
+    found.set_threads(before)
+
+
+def test_products_have_one_thread_until_the_last_who_wants_that_is_done(two_threads: Callable[[], int]) -> None:
+    first, second = blas.single_threaded(), blas.single_threaded()
+    seen = [two_threads()]
+    for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        step()
+        seen.append(two_threads())
+        assert blas.threads() == 2
+    second.__exit__(None, None, None)
+    assert [*seen, two_threads()] == [2, 1, 1, 1, 2]
+
+
+def test_products_have_their_threads_again_after_an_error(two_threads: Callable[[], int]) -> None:
+    with suppress(KeyError), blas.single_threaded():
+        raise KeyError
+    assert two_threads() == 2
+
+
+def test_without_the_library_products_count_as_single_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "library", lambda: None)
+    with blas.single_threaded():
+        assert blas.threads() == 1

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import pytest
 
-from engine import Metric, Model, RecordHook, forward, generate, kv_inject_test, load_model, patching_grid
+from engine import Metric, Model, RecordHook, blas, forks, forward, generate, kv_inject_test, load_model, patching_grid
 from engine import prefill_inject as injected
 from engine.cost import Cost, of_generation, of_pass, row_size, seconds
+from engine.forks import Variant
 from engine.injection import kv_inject_cost, prefill_inject_cost
 from engine.scans import patching_grid_cost
-from engine.sweep import Variant, sweep_cost
+from engine.sweep import sweep_cost
 
 DONOR, RECIPIENT = [5, 9, 2, 7, 7, 3], [5, 9, 4, 7, 1, 3]
 
@@ -58,7 +59,13 @@ def test_a_generation_runs_each_token_but_the_last(model: Model) -> None:
     ("point", "by"), [("resid_post", "position"), ("attn_out", "position"), ("z", "head"), ("k", "head_position")]
 )
 @pytest.mark.parametrize("budget", [2**28, 100_000])
-def test_a_grid_takes_the_rows_it_is_said_to(model: Model, point: str, by: str, budget: int) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_grid_takes_the_rows_it_is_said_to(
+    model: Model, monkeypatch: pytest.MonkeyPatch, threads: int, point: str, by: str, budget: int
+) -> None:
+    monkeypatch.setattr(blas, "threads", lambda: threads)
+    monkeypatch.setattr(forks, "ROWS_WORTH_A_THREAD", 0)
+    monkeypatch.setattr(forks, "MOST_UNEVEN", 3)
     cost = patching_grid_cost(model, DONOR, RECIPIENT, point, by, budget=budget)
     grids = []
     ticks = counted(
@@ -68,7 +75,7 @@ def test_a_grid_takes_the_rows_it_is_said_to(model: Model, point: str, by: str, 
     )
     assert cost.layers == ticks
     assert cost.rows == grids[0].layer_rows + of_pass(model.config, len(DONOR)).rows
-    assert (grids[0].slices > 1) == (budget < 2**28)
+    assert (grids[0].slices > threads) == (budget < 2**28)
 
 
 @pytest.mark.parametrize("layers", [None, [1, 3]])
@@ -79,7 +86,8 @@ def test_cache_surgery_takes_the_layers_it_is_said_to(model: Model, layers: list
     assert prefill_inject_cost(model, RECIPIENT, DONOR, 5).layers == run
 
 
-def test_the_bytes_of_a_grid_are_those_it_holds(model: Model) -> None:
+def test_the_bytes_of_a_grid_are_those_it_holds(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "threads", lambda: 1)  # several seldom hold the most at one time
     donor, recipient = [1, *range(40, 99)], [2, *range(40, 99)]
     cost = patching_grid_cost(model, donor, recipient, "resid_post")
     tracemalloc.start()

@@ -17,6 +17,7 @@ from engine import (
     Metric,
     Model,
     RecordHook,
+    blas,
     fast,
     forward,
     generate,
@@ -24,7 +25,6 @@ from engine import (
     ops,
     patching_grid,
 )
-from engine.blas import library
 from engine.matrices import PANEL, Array, Panels, panelled, rounded, widened
 from engine.params import Params, in_panels
 from engine.tile import ROWS
@@ -98,11 +98,11 @@ def test_rows_times_the_rows_of_a_matrix(rows: int, columns: int) -> None:
 
 
 def test_numpys_library_has_one_thread_while_kernels_are_in_use_and_its_own_number_after() -> None:
-    found = library()
+    found = blas.library()
     threads = (found.get_threads(),)
     with fast.using(False):
         threads += (found.get_threads(),)
-    assert (*threads, found.get_threads()) == (1, found.threads, 1)
+    assert (*threads, found.get_threads()) == (1, blas.threads(), 1)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 33, 300])

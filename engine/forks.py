@@ -1,0 +1,181 @@
+"""Where the variants of a sweep leave the base run, and how they are dealt out: `forks_of`, `shares_of`.
+
+Variant         what one variant changes: interventions, or keys and values that its last row reads
+Fork            a variant with its first layer and first row
+forks_of        where each variant forks from a prompt's run
+shares_of       forks by thread, in slices that fit the budget
+layers_entered, rows_of, held_by    what the slices take
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine import blas, fast
+from engine.config import Config
+from engine.cost import working_bytes
+from engine.edits import Edit, rows_in_scope
+from engine.errors import InputError, LayerError
+from engine.interventions import Intervention, compile_interventions
+from engine.network import Network, Tokens
+from engine.ops import Array
+
+FEEDS_ROWS = ("embed", "resid_pre", "k", "v")
+"""Points of a layer that come before the rows part from keys and values."""
+
+ROWS_WORTH_A_THREAD = 48
+"""Rows of a slice in a layer, on average, from which on threads of their own pay. Fewer wait for the weights, which
+every thread reads, and a product's own threads read each weight once.
+"""
+
+MOST_UNEVEN = 1.1
+"""How much more than the mean a thread may have to do: the others are idle meanwhile, and its products are its own."""
+
+Slice = list["Fork"]
+"""Variants that run together."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One changed run.
+
+    `kv` is {layer: (keys, values)}, each (kv_heads, seq - 1, d_head) after rotary: what the last row reads there in
+    place of the base run's. Interventions beside it may change the last row only.
+    """
+
+    interventions: tuple[Intervention, ...] = ()
+    kv: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A variant: the first layer that it runs itself, and its first row."""
+
+    index: int
+    edits: list[Edit]
+    kv: Mapping[int, tuple[Array, Array]]
+    layer: int
+    start: int
+
+    def ends_whole(self, last: int) -> bool:
+        """Whether it changes rows after the keys and values of the last layer: then all its rows go to the end."""
+        if self.layer > last:
+            return any(e.point == "final_norm" for e in self.edits)
+        return any(e.point == "final_norm" or (e.layer == last and e.point not in FEEDS_ROWS) for e in self.edits)
+
+    def made_at_entry(self) -> Iterable[Edit]:
+        """Edits between the layer before the first and the first: they change what the fork copies."""
+        return (e for e in self.edits if e.point == "embed" or (_enters(e) == self.layer and e.point == "resid_post"))
+
+
+def forks_of(model: Network, tokens: Tokens, variants: Sequence[Variant]) -> tuple[int, list[Fork]]:
+    """The prompt's length, and where each variant forks from it."""
+    ids = model.token_batch(tokens)
+    if len(ids) != 1:
+        raise InputError(f"a sweep varies one prompt, not {len(ids)}")
+    length = ids.shape[1]
+    return length, [_fork(model, index, variant, length) for index, variant in enumerate(variants)]
+
+
+def shares_of(model: Network, forks: Sequence[Fork], length: int, budget: int) -> list[list[Slice]]:
+    """Each thread's slices; one share where threads would not pay, or must not be.
+
+    Scoped weights are loaded and dropped by one thread at a time; compiled kernels have threads of their own.
+    """
+    cfg, threads = model.config, blas.threads()
+    if threads > 1 and fast.kernels() is None and model.params.keep >= cfg.n_layers:
+        dealt = _dealt(cfg, forks, length, threads)
+        shares = [_slices(cfg, some, length, budget // threads) for some in dealt]
+        rows, most = rows_of(cfg, forks, length), max(rows_of(cfg, some, length) for some in dealt)
+        enough = rows >= ROWS_WORTH_A_THREAD * max(layers_entered(cfg, shares), 1)
+        if enough and threads * most <= MOST_UNEVEN * rows:
+            return shares
+    return [_slices(cfg, forks, length, budget)]
+
+
+def layers_entered(cfg: Config, shares: Sequence[Sequence[Slice]]) -> int:
+    """Each slice's layers, from its first fork's on."""
+    return sum(cfg.n_layers - part[0].layer for share in shares for part in share)
+
+
+def rows_of(cfg: Config, forks: Sequence[Fork], length: int) -> int:
+    """Rows of forks that go through a layer."""
+    return sum((cfg.n_layers - fork.layer) * (length - fork.start) for fork in forks)
+
+
+def held_by(cfg: Config, shares: Sequence[Sequence[Slice]], length: int) -> int:
+    """Bytes that the largest slice of each share needs, all at one time."""
+    return sum(max((sum(_needs(cfg, fork, length) for fork in part) for part in share), default=0) for share in shares)
+
+
+def _dealt(cfg: Config, forks: Sequence[Fork], length: int, threads: int) -> list[list[Fork]]:
+    """Forks by thread: each goes to the one that has the least to do so far."""
+    shares: list[list[Fork]] = [[] for _ in range(threads)]
+    rows = [0] * threads
+    for fork in _in_order(forks):
+        least = rows.index(min(rows))
+        shares[least].append(fork)
+        rows[least] += 1 + rows_of(cfg, [fork], length)
+    return shares
+
+
+def _slices(cfg: Config, forks: Sequence[Fork], length: int, budget: int) -> list[Slice]:
+    """Forks by first layer, cut where the budget is full."""
+    slices: list[Slice] = []
+    held = 0
+    for fork in _in_order(forks):
+        needed = _needs(cfg, fork, length)
+        if not slices or held + needed > budget:
+            slices.append([])
+            held = 0
+        slices[-1].append(fork)
+        held += needed
+    return slices
+
+
+def _in_order(forks: Sequence[Fork]) -> list[Fork]:
+    return sorted(forks, key=lambda fork: (fork.layer, fork.start))
+
+
+def _needs(cfg: Config, fork: Fork, length: int) -> int:
+    """Bytes of a living variant; one that lives in the last layer alone hardly has more than its last row."""
+    last = cfg.n_layers - 1
+    return working_bytes(cfg, length - fork.start if fork.layer < last or fork.ends_whole(last) else 1, length)
+
+
+def _fork(model: Network, index: int, variant: Variant, length: int) -> Fork:
+    edits = compile_interventions(model, variant.interventions, length).edits
+    layers = [*map(_enters, edits), *variant.kv]
+    starts = [_first_row(edit, length) for edit in edits]
+    if variant.kv:
+        _check_kv(model, variant.kv, length)
+        if any(start < length - 1 for start in starts):
+            raise InputError("interventions beside a changed cache may only change the last row")
+        starts.append(length - 1)
+    return Fork(index, edits, variant.kv, min(layers, default=model.config.n_layers), min(starts, default=length - 1))
+
+
+def _enters(edit: Edit) -> int:
+    """The first layer whose computation differs; the number of layers when only what follows them does."""
+    return edit.layer + (edit.point in ("resid_post", "final_norm"))
+
+
+def _first_row(edit: Edit, length: int) -> int:
+    rows = rows_in_scope(edit.scope, np.arange(length), length)
+    if not len(rows):
+        raise InputError(
+            f"the intervention {edit.kind} at {edit.point}, layer {edit.layer}, never fires: positions {edit.scope} "
+            f"are not in a prompt with positions 0 to {length - 1}"
+        )
+    return int(rows[0])
+
+
+def _check_kv(model: Network, kv: Mapping[int, tuple[Array, Array]], length: int) -> None:
+    cfg = model.config
+    wanted = (cfg.n_kv_heads, length - 1, cfg.d_head)
+    for layer, (keys, values) in kv.items():
+        if not 0 <= layer < cfg.n_layers:
+            raise LayerError(f"layer {layer} does not exist; valid: 0 to {cfg.n_layers - 1}")
+        if keys.shape != wanted or values.shape != wanted:
+            raise InputError(f"layer {layer}: keys {keys.shape} and values {values.shape} must both be {wanted}")

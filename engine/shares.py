@@ -1,0 +1,104 @@
+"""Parts of one piece of work, each on a thread of its own: `side_by_side`.
+
+numpy and the BLAS work without Python's lock. A product that is split between threads leaves what lies between two
+products to one of them; parts that need nothing from each other keep all threads busy all the time.
+"""
+
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from queue import SimpleQueue
+from threading import Thread
+
+from engine.blas import single_threaded
+from engine.decoder import Tick
+
+Share = Callable[[Tick], None]
+"""A part of some work. It calls what it is given before each layer and ends at once when that raises."""
+
+
+def side_by_side(shares: Sequence[Share], tick: Tick) -> None:
+    """Do all shares, the first in the calling thread. None of their threads outlives the call.
+
+    `tick` is called in the calling thread alone, once for each layer that any share enters. When it or a share raises,
+    the others stop before their next layer; then that exception is raised.
+    """
+    if len(shares) == 1:
+        shares[0](tick)
+        return
+    with single_threaded():
+        others = _Others()
+        try:
+            others.start(shares[1:])
+            shares[0](others.ticking(tick))
+            others.follow(tick)
+        finally:
+            others.stop()
+
+
+class _Stopped(Exception):
+    """Ends a share that nobody waits for any more."""
+
+
+class _Others:
+    """The shares on other threads, and what the calling thread hears of them."""
+
+    def __init__(self) -> None:
+        self._threads: list[Thread] = []
+        self._heard: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        """A layer that was entered, what a share raised, or None for a share that is done."""
+        self._running = 0
+        self._stopping = False
+
+    def start(self, shares: Sequence[Share]) -> None:
+        for share in shares:
+            thread = Thread(target=copy_context().run, args=(self._work, share))  # numpy's errstate is in the context
+            thread.start()
+            self._threads.append(thread)
+            self._running += 1
+
+    def ticking(self, tick: Tick) -> Tick:
+        """`tick` for the calling thread's own share: it tells of the others' layers, too."""
+
+        def both(done: int, total: int, what: str) -> None:
+            while not self._heard.empty():
+                self._hear(tick)
+            tick(done, total, what)
+
+        return both
+
+    def follow(self, tick: Tick) -> None:
+        """Wait until all are done."""
+        while self._running:
+            self._hear(tick)
+
+    def stop(self) -> None:
+        """Let none enter another layer, and wait."""
+        self._stopping = True
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, share: Share) -> None:
+        try:
+            share(self._enter)
+            self._heard.put(None)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._heard.put(error)
+
+    def _enter(self, done: int, total: int, what: str) -> None:
+        if self._stopping:
+            raise _Stopped
+        self._heard.put(what)
+
+    def _hear(self, tick: Tick) -> None:
+        heard = self._heard.get()
+        if isinstance(heard, BaseException):
+            try:
+                raise heard
+            finally:
+                del heard  # its traceback leads here: a circle that would keep the share's arrays
+        if heard is None:
+            self._running -= 1
+        else:
+            tick(0, 0, heard)
