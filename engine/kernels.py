@@ -97,17 +97,18 @@ def _softmax_between(x: Any, start: Any, end: Any) -> None:
     """Softmax of x[start:end], zeros elsewhere; zeros throughout if all is minus infinity."""
     x[:start] = 0
     x[end:] = 0
+    seen = x[start:end]
     peak = np.finfo(np.float32).min
-    for j in range(start, end):
-        peak = max(peak, x[j])
+    for j in range(len(seen)):
+        peak = max(peak, seen[j])
     total = _ZERO
-    for j in range(start, end):
-        e = _exp(x[j] - peak)
-        x[j] = e
+    for j in range(len(seen)):
+        e = _exp(seen[j] - peak)
+        seen[j] = e
         total += e
     factor = _ONE / max(total, np.finfo(np.float32).tiny)
-    for j in range(start, end):
-        x[j] *= factor
+    for j in range(len(seen)):
+        seen[j] *= factor
 
 
 # --- products -----------------------------------------------------------------------------------------------------
