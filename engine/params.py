@@ -189,9 +189,8 @@ class Params:
         """The same with every layer changed when it becomes dense; takes over those that are dense now."""
         load = self._load_layer
         made = Params(self.ends, lambda index: change(load(index)), self.keep)
-        while self._dense:
-            index, layer = self._dense.popitem(last=False)
-            made._dense[index] = change(layer)
+        for index in [*self._dense]:
+            made._dense[index] = change(self._dense.pop(index))
         return made
 
     @contextmanager
