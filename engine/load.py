@@ -251,7 +251,7 @@ def _assembled(
             tick(layer, cfg.n_layers, f"reading layer {layer}")
         params.layer(layer)
         if layer == 0 and room is not None:
-            room(params.nbytes + (keep - 1) * sum(array.nbytes for _, array in params.layer(0).arrays()))
+            room(params.nbytes + (keep - 1) * sum(array.nbytes for _, array in params.layer(0).stored()))
     source.check_all_read()
     kept = "dense" if budget is None else "scoped"
     return _Read(Model(name, cfg, params, words, catalog.sha256(sorted(files)), kept), raw)

@@ -37,10 +37,6 @@ class Panels:
     def nbytes(self) -> int:
         return self.numbers.nbytes
 
-    def tobytes(self) -> bytes:
-        """The numbers as they lie in memory."""
-        return self.numbers.tobytes()
-
 
 Matrix = Array | Bfloat16 | Panels
 
@@ -91,4 +87,4 @@ def widened(x: Matrix) -> Array:
 
 def columns(x: Matrix, at: slice) -> Array | Bfloat16:
     """Some columns by themselves: a view, of panels a float32 copy."""
-    return widened(x)[:, at] if isinstance(x, Panels) else x[:, at]
+    return widened(x)[:, at] if isinstance(x, Panels) else x[..., at]

@@ -128,15 +128,15 @@ class LayerParams:
                 parts[name] = replace(part, weight=change(part.weight))
         return LayerParams(**parts)
 
-    def arrays(self) -> Iterator[tuple[str, Matrix]]:
-        """(name, array) of every weight by itself; of joined ones views."""
-        return self._arrays(SINGLE)
+    def arrays(self) -> Iterator[tuple[str, Array | Bfloat16]]:
+        """(name, array) of every weight by itself: views, of panels copies."""
+        return ((name, columns(array, slice(None))) for name, array in self._named(SINGLE))
 
     def stored(self) -> Iterator[tuple[str, Matrix]]:
         """(name, array) of every weight as it lies in memory, in field order."""
-        return self._arrays(field.name for field in fields(self))
+        return self._named(field.name for field in fields(self))
 
-    def _arrays(self, names: Iterable[str]) -> Iterator[tuple[str, Matrix]]:
+    def _named(self, names: Iterable[str]) -> Iterator[tuple[str, Matrix]]:
         for name in names:
             part = getattr(self, name)
             if part is not None:
@@ -208,7 +208,7 @@ class Params:
     def nbytes(self) -> int:
         """Bytes of dense weights in memory now."""
         layers = {**self._dense, **self._pinned}.values()
-        total = sum(array.nbytes for layer in layers for _, array in layer.arrays())
+        total = sum(array.nbytes for layer in layers for _, array in layer.stored())
         total += self.embed.nbytes + (0 if self.unembed is self.embed else self.unembed.nbytes)
         norm = () if self.final_norm is None else (self.final_norm.weight, self.final_norm.bias)
         total += sum(part.nbytes for part in (self.positions, self.unembed_bias, *norm) if part is not None)
