@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.matrices import Array, Matrix, columns, panelled, rounded, widened
+from engine.matrices import Array, Bfloat16, Matrix, columns, panelled, rounded, widened
 
 
 @dataclass(frozen=True, slots=True)
