@@ -56,6 +56,8 @@ def load_model(
         params = in_bfloat16(made.params, n_layers)
         made = replace(made, params=params, weights="bf16", fingerprint=f"{made.fingerprint}{ROUNDED}")
     if fast.kernels() is not None:
+        if tick is not None:
+            tick(n_layers, n_layers, "laying out the weights for compiled products")
         made = replace(made, params=in_panels(made.params, n_layers))
     return made
 

@@ -42,11 +42,15 @@ Matrix = Array | Bfloat16 | Panels
 
 
 def rounded(x: Array) -> Bfloat16:
-    """(in, out) to the nearest bfloat16, ties to even; an odd last feature is paired with zeros."""
+    """(in, out) to the nearest bfloat16, ties to even; an odd last feature is paired with zeros.
+
+    Pages of a mapped file are given back.
+    """
     bits = x.view(np.uint32)
     upper = (bits + ((bits >> 16) & 1) + 0x7FFF) & np.uint32(0xFFFF0000)
     words: Bfloat16 = upper[::2] >> np.uint32(16)
     words[: len(x) // 2] |= upper[1::2]
+    _give_back_pages(x)
     return words
 
 

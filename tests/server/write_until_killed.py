@@ -17,33 +17,38 @@ from server.disk_store import open_store
 LARGE = 1 << 40
 
 
+def tell(*words: object) -> None:
+    """One line in one write: a kill leaves all of it or nothing, whether or not Python buffers what it prints."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
 def main(root: Path, seed: int) -> None:
     drawn = random.Random(seed)
-    print("begun", os.getpid(), flush=True)
+    tell("begun", os.getpid())
     store = open_store(root, 1 << 16, LARGE)
     own: list[str] = []
     while True:
         tensors = {"a": np.full(drawn.choice([10, 5_000, 200_000]), drawn.random(), np.float32)}
         handle = store.put("act", "x", "ann", tensors, {"about": "x"})
-        print("put", handle, store.get(handle, "ann").provenance["sha256"], flush=True)
+        tell("put", handle, store.get(handle, "ann").provenance["sha256"])
         own.append(handle)
         if drawn.random() < 0.4:
             gone = own.pop(drawn.randrange(len(own)))
-            print("releasing", gone, flush=True)
+            tell("releasing", gone)
             store.release(gone, "ann")
-            print("released", gone, flush=True)
+            tell("released", gone)
         if drawn.random() < 0.2:
             run = store.start_run("ann", "causal_trace", {}, {})
-            print("started", run.handle, flush=True)
+            tell("started", run.handle)
             if drawn.random() < 0.5:
                 store.save_run(replace(run, state="done", result={}))
-                print("done", run.handle, flush=True)
+                tell("done", run.handle)
 
 
 if __name__ == "__main__":
     for seed in iter(sys.stdin.readline, ""):
         if child := os.fork():
             os.waitpid(child, 0)
-            print("killed", child, flush=True)
+            tell("killed", child)
         else:
             main(Path(sys.argv[1]), int(seed))
