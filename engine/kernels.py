@@ -28,6 +28,8 @@ from engine.blas import Matrix, library
 from engine.matrices import PANEL, Panels
 from engine.tile import ROWS, WIDTH, tile, tile_of_words
 
+TOGETHER = 16 * ROWS
+"""Rows that pass all panels before the next do: they stay in the second cache meanwhile."""
 QUERIES = 64
 """Queries of a head per unit of attention: keys later than the last of them are never multiplied."""
 
@@ -123,13 +125,15 @@ def _by_panels(kind: Any, features: int, tile: Any) -> Any:
         rows, n = x.shape
         steps, width = panels.shape[1], out.shape[1]
         from_x, from_w, to = x.ctypes.data, panels.ctypes.data, out.ctypes.data
-        for panel in prange(len(panels)):
-            for k in range(0, steps, block):
-                for a in range(0, PANEL, WIDTH):
-                    w = from_w + 4 * ((panel * steps + k) * PANEL + a)
-                    for row in range(0, rows, ROWS):
-                        x_at, place = from_x + 4 * (row * n + features * k), to + 4 * (row * width + panel * PANEL + a)
-                        tile(min(ROWS, rows - row), x_at, n, w, place, width, min(block, steps - k), k > 0)
+        for first in range(0, rows, TOGETHER):
+            last = min(rows, first + TOGETHER)
+            for panel in prange(len(panels)):
+                for k in range(0, steps, block):
+                    for a in range(0, PANEL, WIDTH):
+                        w = from_w + 4 * ((panel * steps + k) * PANEL + a)
+                        for row in range(first, last, ROWS):
+                            x_at, at = from_x + 4 * (row * n + features * k), row * width + panel * PANEL + a
+                            tile(min(ROWS, last - row), x_at, n, w, to + 4 * at, width, min(block, steps - k), k > 0)
 
     return product
 
