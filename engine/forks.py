@@ -24,7 +24,7 @@ from engine.ops import Array
 FEEDS_ROWS = ("embed", "resid_pre", "k", "v")
 """Points of a layer that come before the rows part from keys and values."""
 
-ROWS_WORTH_A_THREAD = 48
+ROWS_WORTH_A_THREAD = 256
 """Rows of a slice in a layer, on average, from which on threads of their own pay. Fewer wait for the weights, which
 every thread reads, and a product's own threads read each weight once.
 """

@@ -91,6 +91,7 @@ def test_little_work_scoped_weights_and_compiled_kernels_are_one_threads(synthet
 
 def test_variants_that_cannot_be_dealt_out_evenly_are_one_threads(synthetic, monkeypatch):
     monkeypatch.setattr(blas, "threads", lambda: 2)
+    monkeypatch.setattr(forks, "ROWS_WORTH_A_THREAD", 0)
     ids = list(range(200))
     alone, pair, three = (forks.forks_of(synthetic, ids, zeroing([0], [0] * n)) for n in (1, 2, 3))
     shares = [len(forks.shares_of(synthetic, chosen, length, 2**30)) for length, chosen in (alone, pair, three)]
