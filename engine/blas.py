@@ -43,7 +43,7 @@ class Library:
 def add_product(out: Matrix, a: Matrix, b: Matrix) -> None:
     """Add (rows, n) @ (n, columns) to a contiguous (rows, columns) matrix in place."""
     found = library() if out.size >= WORTH_A_CALL else None
-    if found is None or not (_rows_in_order(a) and _rows_in_order(b) and out.flags.c_contiguous):
+    if found is None or not (rows_in_order(a) and rows_in_order(b) and out.flags.c_contiguous):
         out += a @ b
     else:
         _add(found.sgemm, out, a, b)
@@ -102,9 +102,10 @@ def _add(sgemm: Callable[..., None], out: Matrix, a: Matrix, b: Matrix) -> None:
     )  # fmt: skip
 
 
-def _rows_in_order(x: Matrix) -> bool:
-    """Whether numbers lie row after row, neighbours beside each other: what the call can read."""
-    return x.dtype == np.float32 and x.strides[1] == 4 and x.strides[0] >= 4 * x.shape[1] and x.strides[0] % 4 == 0
+def rows_in_order(x: Matrix) -> bool:
+    """Whether rows lie one after the other, their numbers beside each other: what calls for matrices can read."""
+    step = x.strides[-2]
+    return x.dtype == np.float32 and x.strides[-1] == 4 and step >= 4 * x.shape[-1] and step % 4 == 0
 
 
 @cache

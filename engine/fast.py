@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ SPINS = "20000"
 another program wants the processors, decoding becomes ten times slower than without kernels.
 """
 
+_preparing = Lock()
 _kernels: ModuleType | None = None
 _off = ""
 _why_not = "not asked for yet"
@@ -45,6 +47,11 @@ def switch_off(why: str) -> None:
 
 def prepare(say: Callable[[str], None] | None = None) -> None:
     """Use the kernels from now on, if they are installed and wanted. `say` hears of it before the wait."""
+    with _preparing:
+        _prepare(say)
+
+
+def _prepare(say: Callable[[str], None] | None) -> None:
     global _why_not
     if _kernels is not None:
         return
@@ -91,7 +98,7 @@ def _compiled() -> ModuleType:
 
     settings: Any = numba.config
     kept = settings.CACHE_DIR
-    settings.CACHE_DIR = kept or str(user_cache_path("mechscope") / "kernels" / _sources())
+    settings.CACHE_DIR = str(Path(kept or user_cache_path("mechscope") / "kernels") / _sources())
     try:
         from engine import kernels
     finally:
@@ -101,7 +108,8 @@ def _compiled() -> ModuleType:
 
 def _sources() -> str:
     """A digest of what kernels are compiled from: numba's cache looks at one file, and may have no place beside it."""
-    digest = hashlib.sha256()
+    found = library()
+    digest = hashlib.sha256(b"" if found is None else bytes([found.bits]))
     for name in ("kernels.py", "matrices.py", "tile.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:16]

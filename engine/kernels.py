@@ -24,9 +24,9 @@ from numba import njit, prange
 from numba import types as t
 from numba.extending import intrinsic
 
-from engine.blas import Matrix, library
+from engine.blas import Matrix, library, rows_in_order
 from engine.matrices import PANEL, Panels
-from engine.tile import ROWS, WIDTH, tile, tile_of_words
+from engine.tile import ROWS, WIDTH, tile
 
 TOGETHER = 16 * ROWS
 """Rows that pass all panels before the next do: they stay in the second cache meanwhile."""
@@ -99,47 +99,42 @@ def _softmax_between(x: Any, start: Any, end: Any) -> None:
     """Softmax of x[start:end], zeros elsewhere; zeros throughout if all is minus infinity."""
     x[:start] = 0
     x[end:] = 0
-    seen = x[start:end]
+    row = x[start:end]  # of loops from 0 on alone LLVM makes vectors
     peak = np.finfo(np.float32).min
-    for j in range(len(seen)):
-        peak = max(peak, seen[j])
+    for j in range(len(row)):
+        peak = max(peak, row[j])
     total = _ZERO
-    for j in range(len(seen)):
-        e = _exp(seen[j] - peak)
-        seen[j] = e
+    for j in range(len(row)):
+        e = _exp(row[j] - peak)
+        row[j] = e
         total += e
     factor = _ONE / max(total, np.finfo(np.float32).tiny)
-    for j in range(len(seen)):
-        seen[j] *= factor
+    for j in range(len(row)):
+        row[j] *= factor
 
 
 # --- products -----------------------------------------------------------------------------------------------------
 
 
-def _by_panels(kind: Any, features: int, tile: Any) -> Any:
-    """A product with panels of this kind of number, so many features to each."""
-
-    @_compiled(t.void(seen, kind, matrix, i64), _STRICT)  # type: ignore[untyped-decorator]
-    def product(x: Any, panels: Any, out: Any, block: Any) -> None:
-        """Out = x @ w: each thread has some panels, and sums up `block` features at a time."""
-        rows, n = x.shape
-        steps, width = panels.shape[1], out.shape[1]
-        from_x, from_w, to = x.ctypes.data, panels.ctypes.data, out.ctypes.data
-        for first in range(0, rows, TOGETHER):
-            last = min(rows, first + TOGETHER)
-            for panel in prange(len(panels)):
-                for k in range(0, steps, block):
-                    for a in range(0, PANEL, WIDTH):
-                        w = from_w + 4 * ((panel * steps + k) * PANEL + a)
-                        for row in range(first, last, ROWS):
-                            x_at, at = from_x + 4 * (row * n + features * k), row * width + panel * PANEL + a
-                            tile(min(ROWS, last - row), x_at, n, w, to + 4 * at, width, min(block, steps - k), k > 0)
-
-    return product
+_panels = [t.void(seen, t.Array(kind, 3, "C", readonly=True), matrix, i64) for kind in (f32, t.uint32)]
 
 
-_by_numbers = _by_panels(t.Array(f32, 3, "C", readonly=True), 1, tile)
-_by_words = _by_panels(t.Array(t.uint32, 3, "C", readonly=True), 2, tile_of_words)
+@_compiled(_panels, _STRICT)  # type: ignore[untyped-decorator]
+def _product(x: Any, panels: Any, out: Any, block: Any) -> None:
+    """Out = x @ w: each thread has some panels, and sums up `block` of their rows, features or words, at a time."""
+    rows, n = x.shape
+    steps, width = panels.shape[1], out.shape[1]
+    features = n // steps  # in a row of a panel: 2 in words
+    from_x, to = x.ctypes.data, out.ctypes.data
+    for first in range(0, rows, TOGETHER):
+        last = min(rows, first + TOGETHER)
+        for panel in prange(len(panels)):
+            for k in range(0, steps, block):
+                for a in range(0, PANEL, WIDTH):
+                    w = (panel * steps + k) * PANEL + a
+                    for row in range(first, last, ROWS):
+                        x_at, at = from_x + 4 * (row * n + features * k), to + 4 * (row * width + panel * PANEL + a)
+                        tile(min(ROWS, last - row), x_at, n, panels, w, at, width, min(block, steps - k), k > 0)
 
 
 def product(x: Matrix, w: Any, block: int) -> Matrix | None:
@@ -148,15 +143,14 @@ def product(x: Matrix, w: Any, block: int) -> Matrix | None:
     """
     if not isinstance(w, Panels) or not x.flags.c_contiguous:
         return None
-    of_words = w.numbers.dtype == np.uint32
-    if of_words and x.shape[1] % 2:
+    features = 2 if w.numbers.dtype == np.uint32 else 1
+    if not w.shape[0] or -(-x.shape[1] // features) != w.shape[0]:
+        return None
+    if x.shape[1] % features:
         x = np.pad(x, ((0, 0), (0, 1)))  # a word's second feature is read, too, though it is zero
     out = np.empty((len(x), PANEL * len(w.numbers)), np.float32)
     with _ONE_AT_A_TIME:
-        if of_words:
-            _by_words(x, w.numbers, out, block // 2)
-        else:
-            _by_numbers(x, w.numbers, out, block)
+        _product(x, w.numbers, out, block // features)
     return np.ascontiguousarray(out[:, : w.shape[1]])
 
 
@@ -224,8 +218,7 @@ def attend(
     q: Matrix, k: Matrix, v: Matrix, pos: Any, key_pos: Any, scale: float, window: int | None, pattern: Matrix | None
 ) -> Matrix | None:
     """As `ops.attend`, without a cap; fills `pattern` if there is one. None for arrays that numpy must do."""
-    in_order = all(x.strides[3] == 4 and x.strides[2] % 4 == 0 for x in (q, k, v))
-    if _attend is None or not in_order or not len(q) == len(k) == len(v):
+    if _attend is None or not all(map(rows_in_order, (q, k, v))) or not len(q) == len(k) == len(v):
         return None
     z = np.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), np.float32)
     kept = np.empty((0, 0, 0, 0), np.float32) if pattern is None else pattern
@@ -261,8 +254,8 @@ def inner(x: Matrix, w: Matrix) -> Matrix | None:
 
 def _stepped(x: Matrix) -> Matrix:
     """(rows, width) whose rows lie apart -> (rows, step): a row's own numbers, then what must not be read."""
-    flat = x if x.strides[1] == 4 and x.strides[0] % 4 == 0 else np.ascontiguousarray(x)
-    step = max(flat.strides[0] // 4, flat.shape[1])
+    flat = x if rows_in_order(x) else np.ascontiguousarray(x)
+    step = flat.strides[0] // 4
     return np.lib.stride_tricks.as_strided(flat, (len(flat), step), (4 * step, 4), writeable=False)
 
 

@@ -50,16 +50,29 @@ def load_model(
     """
     keep_freed_memory()
     fast.prepare(None if tick is None else partial(tick, 0, 1))
-    made = _loaded(model, weights, tick, progress, dense_layers, converted, room)
-    n_layers = made.config.n_layers
+    try:
+        return _laid_out(_loaded(model, weights, tick, progress, dense_layers, converted, room), weights, tick, room)
+    except MemoryError:
+        scoped = weights == "scoped"
+        hint = "choose a smaller one" if scoped else 'load it with weights="scoped", or choose a smaller model'
+        raise ModelError(f"there is not enough memory for {Path(model).name}; {hint}") from None
+
+
+def _laid_out(made: Model, weights: str, tick: Tick | None, room: Room | None) -> Model:
+    """Rounded if that is asked for; in panels if kernels are in use. A scoped layer is not worth it for one pass."""
+    n, compiled = made.config.n_layers, fast.kernels() is not None
+
+    def told(what: str) -> Callable[[int], None]:
+        return lambda layer: None if tick is None else tick(layer, n, f"{what} layer {layer}")
+
+    if weights == "scoped" or not (compiled or weights == "bf16"):
+        return made
+    if room is not None and made.conversion == "used":  # mapped until now
+        room(sum(array.nbytes for layer in range(n) for _, array in made.params.layer(layer).stored()))
     if weights == "bf16":
-        params = in_bfloat16(made.params, n_layers)
+        params = in_bfloat16(made.params, n, told("rounding"))
         made = replace(made, params=params, weights="bf16", fingerprint=f"{made.fingerprint}{ROUNDED}")
-    if fast.kernels() is not None:
-        if tick is not None:
-            tick(n_layers, n_layers, "laying out the weights for compiled products")
-        made = replace(made, params=in_panels(made.params, n_layers))
-    return made
+    return replace(made, params=in_panels(made.params, n, told("laying out"))) if compiled else made
 
 
 def _loaded(
@@ -87,13 +100,6 @@ def _loaded(
         before = stamp(path)
         read = (_from_directory if path.is_dir() else _from_gguf)(path, name, budget, tick, room)
         return _kept(read, path, before, tick) if converted and budget is None else read.model
-    except MemoryError:
-        hint = (
-            'load it with weights="scoped", or choose a smaller model'
-            if weights != "scoped"
-            else "choose a smaller one"
-        )
-        raise ModelError(f"there is not enough memory for {name}; {hint}") from None
     except OSError as error:
         at = Path(error.filename).name if isinstance(error.filename, str) else path.name
         raise DamagedFile(f"{at} cannot be read: {error.strerror or error}") from None

@@ -8,6 +8,7 @@ columns             some columns, likewise
 """
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,8 @@ def _give_back_pages(x: npt.NDArray[Any]) -> None:
     while isinstance(base, np.ndarray):
         base = base.base
     if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        base.madvise(mmap.MADV_DONTNEED)
+        with suppress(OSError):  # pages that are locked into memory
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def widened(x: Matrix) -> Array:
@@ -90,5 +92,5 @@ def widened(x: Matrix) -> Array:
 
 
 def columns(x: Matrix, at: slice) -> Array | Bfloat16:
-    """Some columns by themselves: a view, of panels a float32 copy."""
+    """Some columns by themselves: a view, or of panels a copy in float32, where words were widened."""
     return widened(x)[:, at] if isinstance(x, Panels) else x[..., at]

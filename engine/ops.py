@@ -1,7 +1,7 @@
 """The numerics of the decoder, float32 in and float32 out.
 
-`linear`, `normalise`, `rotate`, `attend`, `softmax`, `softcap` and the activations. Matrices are stored
-(in, out), so every product reads `x @ W`: with few rows this is also the layout OpenBLAS is fastest at.
+`linear`, `rms_norm`, `layer_norm`, `rotate`, `attend`, `softmax`, `softcap` and the activations. numpy reads matrices as
+(in, out), so every product is `x @ W`: with few rows this is also the layout OpenBLAS is fastest at.
 """
 
 from collections.abc import Callable
@@ -109,10 +109,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    half, x = (
-        cos.shape[-1],
-        np.ascontiguousarray(x),
-    )  # heads beside each other: rows of 32 numbers cost more than a copy
+    half = cos.shape[-1]
+    x = np.ascontiguousarray(x)  # heads beside each other: rows of 32 numbers cost more than a copy
     a, b = x[..., :half], x[..., half : 2 * half]
     out = np.empty(x.shape, np.float32)
     np.subtract(a * cos, b * sin, out=out[..., :half])

@@ -86,7 +86,7 @@ SINGLE = ("q", "k", "v", "o", "up", "down", "gate", *_NORMS)
 class LayerParams:
     """One layer. `qkv` joins queries, keys and values; `gate_up` gate and up, in an MLP without gating up alone.
 
-    `q`, `k`, `v`, `gate` (or None) and `up` are these by themselves: views.
+    `q`, `k`, `v`, `gate` (or None) and `up` are these by themselves: views, where matrices are in panels copies.
     """
 
     qkv: Joined
@@ -185,13 +185,9 @@ class Params:
             self._dense[index] = params
         return params
 
-    def changed(self, change: Callable[[LayerParams], LayerParams]) -> "Params":
-        """The same with every layer changed when it becomes dense; takes over those that are dense now."""
-        load = self._load_layer
-        made = Params(self.ends, lambda index: change(load(index)), self.keep)
-        for index in [*self._dense]:
-            made._dense[index] = change(self._dense.pop(index))
-        return made
+    def take(self, index: int) -> LayerParams:
+        """The dense weights of one layer, which are not kept here any longer."""
+        return self._dense.pop(index, None) or self._load_layer(index)
 
     @contextmanager
     def pinned(self, index: int) -> Iterator[LayerParams]:
@@ -220,16 +216,23 @@ class Params:
         return tuple(sorted({*self._dense, *self._pinned}))
 
 
-def in_bfloat16(params: Params, n_layers: int) -> Params:
+def in_bfloat16(params: Params, n_layers: int, told: Callable[[int], None] = lambda index: None) -> Params:
     """The same with the layers' matrices rounded to bfloat16: half the memory. What lies outside the layers stays."""
-    layers = [params.layer(i).with_matrices(lambda weight: rounded(widened(weight))) for i in range(n_layers)]
-    return Params(params.ends, layers.__getitem__, n_layers)
+    return _kept_otherwise(params, n_layers, lambda weight: rounded(widened(weight)), told)
 
 
-def in_panels(params: Params, n_layers: int) -> Params:
-    """The same with the layers' matrices in panels, for compiled products. It takes over the layers that are dense."""
-    made = params.changed(lambda layer: layer.with_matrices(panelled))
-    for index in range(n_layers if made.keep >= n_layers else 0):
+def in_panels(params: Params, n_layers: int, told: Callable[[int], None] = lambda index: None) -> Params:
+    """The same with the layers' matrices in panels, for compiled products."""
+    return _kept_otherwise(params, n_layers, panelled, told)
+
+
+def _kept_otherwise(
+    params: Params, n_layers: int, change: Callable[[Matrix], Matrix], told: Callable[[int], None]
+) -> Params:
+    """All layers with their matrices changed, taken from `params` one by one; `told` of each before."""
+    made = Params(params.ends, lambda index: params.take(index).with_matrices(change), n_layers)
+    for index in range(n_layers):
+        told(index)
         made.layer(index)
     return made
 

@@ -140,31 +140,31 @@ def _pairs(sums: list[list[Any]], after: list[list[Any]]) -> list[tuple[Any, Any
     return [pair for before, now in zip(sums, after, strict=True) for pair in zip(before, now, strict=True)]
 
 
-def _of(words: bool) -> Any:
-    def tile(_: Any, rows: Any, x: Any, x_step: Any, w: Any, out: Any, out_step: Any, features: Any, add: Any) -> Any:
-        """Out (rows, WIDTH) = or += x (rows, features) @ w (features, WIDTH); w's rows are PANEL numbers apart."""
+@intrinsic
+def tile(
+    _: Any, rows: Any, x: Any, x_step: Any, panels: Any, at: Any, out: Any, out_step: Any, features: Any, add: Any
+) -> Any:
+    """Out (rows, WIDTH) = or += x (rows, features) @ the panels' numbers from number `at` on: (features, WIDTH).
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            n, x, x_step, w, out, out_step, features, add = arguments
-            pointers = [builder.inttoptr(place, _FLOAT.as_pointer()) for place in (x, w, out)]
-            given = (pointers[0], x_step, pointers[1], pointers[2], out_step, features, add)
-            done = builder.append_basic_block()
-            switch = builder.switch(n, done)
-            for count in range(1, ROWS + 1):
-                case = builder.append_basic_block()
-                switch.add_case(_int(count), case)
-                builder.position_at_end(case)
-                _Tile(builder, count, given, words).emit()
-                builder.branch(done)
-            builder.position_at_end(done)
-            return context.get_dummy_value()
+    x and out are addresses, the steps from row to row in numbers. Panels of words: `features` counts words.
+    """
 
-        place, size = t.uintp, t.int64
-        return t.void(size, place, size, place, place, size, size, t.boolean), generate
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        n, x, x_step, panels, at, out, out_step, features, add = arguments
+        numbers = context.make_array(signature.args[3])(context, builder, panels).data
+        from_x, to = (builder.inttoptr(place, _FLOAT.as_pointer()) for place in (x, out))
+        from_w = builder.gep(builder.bitcast(numbers, _FLOAT.as_pointer()), [at])
+        given = (from_x, x_step, from_w, to, out_step, features, add)
+        words = signature.args[3].dtype == t.uint32
+        done = builder.append_basic_block()
+        switch = builder.switch(n, done)
+        for count in range(1, ROWS + 1):
+            case = builder.append_basic_block()
+            switch.add_case(_int(count), case)
+            builder.position_at_end(case)
+            _Tile(builder, count, given, words).emit()
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
 
-    return intrinsic(tile)
-
-
-tile = _of(words=False)
-tile_of_words = _of(words=True)
-"""`tile` of bfloat16: `features` counts words."""
+    return t.void(t.int64, t.uintp, t.int64, panels, t.int64, t.uintp, t.int64, t.int64, t.boolean), generate

@@ -1,14 +1,19 @@
 """The compiled kernels compute what numpy computes: each kernel beside its numpy function, then whole runs."""
 
+import gc
 import os
+import platform
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_files import hf_directory
 from tolerances import KERNEL
 
 from engine import (
@@ -21,14 +26,15 @@ from engine import (
     fast,
     forward,
     generate,
-    kernels,
+    load_model,
     ops,
     patching_grid,
 )
 from engine.matrices import PANEL, Array, Panels, panelled, rounded, widened
-from engine.params import Params, in_panels
+from engine.params import Ends, Joined, LayerParams, Linear, Params, in_bfloat16, in_panels
 from engine.tile import ROWS
 
+kernels = fast._compiled()
 NOISE = np.random.default_rng(0)
 
 
@@ -210,6 +216,51 @@ def test_what_lies_otherwise_in_memory_is_copied_or_left_to_numpy() -> None:
     agree(ops.linear(x, panelled(w)), x @ w)
 
 
+def test_rows_that_lie_upon_each_other_or_backwards_are_read_where_they_are() -> None:
+    cos, sin = noise(7, 8), noise(7, 8)
+    for q in (np.broadcast_to(noise(1, 3, 1, 16), (1, 3, 7, 16)), noise(1, 3, 7, 16)[:, :, ::-1]):
+        agree(kernels.rotate(q, cos, sin), ops._rotate(q, cos, sin))
+        k, pos = noise(1, 3, 7, 16), np.arange(7)
+        made = ops.attend(q, k, q, pos, pos, scale=1)
+        with fast.using(False):
+            agree(made, ops.attend(q, k, q, pos, pos, scale=1))
+    gate = np.broadcast_to(noise(1, 33), (7, 33))
+    agree(kernels.gated_silu(gate, gate[::-1]), kernels.gated_silu(gate.copy(), gate.copy()))
+
+
+@pytest.mark.parametrize("n", [39, 41, 0])
+def test_rows_of_another_width_than_the_matrixs_are_left_to_numpy(n: int) -> None:
+    assert kernels.product(noise(3, n), panelled(noise(40, 8)), 144) is None
+    assert kernels.product(noise(3, 0), panelled(noise(0, 8)), 144) is None
+
+
+NARROW = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import llvmlite.binding
+known = llvmlite.binding.get_host_cpu_features()
+llvmlite.binding.get_host_cpu_features = lambda: {{**known, "avx512f": False}}
+import numpy as np
+from engine import tile
+from engine.fast import _compiled
+from engine.matrices import panelled, rounded, widened
+kernels, noise = _compiled(), np.random.default_rng(0)
+print(tile.WIDTH, tile.ROWS)
+for rows, n, columns in ((1, 7, 1), (6, 50, 37), (7, 145, 64), (200, 40, 100)):
+    x, w = (noise.standard_normal(shape).astype(np.float32) for shape in ((rows, n), (n, columns)))
+    for given, meant in ((w, w), (rounded(w), widened(rounded(w))[:n])):
+        assert np.abs(kernels.product(x, panelled(given), 16) - x @ meant).max() < 1e-4, (rows, n, columns)
+print("agree")
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the tile for processors of this kind")
+def test_a_tile_of_half_a_panel_computes_the_same(tmp_path: Path) -> None:
+    child = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, env=child)
+    assert ran.stdout.split("\n")[:2] == ["16 6", "agree"], ran.stderr
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +310,45 @@ def test_many_threads_at_once_get_what_one_gets() -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: kernels.product(x, w, 144), range(200)))
     assert all((one == expected).all() for one in made)
+
+
+AGAIN = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from engine.fast import _compiled
+compiled = {{name: x.stats for name, x in vars(_compiled()).items() if hasattr(x, "stats")}}
+print(len(compiled) > 5, [name for name, stats in compiled.items() if stats.cache_misses])
+"""
+
+
+def test_another_process_compiles_nothing_again() -> None:
+    ran = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True)
+    assert ran.stdout.strip() == "True []", ran.stderr
+
+
+def test_a_model_loaded_with_kernels_in_use_has_panels_unless_its_layers_come_and_go(tmp_path: Path) -> None:
+    for weights in ("dense", "bf16"):
+        assert isinstance(load_model("synthetic", weights=weights).params.layer(3).down.weight, Panels)
+    tmp_path = hf_directory(tmp_path / "tiny")
+    assert isinstance(load_model(tmp_path).params.layer(0).down.weight, Panels)
+    assert not isinstance(load_model(tmp_path, weights="scoped").params.layer(0).down.weight, Panels)
+    with fast.using(False):
+        assert not isinstance(load_model("synthetic").params.layer(3).down.weight, Panels)
+
+
+def test_layers_that_are_laid_out_are_not_kept_as_they_were() -> None:
+    def read(index: int) -> LayerParams:
+        alone = Linear(noise(8, 8))
+        return LayerParams(Joined.of(alone, alone, alone), alone, Joined.of(alone), alone)
+
+    plain, asked = Params(Ends(noise(3, 8), noise(3, 8), None), read, 2), list[int]()
+    numbers = weakref.ref(plain.layer(1).o.weight)
+    rounded = in_bfloat16(plain, 2, asked.append)
+    words = weakref.ref(rounded.layer(1).o.weight)
+    panels = in_panels(rounded, 2, asked.append)
+    gc.collect()
+    assert (numbers(), words()) == (None, None)
+    assert [panels.dense_layers, asked] == [(0, 1), [0, 1, 0, 1]]
 
 
 CHILD = f"""
