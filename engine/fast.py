@@ -15,7 +15,7 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
-from engine.blas import want_single_threaded
+from engine.blas import library, want_single_threaded
 
 VARIABLE = "MECHSCOPE_FAST"
 SPINS = "20000"

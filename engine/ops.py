@@ -1,7 +1,7 @@
 """The numerics of the decoder, float32 in and float32 out.
 
-`linear`, `rms_norm`, `layer_norm`, `rotate`, `attend`, `softmax`, `softcap` and the activations. numpy reads matrices as
-(in, out), so every product is `x @ W`: with few rows this is also the layout OpenBLAS is fastest at.
+`linear`, `rms_norm`, `layer_norm`, `rotate`, `attend`, `softmax`, `softcap` and the activations. numpy reads matrices
+as (in, out), so every product is `x @ W`: with few rows this is also the layout OpenBLAS is fastest at.
 """
 
 from collections.abc import Callable
