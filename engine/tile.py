@@ -140,8 +140,7 @@ def _pairs(sums: list[list[Any]], after: list[list[Any]]) -> list[tuple[Any, Any
     return [pair for before, now in zip(sums, after, strict=True) for pair in zip(before, now, strict=True)]
 
 
-@intrinsic
-def tile(
+def _tile(
     _: Any, rows: Any, x: Any, x_step: Any, panels: Any, at: Any, out: Any, out_step: Any, features: Any, add: Any
 ) -> Any:
     """Out (rows, WIDTH) = or += x (rows, features) @ the panels' numbers from number `at` on: (features, WIDTH).
@@ -168,3 +167,6 @@ def tile(
         return context.get_dummy_value()
 
     return t.void(t.int64, t.uintp, t.int64, panels, t.int64, t.uintp, t.int64, t.int64, t.boolean), generate
+
+
+tile: Any = intrinsic(_tile)
