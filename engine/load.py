@@ -55,7 +55,7 @@ def load_model(
     except MemoryError:
         scoped = weights == "scoped"
         hint = "choose a smaller one" if scoped else 'load it with weights="scoped", or choose a smaller model'
-        raise ModelError(f"there is not enough memory for {Path(model).name}; {hint}") from None
+        raise ModelError(f"there is not enough memory for {_name(str(model), Path(model))}; {hint}") from None
 
 
 def _laid_out(made: Model, weights: str, tick: Tick | None, room: Room | None) -> Model:
