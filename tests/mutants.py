@@ -1,6 +1,6 @@
 """Break the engine in named ways and expect the tests to notice: `make mutants`.
 
-misplaced   mutants whose text is not in its file exactly once
+misplaced   mutants whose text is not in its file exactly once, or that are not Python
 main        control runs, then every mutant in a copy of the engine, two at a time; exit 1 if one survives
 
 Mutants of the architectures are run on the golden numbers of the rows that they concern, and each row must be off by at
@@ -8,6 +8,7 @@ least 100 times what is allowed. The others are run on the test that each names,
 one does not notice. Every run checks that it imports the copy.
 """
 
+import ast
 import json
 import os
 import re
@@ -65,12 +66,18 @@ class Verdict(NamedTuple):
 
 
 def misplaced() -> list[str]:
-    """Names of mutants whose text does not occur exactly once in its file, or changes nothing."""
-    return [
-        mutant.name
-        for mutant in MUTANTS
-        if (ROOT / "engine" / mutant.file).read_text("utf-8").count(mutant.old) != 1 or mutant.old == mutant.new
-    ]
+    """Names of mutants whose text does not occur exactly once in its file, changes nothing, or is not Python after."""
+    return [mutant.name for mutant in MUTANTS if not _fits(mutant, (ROOT / "engine" / mutant.file).read_text("utf-8"))]
+
+
+def _fits(mutant: Mutant, source: str) -> bool:
+    if source.count(mutant.old) != 1 or mutant.old == mutant.new:
+        return False
+    try:
+        ast.parse(source.replace(mutant.old, mutant.new))
+    except SyntaxError:
+        return False
+    return True
 
 
 # --- copies -------------------------------------------------------------------------------------------------------

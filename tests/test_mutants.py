@@ -9,8 +9,14 @@ from plain_mutants import PLAIN_MUTANTS
 from engine.families import known
 
 
-def test_every_mutant_replaces_text_that_is_there_exactly_once():
+def test_every_mutant_replaces_text_that_is_there_exactly_once_and_leaves_python():
     assert misplaced() == []
+
+
+def test_a_mutant_that_is_no_python_is_told(monkeypatch):
+    broken = replace(MUTANTS[0], name="half a line", new=f"{MUTANTS[0].old} (")
+    monkeypatch.setattr("mutants.MUTANTS", [broken])
+    assert misplaced() == ["half a line"]
 
 
 def test_mutants_have_names_of_their_own():
