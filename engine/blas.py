@@ -1,4 +1,4 @@
-"""`add_product`: out += a @ b, without a matrix in between. `single_threaded`: products that leave a processor free.
+"""`product`: x @ weight, features summed up in blocks. `single_threaded`: products that leave a processor free.
 
 The BLAS that numpy came with adds a product to a matrix in one call; numpy's own product only overwrites, so a second
 pass has to add. The call is the library's C interface (Netlib's cblas_sgemm), found through numpy's extension module.
@@ -24,8 +24,8 @@ NAMES = (
     ("cblas_sgemm", ctypes.c_int32, "openblas_{}_num_threads"),  # distributions
 )
 """What the function may be called, the type of its sizes, and what sets and gets the number of threads in OpenBLAS."""
-WORTH_A_CALL = 1 << 14
-"""Numbers in a result from which on adding it in a second pass costs more than the way to the library."""
+WORTH_A_CALL = 1 << 13
+"""Numbers in a result from which on adding blocks in a second pass costs more than the way to the library."""
 _ROW_MAJOR, _AS_IT_IS = 101, 111  # cblas.h
 
 
@@ -40,13 +40,34 @@ class Library:
     set_threads: Callable[[int], None] | None
 
 
-def add_product(out: Matrix, a: Matrix, b: Matrix) -> None:
-    """Add (rows, n) @ (n, columns) to a contiguous (rows, columns) matrix in place."""
-    found = library() if out.size >= WORTH_A_CALL else None
-    if found is None or not (rows_in_order(a) and rows_in_order(b) and out.flags.c_contiguous):
-        out += a @ b
-    else:
-        _add(found.sgemm, out, a, b)
+def product(x: Matrix, weight: Matrix, block: int) -> Matrix:
+    """(rows, n) @ (n, columns) -> (rows, columns): the sum of the products of `block` features each."""
+    found = library() if len(x) * weight.shape[1] >= WORTH_A_CALL else None
+    if found is None or not (rows_in_order(x) and rows_in_order(weight)):
+        return _by_numpy(x, weight, block)
+    out = np.empty((len(x), weight.shape[1]), np.float32)
+    _add_blocks(found.sgemm, out, x, weight, block)
+    return out
+
+
+def _by_numpy(x: Matrix, weight: Matrix, block: int) -> Matrix:
+    total: Matrix = x[:, :block] @ weight[:block]
+    for start in range(block, len(weight), block):
+        total += x[:, start : start + block] @ weight[start : start + block]
+    return total
+
+
+def _add_blocks(sgemm: Callable[..., None], out: Matrix, x: Matrix, weight: Matrix, block: int) -> None:
+    """Fill a contiguous `out`; the first block overwrites what is there."""
+    (rows, n), columns = x.shape, weight.shape[1]
+    x_step, w_step = x.strides[0] // 4, weight.strides[0] // 4
+    x_at, w_at, out_at = x.ctypes.data, weight.ctypes.data, out.ctypes.data
+    for start in range(0, n, block):
+        features, before = min(block, n - start), 1.0 if start else 0.0
+        sgemm(
+            _ROW_MAJOR, _AS_IT_IS, _AS_IT_IS, rows, columns, features,
+            1.0, x_at + 4 * start, x_step, w_at + 4 * start * w_step, w_step, before, out_at, columns,
+        )  # fmt: skip
 
 
 class _Single:
@@ -93,15 +114,6 @@ def single_threaded() -> Iterator[None]:
         _single.want(-1)
 
 
-def _add(sgemm: Callable[..., None], out: Matrix, a: Matrix, b: Matrix) -> None:
-    (rows, n), columns = a.shape, b.shape[1]
-    a_step, b_step = a.strides[0] // 4, b.strides[0] // 4
-    sgemm(
-        _ROW_MAJOR, _AS_IT_IS, _AS_IT_IS, rows, columns, n,
-        1.0, a.ctypes.data, a_step, b.ctypes.data, b_step, 1.0, out.ctypes.data, columns,
-    )  # fmt: skip
-
-
 def rows_in_order(x: Matrix) -> bool:
     """Whether rows lie one after the other, their numbers beside each other: what calls for matrices can read."""
     step = x.strides[-2]
@@ -142,8 +154,7 @@ def _declared(entry: Any, size: Any) -> Callable[..., None]:
 
 def _agrees(sgemm: Callable[..., None]) -> bool:
     """Whether a small product comes out as numpy's."""
-    a = np.arange(6, dtype=np.float32).reshape(2, 3)[:, :2]
-    b, out = a.T.copy() + 1, np.ones((2, 2), np.float32)
-    expected = out + a @ b
-    _add(sgemm, out, a, b)
-    return bool((out == expected).all())
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)[:, :2]
+    weight, out = x.T.copy() + 1, np.full((2, 2), np.nan, np.float32)
+    _add_blocks(sgemm, out, x, weight, 1)
+    return bool((out == x @ weight).all())

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import fast
-from engine.blas import add_product
+from engine.blas import product
 from engine.matrices import Array as Array
 from engine.matrices import Matrix, widened
 
@@ -59,10 +59,7 @@ def _product(x: Array, weight: Array) -> Array:
         blocks: Array = x.reshape(parts, 1, -1) @ weight.reshape(parts, -1, weight.shape[1])
         sums: Array = np.add.reduce(blocks)
         return sums
-    total: Array = x[:, :SUM_BLOCK] @ weight[:SUM_BLOCK]
-    for start in range(SUM_BLOCK, len(weight), SUM_BLOCK):
-        add_product(total, x[:, start : start + SUM_BLOCK], weight[start : start + SUM_BLOCK])
-    return total
+    return product(x, weight, SUM_BLOCK)
 
 
 @cache
@@ -80,7 +77,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    scale = np.einsum("...d,...d->...", x, x)[..., None]
+    scale = np.vecdot(x, x)[..., None]
     scale *= np.float32(1 / x.shape[-1])
     scale += np.float32(eps)
     np.sqrt(scale, out=scale)
@@ -110,13 +107,12 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     half = cos.shape[-1]
-    x = np.ascontiguousarray(x)  # heads beside each other: rows of 32 numbers cost more than a copy
-    a, b = x[..., :half], x[..., half : 2 * half]
-    out = np.empty(x.shape, np.float32)
-    np.subtract(a * cos, b * sin, out=out[..., :half])
-    np.add(b * cos, a * sin, out=out[..., half : 2 * half])
-    out[..., 2 * half :] = x[..., 2 * half :]
-    return out
+    rest, x = x[..., 2 * half :], np.ascontiguousarray(x[..., : 2 * half])  # each head's rows are one pass then
+    out: Array = x * np.concatenate([cos, cos], 1)
+    partners = np.concatenate([x[..., half:], x[..., :half]], -1)
+    partners *= np.concatenate([-sin, sin], 1)
+    out += partners
+    return np.concatenate([out, rest], -1) if rest.shape[-1] else out
 
 
 def softmax(x: Array) -> Array:

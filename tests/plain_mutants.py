@@ -9,7 +9,7 @@ PLAIN_MUTANTS = (
     # --- numerics
     Mutant("rotary off by one position", "config.py", "pos[:, None].astype(", "(pos[:, None] + 1).astype(",
            "test_reference.py::test_cached_keys_are_rotated_to_their_absolute_positions"),
-    Mutant("rotary pairs interleaved", "ops.py", "x[..., :half], x[..., half : 2 * half]", "x[..., ::2], x[..., 1::2]",
+    Mutant("rotary pairs interleaved", "ops.py", "[x[..., half:], x[..., :half]]", "[x[..., 1::2], x[..., ::2]]",
            "test_ops.py::test_rotation_turns_pairs_and_passes_the_rest_through"),
     Mutant("attention scale missing", "ops.py", "_by_blocks(q * np.float32(scale)", "_by_blocks(q * np.float32(1)",
            "test_ops.py::test_attention_equals_a_loop_over_rows"),
@@ -23,8 +23,12 @@ PLAIN_MUTANTS = (
            "test_ops.py::test_attention_equals_a_loop_over_rows"),
     Mutant("biases are dropped", "ops.py", "        out += bias\n    return out\n\n\ndef inner",
            "        pass\n    return out\n\n\ndef inner", "test_ops.py::test_linear_multiplies_and_adds_its_bias"),
-    Mutant("a product overwrites what it adds to", "blas.py", "b_step, 1.0, out", "b_step, 0.0, out",
-           "test_blas.py::test_the_product_is_added"),
+    Mutant("each block overwrites the ones before", "blas.py", "1.0 if start else 0.0", "0.0",
+           "test_blas.py::test_the_library_of_numpys_wheels_is_found_and_adds_up_as_numpy_would"),
+    Mutant("the first block is added to what memory held", "blas.py", "1.0 if start else 0.0", "1.0",
+           "test_blas.py::test_the_library_of_numpys_wheels_is_found_and_adds_up_as_numpy_would"),
+    Mutant("the last block reads as far as a whole one", "blas.py", "min(block, n - start)", "block",
+           "test_blas.py::test_the_product_is_the_sum_over_all_blocks"),
     # --- compiled kernels
     Mutant("kernel: the last block of features alone", "kernels.py", "steps - k), k > 0)", "steps - k), False)",
            "test_kernels.py::test_a_product_is_as_near_to_float64_as_numpys"),

@@ -1,4 +1,4 @@
-"""`add_product` adds what numpy's product would be, whatever the arrays' layout."""
+"""`blas.product` is numpy's product, whatever the arrays' layout; `single_threaded` is for all who want it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,42 +28,28 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("block", [96, 40, 1000])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_product_is_added(layout: str) -> None:
-    a, b = LAYOUTS[layout]
-    start = noise(len(a), b.shape[1])
-    out = start.copy()
-    blas.add_product(out, a, b)
-    expected = start + a.astype(np.float64) @ b.astype(np.float64)
-    assert np.abs(out - expected).max() < 1e-4
-    assert np.abs(out - start).max() > 1
+def test_the_product_is_the_sum_over_all_blocks(layout: str, block: int) -> None:
+    x, weight = LAYOUTS[layout]
+    expected = x.astype(np.float64) @ weight.astype(np.float64)
+    assert np.abs(blas.product(x, weight, block) - expected).max() < 1e-4
+    assert np.abs(expected).max() > 1
 
 
-def test_a_result_whose_columns_are_beside_each_other_is_added_to_as_well() -> None:
-    a, b = LAYOUTS["contiguous"]
-    out = np.zeros((700, 40), np.float32).T
-    blas.add_product(out, a, b)
-    assert np.abs(out - a @ b).max() < 1e-4
-
-
-def test_the_library_of_numpys_wheels_is_found_and_adds_what_numpy_would() -> None:
+def test_the_library_of_numpys_wheels_is_found_and_adds_up_as_numpy_would() -> None:
     built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
     if built != "scipy-openblas":
         pytest.skip(f"this numpy is built with {built}")
     assert blas.library() is not None
-    a, b = LAYOUTS["contiguous"]
-    by_library, by_numpy = np.ones((2, 40, 700), np.float32)
-    blas.add_product(by_library, a, b)
-    by_numpy += a @ b
-    assert (by_library == by_numpy).all()
+    x, weight = LAYOUTS["contiguous"]
+    assert (blas.product(x, weight, 40) == blas._by_numpy(x, weight, 40)).all()
 
 
 def test_without_the_library_numpy_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "library", lambda: None)
-    a, b = LAYOUTS["contiguous"]
-    out = np.zeros((40, 700), np.float32)
-    blas.add_product(out, a, b)
-    assert (out == a @ b).all()
+    x, weight = LAYOUTS["contiguous"]
+    assert (blas.product(x, weight, 96) == x @ weight).all()
 
 
 def test_a_function_that_computes_something_else_is_not_used() -> None:
