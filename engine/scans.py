@@ -9,7 +9,7 @@ Scan              the result: one number per cell
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal, get_args
@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from engine.cost import Cost, of_pass, row_shape
-from engine.decoder import Tick, forward
+from engine.cost import Cost, row_shape
+from engine.decoder import Tick
 from engine.edits import Scope, Unit
 from engine.errors import InputError, PointError, PromptError, clipped
 from engine.forks import Variant
@@ -30,7 +30,7 @@ from engine.ops import Array
 from engine.patching import by_position, pooled_rows
 from engine.points import ONCE
 from engine.points import point as point_named
-from engine.sweep import BUDGET, sweep, sweep_cost
+from engine.sweep import BUDGET, Base, base_run, sweep, sweep_cost
 
 GridBy = Literal["position", "head", "head_position"]
 AblateBy = Literal["layer", "component", "head"]
@@ -97,10 +97,9 @@ def patching_grid(
     """
     axes, cells = _grid(model, donor, recipient, point, by, layers, positions)
     record = RecordHook.for_layers(axes["layer"], points=[point])
-    logits = forward(model, donor, hook=record, tick=tick).logits
-    assert logits is not None
-    rows = {layer: by_position(array, point) for layer, array in record.get(point).items()}
-    return _scan(model, recipient, metric, axes, cells(rows), budget, tick, logits[0, -1])
+    base = base_run(model, recipient, min(axes["layer"], default=0), beside=donor, hook=record, tick=tick)
+    rows = {layer: by_position(array[0], point) for layer, array in record.get(point).items()}
+    return _scan(model, recipient, metric, axes, cells(rows), budget, tick, base)
 
 
 def patching_grid_cost(
@@ -118,8 +117,9 @@ def patching_grid_cost(
     length = model.token_batch(donor).shape[1]
     blank = np.broadcast_to(np.float32(0), (length, *row_shape(model.config, point, length)))
     variants = [cell for cell in cells(dict.fromkeys(axes["layer"], blank)) if cell is not None]
-    held = 4 * len(axes["layer"]) * blank.size
-    return of_pass(model.config, length).holding(held) + sweep_cost(model, recipient, variants, budget).holding(held)
+    cost = sweep_cost(model, recipient, variants, budget)
+    held = cost.nbytes + 4 * 2 * len(axes["layer"]) * blank.size
+    return replace(cost, rows=cost.rows + model.config.n_layers * length, nbytes=held)  # the donor's, beside the base's
 
 
 def _grid(
@@ -262,7 +262,7 @@ def _scan(
     cells: Sequence[Variant | None],
     budget: int,
     tick: Tick | None,
-    donor_logits: Array | None = None,
+    base: Base | None = None,
 ) -> Scan:
     """Sweep the cells that need a run; the others have the baseline's value."""
     metric.check(model)
@@ -270,7 +270,8 @@ def _scan(
         empty = next(name for name, labels in axes.items() if not len(labels))
         raise InputError(f"the grid has no cells; name at least one {empty}")
     read, only = metric.narrowed()
-    run = sweep(model, prompt, [v for v in cells if v is not None], read, only=only, budget=budget, tick=tick)
+    variants = [v for v in cells if v is not None]
+    run = sweep(model, prompt, variants, read, only=only, budget=budget, base=base, tick=tick)
     identical = np.array([v is None for v in cells])
     values = np.full(len(cells), run.baseline, np.float32)
     values[~identical] = run.values
@@ -279,7 +280,7 @@ def _scan(
         axes={name: tuple(labels) for name, labels in axes.items()},
         values=values.reshape(shape),
         baseline=float(run.baseline),
-        donor=None if donor_logits is None else float(metric(donor_logits[None], run.logits)[0]),
+        donor=None if base is None or base.beside is None else float(metric(base.beside[None], run.logits)[0]),
         identical=identical.reshape(shape),
         applied=sum(edit.fired for edits in run.edits for edit in edits),
         layer_rows=run.layer_rows,

@@ -8,6 +8,7 @@ a layer go through it as one batch of rows, or one of each thread's.
 sweep       base run and variants -> what `read` takes from each one's next-token logits
 sweep_cost  what that will take
 Sweep       the result
+base_run    the base run by itself, with another prompt beside it
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ from engine.cost import Cost
 from engine.decoder import Pass, Tick, block, forward, masked_attention, norm, unembed
 from engine.edits import Edit
 from engine.forks import FEEDS_ROWS, Fork, Variant, forks_of, held_by, layers_entered, rows_of, shares_of
-from engine.hooks import LayerHook, Listeners, RecordHook
+from engine.hooks import CompositeHook, LayerHook, Listeners, RecordHook
 from engine.network import Network, Tokens
 from engine.ops import Array, IntArray
 from engine.points import POINTS
@@ -72,20 +73,22 @@ def sweep(
     *,
     only: Sequence[int] | None = None,
     budget: int = BUDGET,
+    base: "Base | None" = None,
     tick: Tick | None = None,
 ) -> Sweep:
     """Run `tokens` once unchanged and once for each variant, and read the logits after the last token.
 
     Results equal runs one by one. `only` names tokens: `read` gets their logits alone, in this order. `budget` bounds
-    the bytes of the variants that run at one time; more than fit run one slice after another. Where it pays, threads
-    share the variants: `read` is called in several of them then, `tick` in the calling one alone. Raises `InputError`
-    for an intervention that no row of the prompt meets.
+    the bytes of the variants that run at one time; more than fit run one slice after another. `base` is the unchanged
+    run, where there is one. Where it pays, threads share the variants: `read` is called in several of them then, `tick`
+    in the calling one alone. Raises `InputError` for an intervention that no row of the prompt meets.
     """
     cfg = model.config
     length, forks = forks_of(model, tokens, variants)
     shares = shares_of(model, forks, length, budget)
-    progress = _Progress(tick, cfg.n_layers + layers_entered(cfg, shares))
-    base = _base_run(model, tokens, min((fork.layer for fork in forks), default=cfg.n_layers), progress)
+    progress = _Progress(tick, layers_entered(cfg, shares) + (cfg.n_layers if base is None else 0))
+    if base is None:
+        base = base_run(model, tokens, min((fork.layer for fork in forks), default=cfg.n_layers), tick=progress)
     baseline = read(chosen(base.logits[None], only), chosen(base.logits, only))[0]
     values = np.empty((len(forks), *np.shape(baseline)), np.float32)
     rows = [cfg.n_layers * length]
@@ -112,25 +115,59 @@ def sweep_cost(model: Network, tokens: Tokens, variants: Sequence[Variant], budg
 
 
 @dataclass(frozen=True)
-class _Base:
-    """inputs: {layer: (seq, d_model)}, and under n_layers the last layer's output. tables: of every position."""
+class Base:
+    """A prompt's unchanged run.
+
+    inputs: {layer: (seq, d_model)}, and under n_layers the last layer's output. logits: (d_vocab,) after the last
+    token; `beside`: those of a prompt that ran with it. tables: of every position.
+    """
 
     inputs: dict[int, Array]
     cache: KVCache
     logits: Array
+    beside: Array | None
     pos: IntArray
     tables: dict[Rope, tuple[Array, Array]]
 
+    def keys_and_values(self, layer: int) -> tuple[Array, Array]:
+        """Each (1, kv_heads, seq, d_head)."""
+        keys, values, _ = self.cache.layer(layer).filled()
+        return keys[-1:], values[-1:]
 
-def _base_run(model: Network, tokens: Tokens, first: int, progress: "_Progress") -> _Base:
-    n = model.config.n_layers
+
+def base_run(
+    model: Network,
+    tokens: Tokens,
+    first: int = 0,
+    *,
+    beside: Tokens | None = None,
+    hook: LayerHook | None = None,
+    tick: Tick | None = None,
+) -> Base:
+    """Run `tokens` for variants that leave it at layer `first` or later.
+
+    `beside` is another prompt of as many tokens: both in one batch take less time than one after the other. `hook`
+    sees the batch, the tokens' row last.
+    """
+    n, batch = model.config.n_layers, model.token_batch(tokens)
+    if beside is not None:
+        batch = np.concatenate([model.token_batch(beside), batch])
     record = RecordHook(range(first, n), ["resid_pre"])
     cache = KVCache.with_layers(n)
-    result = forward(model, tokens, hook=record, cache=cache, tick=progress)
+    both = record if hook is None else CompositeHook([hook, record])
+    result = forward(model, batch.tolist(), hook=both, cache=cache, tick=tick)
     assert result.logits is not None
-    pos = np.arange(result.residual.shape[1])
+    pos = np.arange(batch.shape[1])
     tables = {rope: rope.table(pos, len(pos)) for rope in {*model.config.ropes} if rope is not None}
-    return _Base(record.get("resid_pre") | {n: result.residual[0]}, cache, result.logits[0, -1], pos, tables)
+    inputs = record.get("resid_pre") | {n: result.residual}
+    return Base(
+        {layer: x.reshape(-1, *x.shape[-2:])[-1] for layer, x in inputs.items()},
+        cache,
+        result.logits[-1, -1],
+        None if beside is None else result.logits[0, -1],
+        pos,
+        tables,
+    )
 
 
 class _Progress:
@@ -189,7 +226,7 @@ class _VariantPass(Pass):
     """One layer of all living variants: rows of many runs side by side, each attending within its own."""
 
     groups: Sequence[_Group] = ()
-    base: _Base | None = None
+    base: Base | None = None
 
     def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         assert self.base is not None
@@ -206,7 +243,7 @@ class _VariantPass(Pass):
     def _all_keys(self, layer: int, group: _Group, k: Array, v: Array) -> tuple[Array, Array]:
         """The base run's rows before the group's first, or what a member reads in their place, then its own."""
         assert self.base is not None
-        early = self.base.cache.layer(layer).filled()[:2]
+        early = self.base.keys_and_values(layer)
         out = []
         for which, own in enumerate((k, v)):
             full = np.empty((*own.shape[:2], len(self.base.pos), own.shape[3]), np.float32)
@@ -266,7 +303,7 @@ class _VariantEdits(LayerHook):
 class _Slice:
     """Variants that run together, from the first one's first layer to the logits."""
 
-    def __init__(self, model: Network, base: _Base, forks: Sequence[Fork], only: Sequence[int] | None) -> None:
+    def __init__(self, model: Network, base: Base, forks: Sequence[Fork], only: Sequence[int] | None) -> None:
         self._model, self._base, self._forks, self._only = model, base, forks, only
         self._hook = _VariantEdits(forks, len(base.pos))
         self._groups: dict[tuple[int, bool], _Group] = {}

@@ -8,10 +8,10 @@ import pytest
 from tolerances import SAME, assert_close, assert_moved, assert_same, far_out
 from variants import everywhere, kinds, puts_in_noise
 
-from engine import Intervention, KVCache, blas, compile_interventions, forward
+from engine import Intervention, KVCache, RecordHook, blas, compile_interventions, forward
 from engine.errors import InputError, LayerError
 from engine.forks import Variant
-from engine.sweep import sweep
+from engine.sweep import base_run, sweep
 
 
 def solo(model, ids, variant):
@@ -42,6 +42,17 @@ def test_no_variants_give_the_base_run(synthetic):
 def test_a_variant_without_changes_is_the_base_run(model, ids):
     run = sweep(model, ids, [Variant()])
     assert_close(run.values[0], run.baseline)
+
+
+def test_a_base_run_beside_another_prompt_is_the_base_run(model, ids, donor):
+    chosen, seen = everywhere(model), RecordHook([1], ["v"])
+    base = base_run(model, ids, beside=donor, hook=seen)
+    assert_close(base.beside, forward(model, donor).logits[0, -1])
+    assert_close(seen.get("v")[1][1], base.keys_and_values(1)[1][0])
+    alone, beside = sweep(model, ids, chosen), sweep(model, ids, chosen, base=base)
+    assert_close(beside.logits, alone.logits)
+    for variant, mine, other in zip(chosen, beside.values, alone.values, strict=True):
+        assert_close(mine, other, far_out(model) if puts_in_noise(variant) else SAME)
 
 
 def counted(monkeypatch):
