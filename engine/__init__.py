@@ -42,12 +42,12 @@ from engine.patching import (
     capture_donor_state,
     map_pre_o_head,
     patch_and_trace,
-    pooled_rows,
     run_layer_with_mapped_pre_o_head,
     scoped_layer,
     trace_forward,
 )
 from engine.points import POINTS
+from engine.pools import pooled_rows
 from engine.scans import Scan, ablation_scan, alpha_sweep, knockout_scan, patching_grid
 from engine.sweep import Sweep, sweep
 from engine.trace import StoredTrace, export_trace, load_trace

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine import blas, fast
 from engine.config import Config
 from engine.cost import working_bytes
 from engine.edits import Edit, rows_in_scope
@@ -20,6 +19,7 @@ from engine.errors import InputError, LayerError
 from engine.interventions import Intervention, compile_interventions
 from engine.network import Network, Tokens
 from engine.ops import Array
+from engine.shares import dealt, most_shares
 
 FEEDS_ROWS = ("embed", "resid_pre", "k", "v")
 """Points of a layer that come before the rows part from keys and values."""
@@ -79,15 +79,12 @@ def forks_of(model: Network, tokens: Tokens, variants: Sequence[Variant]) -> tup
 
 
 def shares_of(model: Network, forks: Sequence[Fork], length: int, budget: int) -> list[list[Slice]]:
-    """Each thread's slices; one share where threads would not pay, or must not be.
-
-    Scoped weights are loaded and dropped by one thread at a time; compiled kernels have threads of their own.
-    """
-    cfg, threads = model.config, blas.threads()
-    if threads > 1 and fast.kernels() is None and model.params.keep >= cfg.n_layers:
-        dealt = _dealt(cfg, forks, length, threads)
-        shares = [_slices(cfg, some, length, budget // threads) for some in dealt]
-        rows, most = rows_of(cfg, forks, length), max(rows_of(cfg, some, length) for some in dealt)
+    """Each thread's slices; one share where threads would not pay, or must not be."""
+    cfg, threads = model.config, most_shares(model)
+    if threads > 1:
+        parts = dealt(_in_order(forks), lambda fork: 1 + rows_of(cfg, [fork], length), threads)
+        shares = [_slices(cfg, part, length, budget // threads) for part in parts]
+        rows, most = rows_of(cfg, forks, length), max(rows_of(cfg, part, length) for part in parts)
         enough = rows >= ROWS_WORTH_A_THREAD * max(layers_entered(cfg, shares), 1)
         if enough and threads * most <= MOST_UNEVEN * rows:
             return shares
@@ -107,17 +104,6 @@ def rows_of(cfg: Config, forks: Sequence[Fork], length: int) -> int:
 def held_by(cfg: Config, shares: Sequence[Sequence[Slice]], length: int) -> int:
     """Bytes that the largest slice of each share needs, all at one time."""
     return sum(max((sum(_needs(cfg, fork, length) for fork in part) for part in share), default=0) for share in shares)
-
-
-def _dealt(cfg: Config, forks: Sequence[Fork], length: int, threads: int) -> list[list[Fork]]:
-    """Forks by thread: each goes to the one that has the least to do so far."""
-    shares: list[list[Fork]] = [[] for _ in range(threads)]
-    rows = [0] * threads
-    for fork in _in_order(forks):
-        least = rows.index(min(rows))
-        shares[least].append(fork)
-        rows[least] += 1 + rows_of(cfg, [fork], length)
-    return shares
 
 
 def _slices(cfg: Config, forks: Sequence[Fork], length: int, budget: int) -> list[Slice]:

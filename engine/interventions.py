@@ -3,7 +3,7 @@
 One description means the same in a forward pass, at every step of generation and in a sweep. Kinds:
 
     zero            rows become zeros
-    mean            rows become `vector`, a mean over other prompts (`patching.pooled_rows`)
+    mean            rows become `vector`, a mean over other prompts (`pools.pooled_rows`)
     resample        rows become rows of `vector` (n, ...), taken from other prompts, drawn by `seed` and position
     scale           rows * value
     steer           rows + value * vector, in one of three units (`edits.Unit`)

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.decoder import Tick, forward
 from engine.edits import Edit, Scope, replaced_by
-from engine.errors import HookError, InputError, LayerError, PointError
+from engine.errors import HookError, InputError, LayerError
 from engine.hooks import CompositeHook, EditHook, LayerHook, RecordHook
 from engine.network import Network, Tokens
 from engine.ops import Array, IntArray
@@ -94,22 +94,6 @@ def capture_donor_state(
     kept = record.get(name)
     axis = point_named(name).seq_axis - 1  # without the batch axis
     return DonorState(name, {(layer, pos): np.take(kept[layer], pos, axis) for layer, pos in resolved})
-
-
-def pooled_rows(
-    model: Network, prompts: Iterable[Tokens], layers: Iterable[int], point: str, tick: Tick | None = None
-) -> dict[int, Array]:
-    """{layer: (n, [heads,] width)}: the point's rows at all positions of the prompts, for mean and resample."""
-    if point == "attn_pattern":
-        raise PointError("attention patterns of different prompts cannot stand for one another; use z")
-    chosen = model.resolve_layers(layers)
-    pools: dict[int, list[Array]] = {}
-    for prompt in prompts:
-        record = RecordHook.for_layers(chosen, points=[point])
-        forward(model, prompt, hook=record, logits_at="none", tick=tick)
-        for layer, rows in record.get(point).items():
-            pools.setdefault(layer, []).append(by_position(rows, point))
-    return {layer: np.concatenate(rows) for layer, rows in pools.items()}
 
 
 def by_position(rows: Array, point: str) -> Array:

@@ -27,9 +27,10 @@ from engine.interventions import Intervention
 from engine.metrics import Metric
 from engine.network import Network, Tokens
 from engine.ops import Array
-from engine.patching import by_position, pooled_rows
+from engine.patching import by_position
 from engine.points import ONCE
 from engine.points import point as point_named
+from engine.pools import pooled_rows
 from engine.sweep import BUDGET, Base, base_run, sweep, sweep_cost
 
 GridBy = Literal["position", "head", "head_position"]
@@ -327,4 +328,4 @@ def _pools(
     prompts = list(over or ())
     if (mode == "zero") == bool(prompts):
         raise InputError(f"mode {mode} {'takes no' if prompts else 'needs'} prompts in `over`")
-    return {name: pooled_rows(model, prompts, layers, name, tick) for name in points} if prompts else {}
+    return {name: pooled_rows(model, prompts, layers, name, tick=tick) for name in points} if prompts else {}

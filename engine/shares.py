@@ -1,19 +1,59 @@
-"""Parts of one piece of work, each on a thread of its own: `side_by_side`.
+"""Parts of one piece of work, each on a thread of its own.
+
+most_shares     how many parts there may be
+dealt           work in so many even parts
+side_by_side    do them
+Progress        layers of many passes, counted for one `tick`
 
 numpy and the BLAS work without Python's lock. A product that is split between threads leaves what lies between two
 products to one of them; parts that need nothing from each other keep all threads busy all the time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import copy_context
 from queue import SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
-from engine.blas import single_threaded
+from engine import blas, fast
 from engine.decoder import Tick
+from engine.network import Network
+
+Item = TypeVar("Item")
 
 Share = Callable[[Tick], None]
 """A part of some work. It calls what it is given before each layer and ends at once when that raises."""
+
+
+def most_shares(model: Network) -> int:
+    """One where threads must not be: scoped weights are loaded and dropped by one thread at a time, and compiled
+    kernels have threads of their own.
+    """
+    alone = fast.kernels() is not None or model.params.keep < model.config.n_layers
+    return 1 if alone else blas.threads()
+
+
+def dealt(items: Iterable[Item], size: Callable[[Item], int], shares: int) -> list[list[Item]]:
+    """Items in their order, each to the share that has the least so far."""
+    parts: list[list[Item]] = [[] for _ in range(shares)]
+    held = [0] * shares
+    for item in items:
+        least = held.index(min(held))
+        parts[least].append(item)
+        held[least] += size(item)
+    return parts
+
+
+class Progress:
+    """Counts the layers of all passes for the caller's tick."""
+
+    def __init__(self, tick: Tick | None, total: int) -> None:
+        self._tick, self._total, self._done = tick, total, 0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self._tick is not None:
+            self._tick(self._done, self._total, what)
+        self._done += 1
 
 
 def side_by_side(shares: Sequence[Share], tick: Tick) -> None:
@@ -25,7 +65,7 @@ def side_by_side(shares: Sequence[Share], tick: Tick) -> None:
     if len(shares) == 1:
         shares[0](tick)
         return
-    with single_threaded():
+    with blas.single_threaded():
         others = _Others()
         try:
             others.start(shares[1:])

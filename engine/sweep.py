@@ -27,7 +27,7 @@ from engine.hooks import CompositeHook, LayerHook, Listeners, RecordHook
 from engine.network import Network, Tokens
 from engine.ops import Array, IntArray
 from engine.points import POINTS
-from engine.shares import side_by_side
+from engine.shares import Progress, side_by_side
 
 Read = Callable[[Array, Array], Array]
 """(n, d_vocab) next-token logits of variants, (d_vocab,) of the base run -> (n, ...): what is kept of each variant."""
@@ -86,7 +86,7 @@ def sweep(
     cfg = model.config
     length, forks = forks_of(model, tokens, variants)
     shares = shares_of(model, forks, length, budget)
-    progress = _Progress(tick, layers_entered(cfg, shares) + (cfg.n_layers if base is None else 0))
+    progress = Progress(tick, layers_entered(cfg, shares) + (cfg.n_layers if base is None else 0))
     if base is None:
         base = base_run(model, tokens, min((fork.layer for fork in forks), default=cfg.n_layers), tick=progress)
     baseline = read(chosen(base.logits[None], only), chosen(base.logits, only))[0]
@@ -168,18 +168,6 @@ def base_run(
         pos,
         tables,
     )
-
-
-class _Progress:
-    """Counts the layers of all passes for the caller's tick."""
-
-    def __init__(self, tick: Tick | None, total: int) -> None:
-        self._tick, self._total, self._done = tick, total, 0
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if self._tick is not None:
-            self._tick(self._done, self._total, what)
-        self._done += 1
 
 
 # --- the variants ---------------------------------------------------------------------------------------------

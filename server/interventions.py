@@ -9,6 +9,7 @@ from engine.edits import Scope
 from engine.errors import InputError
 from engine.ops import Array
 from engine.points import point as point_named
+from engine.pools import pooled_rows_cost
 from schemas import interventions as described
 from server.call import Call, layer_list
 
@@ -24,19 +25,14 @@ def described_cost(call: Call, model: Model, items: Iterable[described.Intervent
     """What the donors and the prompts that are averaged take."""
     cfg, cost = model.config, Cost()
     for item in items or ():
-        cost += cost_of_passes(call, model, item.over or ())
+        cost += replacements_cost(call, model, item.over or (), layer_list(model, item.layers), _point(item))
         if item.donor is not None:
             cost += of_pass(cfg, len(call.ids(model, item.donor)), max(layer_list(model, item.layers)) + 1)
     return cost
 
 
-def cost_of_passes(call: Call, model: Model, prompts: Iterable[Any]) -> Cost:
-    """A pass of each prompt."""
-    return sum((of_pass(model.config, len(call.ids(model, prompt))) for prompt in prompts), Cost())
-
-
 def _made(call: Call, model: Model, item: described.Intervention, length: int) -> Iterator[Intervention]:
-    point = item.point or ("attn_pattern" if item.kind == "knockout" else "resid_post")
+    point = _point(item)
     layers = layer_list(model, item.layers)
     shared: dict[str, Any] = {
         "kind": item.kind,
@@ -58,6 +54,10 @@ def _made(call: Call, model: Model, item: described.Intervention, length: int) -
     else:
         vector = None if item.vector is None else call.vector(model, item.vector, point_width(model, point))
         yield Intervention(layers=tuple(layers), vector=vector, **shared)
+
+
+def _point(item: described.Intervention) -> str:
+    return item.point or ("attn_pattern" if item.kind == "knockout" else "resid_post")
 
 
 def scope(positions: Any) -> Scope:
@@ -82,9 +82,14 @@ def replacements(
     heads: list[int] | None,
 ) -> dict[int, Array]:
     """{layer: what mean or resample puts in}: the mean of the point's rows over the prompts, or all of them."""
-    pools = pooled_rows(model, [call.ids(model, prompt) for prompt in prompts], layers, point, call.tick)
+    pools = pooled_rows(model, [call.ids(model, prompt) for prompt in prompts], layers, point, tick=call.tick)
     chosen = {layer: pool if heads is None else pool[:, heads] for layer, pool in pools.items()}
     return {layer: pool.mean(0) for layer, pool in chosen.items()} if kind == "mean" else chosen
+
+
+def replacements_cost(call: Call, model: Model, prompts: Iterable[Any], layers: list[int], point: str) -> Cost:
+    """What `replacements` will take."""
+    return pooled_rows_cost(model, [call.ids(model, prompt) for prompt in prompts], layers, point)
 
 
 def _donor_rows(

@@ -16,6 +16,7 @@ from engine import (
     kv_inject_test,
     load_model,
     patching_grid,
+    pooled_rows,
     track_race,
 )
 
@@ -67,12 +68,8 @@ def decode(model: Any, r: Request) -> list[float]:
 
 
 def batch(model: Any, r: Request) -> list[float]:
-    record = RecordHook.for_layers(range(30), points=["resid_post"], positions=[-1])
-    shown = []
-    for start in range(0, 100, 25):
-        forward(model, r["prompts"][start : start + 25], hook=record, logits_at="none")
-        shown += [x for row in record.post_layer[29][:, -1, 0] for x in [row]]
-    return shown
+    rows = pooled_rows(model, r["prompts"], range(30), positions="last")
+    return list(rows[29][:, 0])
 
 
 WORKS = {

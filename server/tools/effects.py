@@ -18,7 +18,13 @@ from schemas.base import Integers
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
 from schemas.interventions import FurtherInterventions
 from server.call import Call, layer_list, probabilities, token_id
-from server.interventions import cost_of_passes, described_cost, described_interventions, replacements, scope
+from server.interventions import (
+    described_cost,
+    described_interventions,
+    replacements,
+    replacements_cost,
+    scope,
+)
 from server.lab import LoadedModel
 
 LEAST_GAP = 0.05
@@ -53,10 +59,10 @@ def forward_ablate(
     loaded = call.loaded(model)
     engine = loaded.model
     ids = call.ids(engine, prompt)
-    taken = [] if layers is None or mode == "zero" else mean_over or []
-    call.expect(
-        engine, cost_of_passes(call, engine, [*taken, ids, ids]) + described_cost(call, engine, interventions), len(ids)
-    )
+    cost = of_pass(engine.config, len(ids)) * 2 + described_cost(call, engine, interventions)
+    if layers is not None and mode != "zero":
+        cost += replacements_cost(call, engine, mean_over or (), layer_list(engine, layers), point)
+    call.expect(engine, cost, len(ids))
     made = [] if layers is None else _ablations(call, engine, layers, point, positions, heads, mode, mean_over)
     effect = _compared(call, loaded, ids, made, interventions, token, against)
     if made and mode == "zero" and point == "resid_post" and positions == "all":
@@ -149,7 +155,7 @@ def patch_activations(
     ids, donor_ids = call.ids(engine, recipient), call.ids(engine, donor)
     pairs = dict.fromkeys(_pair(engine, target, len(donor_ids), len(ids)) for target in targets)
     captured = of_pass(engine.config, len(donor_ids), 1 + max(layer for layer, _, _ in pairs))
-    passes = cost_of_passes(call, engine, [donor_ids, ids, ids])
+    passes = of_pass(engine.config, len(donor_ids)) + of_pass(engine.config, len(ids)) * 2
     call.expect(engine, captured + passes + described_cost(call, engine, interventions), len(ids))
     state = capture_donor_state(engine, donor_ids, {(layer, source) for layer, source, _ in pairs}, point, call.tick)
     made = [
