@@ -43,7 +43,8 @@ class Library:
 def product(x: Matrix, weight: Matrix, block: int) -> Matrix:
     """(rows, n) @ (n, columns) -> (rows, columns): the sum of the products of `block` features each."""
     found = library() if len(x) * weight.shape[1] >= WORTH_A_CALL else None
-    if found is None or not (rows_in_order(x) and rows_in_order(weight)):
+    readable = x.shape[1] == len(weight) and rows_in_order(x) and rows_in_order(weight)
+    if found is None or not readable:
         return _by_numpy(x, weight, block)
     out = np.empty((len(x), weight.shape[1]), np.float32)
     _add_blocks(found.sgemm, out, x, weight, block)
@@ -51,8 +52,8 @@ def product(x: Matrix, weight: Matrix, block: int) -> Matrix:
 
 
 def _by_numpy(x: Matrix, weight: Matrix, block: int) -> Matrix:
-    total: Matrix = x[:, :block] @ weight[:block]
-    for start in range(block, len(weight), block):
+    total: Matrix = x[:, :block] @ weight[:block]  # numpy refuses matrices that do not fit
+    for start in range(block, max(x.shape[1], len(weight)), block):
         total += x[:, start : start + block] @ weight[start : start + block]
     return total
 

@@ -136,6 +136,14 @@ class KVCache:
         copy.rope_length = self.rope_length
         return copy
 
+    def sequence(self, index: int) -> "KVCache":
+        """An independent copy of one sequence of a batch."""
+        copy = self.fork()
+        for layer in copy.layers:
+            if layer is not None:
+                layer.k, layer.v = layer.k[[index]], layer.v[[index]]
+        return copy
+
     def crop(self, n: int) -> None:
         """Keep the first n positions of every layer."""
         if n < 0:

@@ -2,7 +2,8 @@
 
 of_pass          a forward pass
 of_generation    prefill and decode
-sweeps, grids and injections say theirs beside themselves: sweep_cost, patching_grid_cost, kv_inject_cost
+sweeps, grids, pools and injections say theirs beside themselves: sweep_cost, patching_grid_cost, pooled_rows_cost,
+kv_inject_cost
 """
 
 import math

@@ -19,18 +19,10 @@ from engine.errors import InputError, LayerError
 from engine.interventions import Intervention, compile_interventions
 from engine.network import Network, Tokens
 from engine.ops import Array
-from engine.shares import dealt, most_shares
+from engine.shares import dealt, most_shares, pays
 
 FEEDS_ROWS = ("embed", "resid_pre", "k", "v")
 """Points of a layer that come before the rows part from keys and values."""
-
-ROWS_WORTH_A_THREAD = 256
-"""Rows of a slice in a layer, on average, from which on threads of their own pay. Fewer wait for the weights, which
-every thread reads, and a product's own threads read each weight once.
-"""
-
-MOST_UNEVEN = 1.1
-"""How much more than the mean a thread may have to do: the others are idle meanwhile, and its products are its own."""
 
 Slice = list["Fork"]
 """Variants that run together."""
@@ -84,9 +76,7 @@ def shares_of(model: Network, forks: Sequence[Fork], length: int, budget: int) -
     if threads > 1:
         parts = dealt(_in_order(forks), lambda fork: 1 + rows_of(cfg, [fork], length), threads)
         shares = [_slices(cfg, part, length, budget // threads) for part in parts]
-        rows, most = rows_of(cfg, forks, length), max(rows_of(cfg, part, length) for part in parts)
-        enough = rows >= ROWS_WORTH_A_THREAD * max(layers_entered(cfg, shares), 1)
-        if enough and threads * most <= MOST_UNEVEN * rows:
+        if pays([rows_of(cfg, part, length) for part in parts], layers_entered(cfg, shares)):
             return shares
     return [_slices(cfg, forks, length, budget)]
 

@@ -1,10 +1,11 @@
 """Rows of many prompts: what mean and resample ablation put in, and what probes are trained on.
 
-pooled_rows         {layer: the point's rows at chosen positions of every prompt}
+pooled_rows         {layer: a point's rows at chosen positions of every prompt}
+pooled_points       the same for several points of one run
 pooled_rows_cost    what that will take
 
-A causal model without padding takes prompts of one length as one batch. Batches need nothing from each other: they run
-on threads of their own where there are any.
+A causal model without padding takes prompts of one length as one batch. Batches need nothing from each other: where
+there are enough of them, they run on threads of their own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,15 +13,16 @@ from functools import partial
 
 import numpy as np
 
-from engine.cost import Cost, of_pass, row_size
+from engine.cost import Cost, row_size, working_bytes
 from engine.decoder import Tick, forward
-from engine.edits import Scope
-from engine.errors import PointError
+from engine.edits import Scope, rows_in_scope
+from engine.errors import InputError, PointError
 from engine.hooks import RecordHook
 from engine.network import Network, Tokens
 from engine.ops import Array, IntArray
 from engine.patching import by_position
-from engine.shares import Progress, dealt, most_shares, side_by_side
+from engine.points import ONCE
+from engine.shares import Progress, dealt, most_shares, pays, side_by_side
 
 ROWS_AT_ONCE = 512
 """Rows of a batch of several prompts: more are no faster by the row, and hold more memory."""
@@ -34,56 +36,105 @@ def pooled_rows(
     prompts: Iterable[Tokens],
     layers: Iterable[int],
     point: str = "resid_post",
+    *,
     positions: Scope = "all",
     tick: Tick | None = None,
 ) -> dict[int, Array]:
     """{layer: (n, [heads,] width)}: the point's rows at `positions` of each prompt, in the prompts' order.
 
-    Equal to passes one by one. `tick` is called in the calling thread alone. Raises `PositionError` for a position that
-    one of the prompts does not have, `PointError` for a point that has no rows to pool.
+    A prompt's rows are in ascending order, each once. They equal those of passes one by one. `tick` is called in the
+    calling thread alone. Raises `PositionError` for a position that one of the prompts does not have, `PointError` for
+    a point that has no rows to pool, `InputError` for no layers and for positions without a row.
     """
-    if point == "attn_pattern":
-        raise PointError("attention patterns of different prompts cannot stand for one another; use z")
-    chosen, ids = model.resolve_layers(layers), _ids(model, prompts)
-    for position in () if isinstance(positions, str) else positions:
-        model.resolve_position(position, min(map(len, ids), default=1))
-    rows: list[dict[int, Array]] = [{} for _ in ids]
+    return pooled_points(model, prompts, layers, [point], positions=positions, tick=tick)[point]
+
+
+def pooled_points(
+    model: Network,
+    prompts: Iterable[Tokens],
+    layers: Iterable[int],
+    points: Iterable[str],
+    *,
+    positions: Scope = "all",
+    tick: Tick | None = None,
+) -> dict[str, dict[int, Array]]:
+    """{point: what `pooled_rows` gives}."""
+    names, chosen, ids = list(points), model.resolve_layers(layers), _ids(model, prompts)
+    _check(model, names, chosen, ids, positions)
+    stop = _stop(model, names, chosen)
+    rows: list[dict[tuple[str, int], Array]] = [{} for _ in ids]
 
     def run(batches: Sequence[Batch], tick: Tick) -> None:
         for batch in batches:
-            record = RecordHook.for_layers(chosen, points=[point], positions=positions)
-            forward(model, [ids[i].tolist() for i in batch], hook=record, logits_at="none", tick=tick)
-            for layer, array in record.get(point).items():
-                for i, own in zip(batch, array if len(batch) > 1 else array[None], strict=True):
-                    rows[i][layer] = by_position(own, point)
+            record = RecordHook.for_layers(chosen, points=names, positions=positions)
+            forward(model, [ids[i].tolist() for i in batch], hook=record, stop=stop, logits_at="none", tick=tick)
+            for name in names:
+                for layer, array in record.get(name).items():
+                    for i, own in zip(batch, array if len(batch) > 1 else array[None], strict=True):
+                        rows[i][name, layer] = by_position(own, name)
 
     shares = _shares(model, ids)
-    progress = Progress(tick, model.config.n_layers * sum(map(len, shares)))
+    progress = Progress(tick, stop * sum(map(len, shares)))
     side_by_side([partial(run, share) for share in shares], progress)
-    found = dict.fromkeys(layer for of_prompt in rows for layer in of_prompt)
-    return {layer: np.concatenate([of_prompt[layer] for of_prompt in rows if layer in of_prompt]) for layer in found}
+    pools: dict[str, dict[int, Array]] = {name: {} for name in names}
+    for name, layer in rows[0] if rows else ():
+        pools[name][layer] = np.concatenate([of_prompt[name, layer] for of_prompt in rows])
+    return pools
 
 
-def pooled_rows_cost(model: Network, prompts: Iterable[Tokens], layers: Iterable[int], point: str) -> Cost:
-    """What `pooled_rows` of all positions will take."""
-    cfg, ids = model.config, _ids(model, prompts)
-    shares = _shares(model, ids)
+def pooled_rows_cost(
+    model: Network,
+    prompts: Iterable[Tokens],
+    layers: Iterable[int],
+    point: str = "resid_post",
+    positions: Scope = "all",
+) -> Cost:
+    """What `pooled_rows` will take."""
+    cfg, chosen, ids = model.config, model.resolve_layers(layers), _ids(model, prompts)
+    _check(model, [point], chosen, ids, positions)
+    shares, stop = _shares(model, ids), _stop(model, [point], chosen)
+    batches = [batch for share in shares for batch in share]
+    alone = sum(_rows(ids, batch) == 1 for batch in batches)
     together = sum(max((_bytes(model, ids, batch) for batch in share), default=0) for share in shares)
-    kept = 4 * sum(len(prompt) * row_size(cfg, point, len(prompt)) for prompt in ids) * len(list(layers))
-    passes = sum((of_pass(cfg, len(prompt)) for prompt in ids), Cost())
-    return Cost(cfg.n_layers * sum(map(len, shares)), passes.rows, passes.steps, together + 2 * kept)
+    taken = (len(rows_in_scope(positions, np.arange(len(prompt)), len(prompt))) for prompt in ids)
+    kept = 4 * len(chosen) * sum(n * row_size(cfg, point, len(prompt)) for n, prompt in zip(taken, ids, strict=True))
+    return Cost(stop * len(batches), stop * (sum(map(len, ids)) - alone), stop * alone, together + 2 * kept)
 
 
 def _ids(model: Network, prompts: Iterable[Tokens]) -> list[IntArray]:
     return [row for prompt in prompts for row in model.token_batch(prompt)]
 
 
+def _check(
+    model: Network, points: Sequence[str], layers: Sequence[int], ids: Sequence[IntArray], positions: Scope
+) -> None:
+    if "attn_pattern" in points:
+        raise PointError("attention patterns of different prompts cannot stand for one another; use z")
+    if not layers:
+        raise InputError("name at least one layer to take rows from")
+    if positions == "generated" or not len(positions):
+        raise InputError(f"positions {positions!r} take no row of a prompt; valid: all, prompt, last or a list")
+    if not isinstance(positions, str):
+        for length in {len(prompt) for prompt in ids}:
+            for position in positions:
+                model.resolve_position(position, length)
+
+
+def _stop(model: Network, points: Sequence[str], layers: Sequence[int]) -> int:
+    """The layers that have to run; a point that exists once may lie at the end."""
+    return model.config.n_layers if {*points} & {*ONCE} else max(layers) + 1
+
+
 def _shares(model: Network, ids: Sequence[IntArray]) -> list[list[Batch]]:
-    """Each thread's batches."""
+    """Each thread's batches; one share where threads would not pay, or must not be."""
     threads = most_shares(model)
-    batches = _batches(ids, min(ROWS_AT_ONCE, -(-sum(map(len, ids)) // threads)))
-    largest_first = sorted(batches, key=lambda batch: -_rows(ids, batch))
-    return [share for share in dealt(largest_first, partial(_rows, ids), threads) if share] or [[]]
+    if threads > 1:
+        batches = _batches(ids, min(ROWS_AT_ONCE, -(-sum(map(len, ids)) // threads)))
+        batches.sort(key=partial(_rows, ids), reverse=True)
+        shares = dealt(batches, partial(_rows, ids), threads)
+        if pays([sum(_rows(ids, batch) for batch in share) for share in shares], len(batches)):
+            return shares
+    return [_batches(ids, ROWS_AT_ONCE)]
 
 
 def _batches(ids: Sequence[IntArray], most: int) -> list[Batch]:
@@ -104,4 +155,5 @@ def _rows(ids: Sequence[IntArray], batch: Batch) -> int:
 
 def _bytes(model: Network, ids: Sequence[IntArray], batch: Batch) -> int:
     """What a batch needs while it runs."""
-    return of_pass(model.config, len(ids[batch[0]])).nbytes * len(batch)
+    length = len(ids[batch[0]])
+    return len(batch) * working_bytes(model.config, length, length)

@@ -9,7 +9,7 @@ Scan              the result: one number per cell
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, Literal, get_args
@@ -30,7 +30,7 @@ from engine.ops import Array
 from engine.patching import by_position
 from engine.points import ONCE
 from engine.points import point as point_named
-from engine.pools import pooled_rows
+from engine.pools import pooled_points
 from engine.sweep import BUDGET, Base, base_run, sweep, sweep_cost
 
 GridBy = Literal["position", "head", "head_position"]
@@ -97,10 +97,18 @@ def patching_grid(
     before the first token that differs are answered without a run.
     """
     axes, cells = _grid(model, donor, recipient, point, by, layers, positions)
+    _check(model, metric, axes)
     record = RecordHook.for_layers(axes["layer"], points=[point])
-    base = base_run(model, recipient, min(axes["layer"], default=0), beside=donor, hook=record, tick=tick)
-    rows = {layer: by_position(array[0], point) for layer, array in record.get(point).items()}
+    beside = _beside(model, donor, recipient)
+    base = base_run(model, recipient, min(axes["layer"]), beside=beside, hook=record, tick=tick)
+    rows = {} if beside is None else {i: by_position(x[0], point).copy() for i, x in record.get(point).items()}
     return _scan(model, recipient, metric, axes, cells(rows), budget, tick, base)
+
+
+def _beside(model: Network, donor: Tokens, recipient: Tokens) -> Tokens | None:
+    """The donor, if it needs a run: rows of one batch may differ in their last bits even where the tokens are equal."""
+    same = np.array_equal(model.token_batch(donor), model.token_batch(recipient))
+    return None if same else donor
 
 
 def patching_grid_cost(
@@ -118,9 +126,8 @@ def patching_grid_cost(
     length = model.token_batch(donor).shape[1]
     blank = np.broadcast_to(np.float32(0), (length, *row_shape(model.config, point, length)))
     variants = [cell for cell in cells(dict.fromkeys(axes["layer"], blank)) if cell is not None]
-    cost = sweep_cost(model, recipient, variants, budget)
-    held = cost.nbytes + 4 * 2 * len(axes["layer"]) * blank.size
-    return replace(cost, rows=cost.rows + model.config.n_layers * length, nbytes=held)  # the donor's, beside the base's
+    cost = sweep_cost(model, recipient, variants, budget, _beside(model, donor, recipient))
+    return cost.holding(4 * 2 * len(axes["layer"]) * blank.size)
 
 
 def _grid(
@@ -265,11 +272,8 @@ def _scan(
     tick: Tick | None,
     base: Base | None = None,
 ) -> Scan:
-    """Sweep the cells that need a run; the others have the baseline's value."""
-    metric.check(model)
-    if not cells:
-        empty = next(name for name, labels in axes.items() if not len(labels))
-        raise InputError(f"the grid has no cells; name at least one {empty}")
+    """Sweep the cells that need a run; the others have the baseline's value. `base` is a donor's and the prompt's."""
+    _check(model, metric, axes)
     read, only = metric.narrowed()
     variants = [v for v in cells if v is not None]
     run = sweep(model, prompt, variants, read, only=only, budget=budget, base=base, tick=tick)
@@ -277,16 +281,23 @@ def _scan(
     values = np.full(len(cells), run.baseline, np.float32)
     values[~identical] = run.values
     shape = [len(labels) for labels in axes.values()]
+    donor = None if base is None else base.logits if base.beside_logits is None else base.beside_logits
     return Scan(
         axes={name: tuple(labels) for name, labels in axes.items()},
         values=values.reshape(shape),
         baseline=float(run.baseline),
-        donor=None if base is None or base.beside is None else float(metric(base.beside[None], run.logits)[0]),
+        donor=None if donor is None else float(metric(donor[None], run.logits)[0]),
         identical=identical.reshape(shape),
         applied=sum(edit.fired for edits in run.edits for edit in edits),
         layer_rows=run.layer_rows,
         slices=run.slices,
     )
+
+
+def _check(model: Network, metric: Metric, axes: Axes) -> None:
+    metric.check(model)
+    if empty := [name for name, labels in axes.items() if not len(labels)]:
+        raise InputError(f"the grid has no cells; name at least one {empty[0]}")
 
 
 def _one_of(name: str, value: str, valid: Any) -> None:
@@ -328,4 +339,4 @@ def _pools(
     prompts = list(over or ())
     if (mode == "zero") == bool(prompts):
         raise InputError(f"mode {mode} {'takes no' if prompts else 'needs'} prompts in `over`")
-    return {name: pooled_rows(model, prompts, layers, name, tick=tick) for name in points} if prompts else {}
+    return pooled_points(model, prompts, layers, points, tick=tick) if prompts else {}

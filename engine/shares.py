@@ -2,6 +2,7 @@
 
 most_shares     how many parts there may be
 dealt           work in so many even parts
+pays            whether they are worth threads
 side_by_side    do them
 Progress        layers of many passes, counted for one `tick`
 
@@ -20,6 +21,14 @@ from engine.decoder import Tick
 from engine.network import Network
 
 Item = TypeVar("Item")
+
+ROWS_WORTH_A_THREAD = 256
+"""Rows of a batch, on average, from which on threads of their own pay. Fewer wait for the weights, which every thread
+reads, and a product's own threads read each weight once.
+"""
+
+MOST_UNEVEN = 1.1
+"""How much more than the mean a thread may have to do: the others are idle meanwhile, and its products are its own."""
 
 Share = Callable[[Tick], None]
 """A part of some work. It calls what it is given before each layer and ends at once when that raises."""
@@ -42,6 +51,12 @@ def dealt(items: Iterable[Item], size: Callable[[Item], int], shares: int) -> li
         parts[least].append(item)
         held[least] += size(item)
     return parts
+
+
+def pays(rows: Sequence[int], batches: int) -> bool:
+    """Whether shares with so many rows each, in so many batches in all, take less time on threads."""
+    even = len(rows) * max(rows) <= MOST_UNEVEN * sum(rows)
+    return even and sum(rows) >= ROWS_WORTH_A_THREAD * max(batches, 1)
 
 
 class Progress:

@@ -19,9 +19,10 @@ import numpy as np
 
 from engine.cache import KVCache
 from engine.config import Rope
-from engine.cost import Cost
+from engine.cost import Cost, working_bytes
 from engine.decoder import Pass, Tick, block, forward, masked_attention, norm, unembed
 from engine.edits import Edit
+from engine.errors import InputError
 from engine.forks import FEEDS_ROWS, Fork, Variant, forks_of, held_by, layers_entered, rows_of, shares_of
 from engine.hooks import CompositeHook, LayerHook, Listeners, RecordHook
 from engine.network import Network, Tokens
@@ -81,14 +82,17 @@ def sweep(
     Results equal runs one by one. `only` names tokens: `read` gets their logits alone, in this order. `budget` bounds
     the bytes of the variants that run at one time; more than fit run one slice after another. `base` is the unchanged
     run, where there is one. Where it pays, threads share the variants: `read` is called in several of them then, `tick`
-    in the calling one alone. Raises `InputError` for an intervention that no row of the prompt meets.
+    in the calling one alone. Raises `InputError` for an intervention that no row of the prompt meets, and for a base
+    run of another prompt.
     """
     cfg = model.config
     length, forks = forks_of(model, tokens, variants)
     shares = shares_of(model, forks, length, budget)
     progress = Progress(tick, layers_entered(cfg, shares) + (cfg.n_layers if base is None else 0))
+    first = min((fork.layer for fork in forks), default=cfg.n_layers)
     if base is None:
-        base = base_run(model, tokens, min((fork.layer for fork in forks), default=cfg.n_layers), tick=progress)
+        base = base_run(model, tokens, first, tick=progress)
+    _check_base(base, model.token_batch(tokens), first)
     baseline = read(chosen(base.logits[None], only), chosen(base.logits, only))[0]
     values = np.empty((len(forks), *np.shape(baseline)), np.float32)
     rows = [cfg.n_layers * length]
@@ -101,14 +105,17 @@ def sweep(
     return Sweep(np.asarray(baseline), values, base.logits, edits, sum(rows), sum(map(len, shares)))
 
 
-def sweep_cost(model: Network, tokens: Tokens, variants: Sequence[Variant], budget: int = BUDGET) -> Cost:
-    """What `sweep` will take. Nothing is run; of vectors, rows, keys and values only the shapes matter."""
+def sweep_cost(
+    model: Network, tokens: Tokens, variants: Sequence[Variant], budget: int = BUDGET, beside: Tokens | None = None
+) -> Cost:
+    """What base run and `sweep` will take. Nothing is run; of vectors, rows, keys and values only the shapes matter."""
     cfg = model.config
     length, forks = forks_of(model, tokens, variants)
     shares = shares_of(model, forks, length, budget)
-    rows = cfg.n_layers * length + rows_of(cfg, forks, length)
-    base = 4 * cfg.n_layers * length * (cfg.d_model + 2 * cfg.n_kv_heads * cfg.d_head)
-    return Cost(cfg.n_layers + layers_entered(cfg, shares), rows, 0, base + held_by(cfg, shares, length))
+    kept = 4 * cfg.n_layers * length * (cfg.d_model + 2 * cfg.n_kv_heads * cfg.d_head)
+    prompts = 1 if beside is None else 2
+    base = Cost(cfg.n_layers, prompts * cfg.n_layers * length, 0, prompts * (kept + working_bytes(cfg, length, length)))
+    return base + Cost(layers_entered(cfg, shares), rows_of(cfg, forks, length), 0, kept + held_by(cfg, shares, length))
 
 
 # --- the base run ---------------------------------------------------------------------------------------------
@@ -118,21 +125,18 @@ def sweep_cost(model: Network, tokens: Tokens, variants: Sequence[Variant], budg
 class Base:
     """A prompt's unchanged run.
 
-    inputs: {layer: (seq, d_model)}, and under n_layers the last layer's output. logits: (d_vocab,) after the last
-    token; `beside`: those of a prompt that ran with it. tables: of every position.
+    ids: (seq,). inputs: {layer: (seq, d_model)}, and under n_layers the last layer's output. cache: keys and values of
+    this prompt alone. logits: (d_vocab,) after the last token; `beside_logits`: those of the prompt that ran with it.
+    tables: of every position.
     """
 
+    ids: IntArray
     inputs: dict[int, Array]
     cache: KVCache
     logits: Array
-    beside: Array | None
+    beside_logits: Array | None
     pos: IntArray
     tables: dict[Rope, tuple[Array, Array]]
-
-    def keys_and_values(self, layer: int) -> tuple[Array, Array]:
-        """Each (1, kv_heads, seq, d_head)."""
-        keys, values, _ = self.cache.layer(layer).filled()
-        return keys[-1:], values[-1:]
 
 
 def base_run(
@@ -144,30 +148,41 @@ def base_run(
     hook: LayerHook | None = None,
     tick: Tick | None = None,
 ) -> Base:
-    """Run `tokens` for variants that leave it at layer `first` or later.
+    """Run `tokens`, one prompt, for variants that leave it at layer `first` or later.
 
-    `beside` is another prompt of as many tokens: both in one batch take less time than one after the other. `hook`
-    sees the batch, the tokens' row last.
+    `beside` is another prompt: both in one batch take less time than one after the other. `hook` sees the batch, that
+    prompt first. Raises `InputError` unless both have as many tokens.
     """
-    n, batch = model.config.n_layers, model.token_batch(tokens)
-    if beside is not None:
-        batch = np.concatenate([model.token_batch(beside), batch])
+    n, batch = model.config.n_layers, _batch(model, tokens, beside)
     record = RecordHook(range(first, n), ["resid_pre"])
     cache = KVCache.with_layers(n)
     both = record if hook is None else CompositeHook([hook, record])
     result = forward(model, batch.tolist(), hook=both, cache=cache, tick=tick)
     assert result.logits is not None
+    inputs = record.get("resid_pre") | {n: result.residual if len(batch) > 1 else result.residual[0]}
+    beside_logits = None
+    if len(batch) > 1:
+        inputs, cache = {layer: x[-1].copy() for layer, x in inputs.items()}, cache.sequence(-1)
+        beside_logits = result.logits[0, -1]
     pos = np.arange(batch.shape[1])
     tables = {rope: rope.table(pos, len(pos)) for rope in {*model.config.ropes} if rope is not None}
-    inputs = record.get("resid_pre") | {n: result.residual}
-    return Base(
-        {layer: x.reshape(-1, *x.shape[-2:])[-1] for layer, x in inputs.items()},
-        cache,
-        result.logits[-1, -1],
-        None if beside is None else result.logits[0, -1],
-        pos,
-        tables,
-    )
+    return Base(batch[-1], inputs, cache, result.logits[-1, -1], beside_logits, pos, tables)
+
+
+def _batch(model: Network, tokens: Tokens, beside: Tokens | None) -> IntArray:
+    """(1 or 2, seq): the prompt, last."""
+    prompts = [model.token_batch(prompt) for prompt in (beside, tokens) if prompt is not None]
+    shapes = [prompt.shape for prompt in prompts]
+    if {*shapes} != {(1, shapes[0][1])}:
+        raise InputError(f"a base run takes one prompt, and one of the same length beside it; these are {shapes}")
+    return np.concatenate(prompts)
+
+
+def _check_base(base: Base, ids: IntArray, first: int) -> None:
+    if not np.array_equal(base.ids[None], ids):
+        raise InputError("the base run is that of another prompt")
+    if first not in base.inputs:
+        raise InputError(f"a variant leaves the base run at layer {first}, which was kept from {min(base.inputs)} on")
 
 
 # --- the variants ---------------------------------------------------------------------------------------------
@@ -231,7 +246,7 @@ class _VariantPass(Pass):
     def _all_keys(self, layer: int, group: _Group, k: Array, v: Array) -> tuple[Array, Array]:
         """The base run's rows before the group's first, or what a member reads in their place, then its own."""
         assert self.base is not None
-        early = self.base.keys_and_values(layer)
+        early = self.base.cache.layer(layer).filled()[:2]
         out = []
         for which, own in enumerate((k, v)):
             full = np.empty((*own.shape[:2], len(self.base.pos), own.shape[3]), np.float32)

@@ -25,7 +25,8 @@ def described_cost(call: Call, model: Model, items: Iterable[described.Intervent
     """What the donors and the prompts that are averaged take."""
     cfg, cost = model.config, Cost()
     for item in items or ():
-        cost += replacements_cost(call, model, item.over or (), layer_list(model, item.layers), _point(item))
+        if item.over is not None:
+            cost += replacements_cost(call, model, item.over, layer_list(model, item.layers), _point(item))
         if item.donor is not None:
             cost += of_pass(cfg, len(call.ids(model, item.donor)), max(layer_list(model, item.layers)) + 1)
     return cost

@@ -60,8 +60,8 @@ def forward_ablate(
     engine = loaded.model
     ids = call.ids(engine, prompt)
     cost = of_pass(engine.config, len(ids)) * 2 + described_cost(call, engine, interventions)
-    if layers is not None and mode != "zero":
-        cost += replacements_cost(call, engine, mean_over or (), layer_list(engine, layers), point)
+    if layers is not None and mode != "zero" and mean_over:
+        cost += replacements_cost(call, engine, mean_over, layer_list(engine, layers), point)
     call.expect(engine, cost, len(ids))
     made = [] if layers is None else _ablations(call, engine, layers, point, positions, heads, mode, mean_over)
     effect = _compared(call, loaded, ids, made, interventions, token, against)

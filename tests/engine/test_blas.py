@@ -37,6 +37,12 @@ def test_the_product_is_the_sum_over_all_blocks(layout: str, block: int) -> None
     assert np.abs(expected).max() > 1
 
 
+@pytest.mark.parametrize("features", [90, 110])
+def test_matrices_that_do_not_fit_are_refused(features: int) -> None:
+    with pytest.raises(ValueError, match="mismatch"):
+        blas.product(noise(40, 96), noise(features, 700), 40)
+
+
 def test_the_library_of_numpys_wheels_is_found_and_adds_up_as_numpy_would() -> None:
     built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
     if built != "scipy-openblas":

@@ -2,10 +2,11 @@
 
 import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from engine import Metric, Model, RecordHook, blas, forks, forward, generate, kv_inject_test, load_model, patching_grid
+from engine import Metric, Model, RecordHook, blas, forward, generate, kv_inject_test, load_model, patching_grid
 from engine import prefill_inject as injected
 from engine.cost import Cost, of_generation, of_pass, row_size, seconds
 from engine.forks import Variant
@@ -64,8 +65,8 @@ def test_a_grid_takes_the_rows_it_is_said_to(
     model: Model, monkeypatch: pytest.MonkeyPatch, threads: int, point: str, by: str, budget: int
 ) -> None:
     monkeypatch.setattr(blas, "threads", lambda: threads)
-    monkeypatch.setattr(forks, "ROWS_WORTH_A_THREAD", 0)
-    monkeypatch.setattr(forks, "MOST_UNEVEN", 3)
+    monkeypatch.setattr("engine.shares.ROWS_WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engine.shares.MOST_UNEVEN", 3)
     cost = patching_grid_cost(model, DONOR, RECIPIENT, point, by, budget=budget)
     grids = []
     ticks = counted(
@@ -86,12 +87,18 @@ def test_cache_surgery_takes_the_layers_it_is_said_to(model: Model, layers: list
     assert prefill_inject_cost(model, RECIPIENT, DONOR, 5).layers == run
 
 
-def test_the_bytes_of_a_grid_are_those_it_holds(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [(60, {}), (400, {"positions": [-1]}), (400, {"positions": [-1], "layers": [0], "point": "z", "by": "head"})],
+)
+def test_the_bytes_of_a_grid_are_those_it_holds(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tokens: int, options: dict[str, Any]
+) -> None:
     monkeypatch.setattr(blas, "threads", lambda: 1)  # several seldom hold the most at one time
-    donor, recipient = [1, *range(40, 99)], [2, *range(40, 99)]
-    cost = patching_grid_cost(model, donor, recipient, "resid_post")
+    donor, recipient = ([first, *(i % 99 for i in range(1, tokens))] for first in (1, 2))
+    cost = patching_grid_cost(model, donor, recipient, **options)
     tracemalloc.start()
-    patching_grid(model, donor, recipient, Metric("kl"))
+    patching_grid(model, donor, recipient, Metric("kl"), **options)
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.4 * held < cost.nbytes < 2.5 * held

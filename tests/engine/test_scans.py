@@ -1,5 +1,7 @@
 """The named scans: each cell is what a run of its own gives, and the grid says what it did."""
 
+import importlib
+
 import numpy as np
 import pytest
 from declared import has, points_of
@@ -93,6 +95,24 @@ def test_cells_before_the_first_difference_are_answered_without_a_run(synthetic)
     n = synthetic.config.n_layers
     assert grid.layer_rows == n * 5 + sum((n - 1 - layer) * (5 - p) for layer in range(n) for p in (2, 3, 4))
     assert patching_grid(synthetic, ids, ids, LOGIT).identical.all()
+
+
+def test_equal_prompts_have_nothing_to_recover(model, ids, monkeypatch):
+    seen = []
+    run = importlib.import_module("engine.scans").base_run
+    monkeypatch.setattr("engine.scans.base_run", lambda *a, **k: seen.append(run(*a, **k)) or seen[-1])
+    grid = patching_grid(model, ids, ids, LOGIT, layers=[1])
+    assert grid.donor == grid.baseline
+    assert grid.recovered() is None
+    assert seen[0].beside_logits is None  # rows of one batch may differ in their last bits on other processors
+
+
+@pytest.mark.parametrize(("metric", "layers"), [(Metric("logit", 10**6), None), (LOGIT, [])])
+def test_a_grid_that_cannot_be_read_is_refused_before_any_layer_runs(synthetic, metric, layers):
+    ticks = []
+    with pytest.raises((InputError, TokenError)):
+        patching_grid(synthetic, [1, 2], [3, 2], metric, layers=layers, tick=lambda *done: ticks.append(done))
+    assert ticks == []
 
 
 def test_every_point_of_a_grid_can_be_patched_or_says_why_not(model, ids, donor):

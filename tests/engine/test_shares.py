@@ -26,8 +26,8 @@ class Cancelled(Exception):
 def threads(request, monkeypatch):
     """However little there is to do, so many threads do it."""
     monkeypatch.setattr(blas, "threads", lambda: request.param)
-    monkeypatch.setattr(forks, "ROWS_WORTH_A_THREAD", 0)
-    monkeypatch.setattr(forks, "MOST_UNEVEN", np.inf)
+    monkeypatch.setattr("engine.shares.ROWS_WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engine.shares.MOST_UNEVEN", np.inf)
     return request.param
 
 
@@ -91,7 +91,7 @@ def test_little_work_scoped_weights_and_compiled_kernels_are_one_threads(synthet
 
 def test_variants_that_cannot_be_dealt_out_evenly_are_one_threads(synthetic, monkeypatch):
     monkeypatch.setattr(blas, "threads", lambda: 2)
-    monkeypatch.setattr(forks, "ROWS_WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engine.shares.ROWS_WORTH_A_THREAD", 0)
     ids = list(range(200))
     alone, pair, three = (forks.forks_of(synthetic, ids, zeroing([0], [0] * n)) for n in (1, 2, 3))
     shares = [len(forks.shares_of(synthetic, chosen, length, 2**30)) for length, chosen in (alone, pair, three)]

@@ -47,12 +47,38 @@ def test_a_variant_without_changes_is_the_base_run(model, ids):
 def test_a_base_run_beside_another_prompt_is_the_base_run(model, ids, donor):
     chosen, seen = everywhere(model), RecordHook([1], ["v"])
     base = base_run(model, ids, beside=donor, hook=seen)
-    assert_close(base.beside, forward(model, donor).logits[0, -1])
-    assert_close(seen.get("v")[1][1], base.keys_and_values(1)[1][0])
+    assert_close(base.beside_logits, forward(model, donor).logits[0, -1])
+    assert_close(seen.get("v")[1][1], base.cache.layer(1).filled()[1][0])
     alone, beside = sweep(model, ids, chosen), sweep(model, ids, chosen, base=base)
     assert_close(beside.logits, alone.logits)
     for variant, mine, other in zip(chosen, beside.values, alone.values, strict=True):
         assert_close(mine, other, far_out(model) if puts_in_noise(variant) else SAME)
+
+
+def test_a_base_run_keeps_nothing_of_the_prompt_beside(synthetic):
+    base = base_run(synthetic, [1, 2, 3], beside=[4, 5, 6])
+    assert base.cache.layer(0).k.shape[0] == 1
+    assert all(x.base is None and x.shape == (3, synthetic.config.d_model) for x in base.inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([1, 2, 4], {}, "another prompt"),
+        ([1, 2], {}, "another prompt"),
+        ([1, 2, 3], {"first": 2}, "leaves the base run at layer 1, which was kept from 2 on"),
+        ([1, 2, 3], {"beside": [1, 2]}, "same length beside it"),
+        ([[1, 2, 3], [1, 2, 3]], {}, "one prompt"),
+    ],
+)
+def test_a_base_run_that_does_not_fit_is_refused(synthetic, ids, options, message):
+    with pytest.raises(InputError, match=message):
+        sweep(
+            synthetic,
+            [1, 2, 3],
+            [Variant((Intervention("zero", (1,), "z"),))],
+            base=base_run(synthetic, ids, **options),
+        )
 
 
 def counted(monkeypatch):
