@@ -40,20 +40,28 @@ def one_by_one(model: Model, layer: int, point: str, positions: Any) -> np.ndarr
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("most", [1, 6, 512])
-@pytest.mark.parametrize(
-    ("point", "positions"), [("resid_post", "last"), ("resid_post", "all"), ("z", "all"), ("k", [0, -1])]
-)
-def test_pooled_rows_are_those_of_passes_one_by_one(
-    model: Model, monkeypatch: pytest.MonkeyPatch, threads: int, point: str, positions: Any, most: int
-) -> None:
-    monkeypatch.setattr(pools, "ROWS_AT_ONCE", most)
+def check(model: Model, point: str, positions: Any) -> None:
     found = pooled_rows(model, PROMPTS, [0, -1], point, positions=positions)
     assert list(found) == [0, model.config.n_layers - 1]
     for layer, rows in found.items():
         expected = one_by_one(model, layer, point, positions)
         assert_close(rows, expected)
         assert_moved(rows, expected[::-1])
+
+
+@pytest.mark.parametrize("most", [1, 6, 512])
+@pytest.mark.parametrize(
+    ("point", "positions"), [("resid_post", "last"), ("resid_post", "all"), ("z", "all"), ("k", [0, -1])]
+)
+def test_pooled_rows_are_those_of_passes_one_by_one(
+    small: Model, monkeypatch: pytest.MonkeyPatch, threads: int, point: str, positions: Any, most: int
+) -> None:
+    monkeypatch.setattr(pools, "ROWS_AT_ONCE", most)
+    check(small, point, positions)
+
+
+def test_every_familys_pooled_rows_are_those_of_passes_one_by_one(model: Model) -> None:
+    check(model, "z", [0, -1])
 
 
 @pytest.mark.parametrize("point", ["embed", "final_norm"])
