@@ -314,7 +314,7 @@ def _line(name: str, seconds: dict[str, float], ratios: dict[str, float], limits
     cells = [f"{1000 * seconds[who]:.0f}" if who in seconds else "-" for who in CONTENDERS]
     for who in MECHSCOPE:
         limit = limits.get(who)
-        cells.append(f"{ratios[who]:.2g}{'' if limit is None else f' ({limit})'}" if who in ratios else "")
+        cells.append(f"{ratios[who]:.3g}{'' if limit is None else f' ({limit})'}" if who in ratios else "")
     return f"| {name} | {' | '.join(cells)} |"
 
 
