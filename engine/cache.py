@@ -138,11 +138,10 @@ class KVCache:
 
     def sequence(self, index: int) -> "KVCache":
         """An independent copy of one sequence of a batch."""
-        copy = self.fork()
-        for layer in copy.layers:
-            if layer is not None:
-                layer.k, layer.v = layer.k[[index]], layer.v[[index]]
-        return copy
+        one = KVCache([layer and LayerKV(layer.k[index][None], layer.v[index][None], layer.pos, layer.length)
+                       for layer in self.layers], self.config)  # fmt: skip
+        one.rope_length = self.rope_length
+        return one.fork()
 
     def crop(self, n: int) -> None:
         """Keep the first n positions of every layer."""
