@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 from engine import load_model
 from engine.catalog import fetch
 from engine.gguf_file import GgufFile
+from engine.matrices import widened
 
 NAME = "smollm2-135m-instruct"
 
@@ -28,9 +29,9 @@ def write(directory: Path) -> None:
         tensors[f"{at}.input_layernorm.weight"] = p.attn_norm.weight
         tensors[f"{at}.post_attention_layernorm.weight"] = p.mlp_norm.weight
         for name, part in (("q", p.q), ("k", p.k), ("v", p.v), ("o", p.o)):
-            tensors[f"{at}.self_attn.{name}_proj.weight"] = part.weight.T.copy()
+            tensors[f"{at}.self_attn.{name}_proj.weight"] = widened(part.weight).T.copy()
         for name, part in (("gate", p.gate), ("up", p.up), ("down", p.down)):
-            tensors[f"{at}.mlp.{name}_proj.weight"] = part.weight.T.copy()
+            tensors[f"{at}.mlp.{name}_proj.weight"] = widened(part.weight).T.copy()
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     metadata = GgufFile.open(fetch(NAME)).metadata
