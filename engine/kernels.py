@@ -25,7 +25,7 @@ from numba import types as t
 from numba.extending import intrinsic
 
 from engine.blas import Matrix, library, rows_in_order
-from engine.matrices import PANEL, Panels
+from engine.matrices import Panels
 from engine.tile import ROWS, WIDTH, tile
 
 TOGETHER = 16 * ROWS
@@ -116,41 +116,60 @@ def _softmax_between(x: Any, start: Any, end: Any) -> None:
 # --- products -----------------------------------------------------------------------------------------------------
 
 
-_panels = [t.void(seen, t.Array(kind, 3, "C", readonly=True), matrix, i64) for kind in (f32, t.uint32)]
+@njit(error_model="numpy")
+def _lay_out(x: Any, out: Any) -> None:
+    """The rows of x, (rows, n), feature by feature: as a tile reads them."""
+    rows, n = x.shape
+    for row in range(rows):
+        numbers, laid = x[row], out[row:]
+        for j in range(n):
+            laid[j * rows] = numbers[j]
+
+
+_panels = [t.void(seen, vector, t.Array(kind, 3, "C", readonly=True), matrix, i64) for kind in (f32, t.uint32)]
 
 
 @_compiled(_panels, _STRICT)  # type: ignore[untyped-decorator]
-def _product(x: Any, panels: Any, out: Any, block: Any) -> None:
-    """Out = x @ w: each thread has some panels, and sums up `block` of their rows, features or words, at a time."""
-    rows, n = x.shape
-    steps, width = panels.shape[1], out.shape[1]
+def _product(x: Any, laid: Any, panels: Any, out: Any, block: Any) -> None:
+    """Out = x @ w: each thread has some panels, and sums up `block` of their rows, features or words, at a time.
+
+    `laid` is room for x: ROWS of its rows feature by feature, then the next ROWS.
+    """
+    (rows, n), width = x.shape, out.shape[1]
+    steps = panels.shape[1]
     features = n // steps  # in a row of a panel: 2 in words
-    from_x, to = x.ctypes.data, out.ctypes.data
+    if rows <= ROWS:
+        _lay_out(x, laid)
+    else:
+        for group in prange((rows + ROWS - 1) // ROWS):
+            some = slice(group * ROWS, min(rows, (group + 1) * ROWS))
+            _lay_out(x[some], laid[some.start * n : some.stop * n])
+    from_x, to = laid.ctypes.data, out.ctypes.data
     for first in range(0, rows, TOGETHER):
         last = min(rows, first + TOGETHER)
         for panel in prange(len(panels)):
             for k in range(0, steps, block):
-                for a in range(0, PANEL, WIDTH):
-                    w = (panel * steps + k) * PANEL + a
-                    for row in range(first, last, ROWS):
-                        x_at, at = from_x + 4 * (row * n + features * k), to + 4 * (row * width + panel * PANEL + a)
-                        tile(min(ROWS, last - row), x_at, n, panels, w, at, width, min(block, steps - k), k > 0)
+                w = (panel * steps + k) * WIDTH
+                for row in range(first, last, ROWS):
+                    count = min(ROWS, last - row)
+                    x_at, at = from_x + 4 * (row * n + features * k * count), to + 4 * (row * width + panel * WIDTH)
+                    tile(count, x_at, panels, w, at, width, min(block, steps - k), k > 0)
 
 
 def product(x: Matrix, w: Any, block: int) -> Matrix | None:
     """The product x @ w of (rows, in) with `Panels`, summing up at most `block` features at a time; None for arrays
     that numpy must do.
     """
-    if not isinstance(w, Panels) or not x.flags.c_contiguous:
+    if not isinstance(w, Panels) or w.numbers.shape[2] != WIDTH or not x.flags.c_contiguous:
         return None
     features = 2 if w.numbers.dtype == np.uint32 else 1
     if not w.shape[0] or -(-x.shape[1] // features) != w.shape[0]:
         return None
     if x.shape[1] % features:
         x = np.pad(x, ((0, 0), (0, 1)))  # a word's second feature is read, too, though it is zero
-    out = np.empty((len(x), PANEL * len(w.numbers)), np.float32)
+    out = np.empty((len(x), WIDTH * len(w.numbers)), np.float32)
     with _ONE_AT_A_TIME:
-        _product(x, w.numbers, out, block // features)
+        _product(x, np.empty(x.size, np.float32), w.numbers, out, block // features)
     return np.ascontiguousarray(out[:, : w.shape[1]])
 
 

@@ -60,19 +60,21 @@ def load_model(
 
 def _laid_out(made: Model, weights: str, tick: Tick | None, room: Room | None) -> Model:
     """Rounded if that is asked for; in panels if kernels are in use. A scoped layer is not worth it for one pass."""
-    n, compiled = made.config.n_layers, fast.kernels() is not None
+    n, kernels = made.config.n_layers, fast.kernels()
 
     def told(what: str) -> Callable[[int], None]:
         return lambda layer: None if tick is None else tick(layer, n, f"{what} layer {layer}")
 
-    if weights == "scoped" or not (compiled or weights == "bf16"):
+    if weights == "scoped" or (kernels is None and weights != "bf16"):
         return made
     if room is not None and made.conversion == "used":  # mapped until now
         room(sum(array.nbytes for layer in range(n) for _, array in made.params.layer(layer).stored()))
     if weights == "bf16":
         params = in_bfloat16(made.params, n, told("rounding"))
         made = replace(made, params=params, weights="bf16", fingerprint=f"{made.fingerprint}{ROUNDED}")
-    return replace(made, params=in_panels(made.params, n, told("laying out"))) if compiled else made
+    if kernels is None:
+        return made
+    return replace(made, params=in_panels(made.params, n, kernels.WIDTH, told("laying out")))
 
 
 def _loaded(

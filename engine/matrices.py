@@ -19,15 +19,12 @@ Array = npt.NDArray[np.float32]
 Bfloat16 = npt.NDArray[np.uint32]
 """A (in, out) matrix in bfloat16: (in / 2, out) words of two features each, the even one in the lower half."""
 
-PANEL = 32
-"""Columns of a panel: two of the widest vectors there are."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Panels:
-    """A matrix cut into panels of PANEL columns, each with all its features beside each other in memory.
+    """A matrix cut into panels of some columns, each with all its features beside each other in memory.
 
-    numbers: (panels, in, PANEL) float32 or (panels, in / 2, PANEL) words of bfloat16; the last panel ends in zeros.
+    numbers: (panels, in, width) float32 or (panels, in / 2, width) words of bfloat16; the last panel ends in zeros.
     shape: that of the matrix as it was, (in, out) or (in / 2, out).
     """
 
@@ -55,17 +52,19 @@ def rounded(x: Array) -> Bfloat16:
     return words
 
 
-def panelled(x: Matrix) -> Panels:
-    """The same in panels: a copy, unless it is in panels already. Pages of a mapped file are given back."""
+def panelled(x: Matrix, width: int) -> Panels:
+    """The same in panels of `width` columns: a copy, unless it is in panels already. Pages of a mapped file are given
+    back.
+    """
     if isinstance(x, Panels):
         return x
-    n, width = x.shape
-    numbers = np.zeros((-(-width // PANEL), n, PANEL), x.dtype)
-    for panel, start in zip(numbers, range(0, width, PANEL), strict=True):
-        part = x[:, start : start + PANEL]
+    n, columns = x.shape
+    numbers = np.zeros((-(-columns // width), n, width), x.dtype)
+    for panel, start in zip(numbers, range(0, columns, width), strict=True):
+        part = x[:, start : start + width]
         panel[:, : part.shape[1]] = part
     _give_back_pages(x)
-    return Panels(numbers, (n, width))
+    return Panels(numbers, (n, columns))
 
 
 def _give_back_pages(x: npt.NDArray[Any]) -> None:

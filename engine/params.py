@@ -221,9 +221,9 @@ def in_bfloat16(params: Params, n_layers: int, told: Callable[[int], None] = lam
     return _kept_otherwise(params, n_layers, lambda weight: rounded(widened(weight)), told)
 
 
-def in_panels(params: Params, n_layers: int, told: Callable[[int], None] = lambda index: None) -> Params:
-    """The same with the layers' matrices in panels, for compiled products."""
-    return _kept_otherwise(params, n_layers, panelled, told)
+def in_panels(params: Params, n_layers: int, width: int, told: Callable[[int], None] = lambda index: None) -> Params:
+    """The same with the layers' matrices in panels of `width` columns, for compiled products."""
+    return _kept_otherwise(params, n_layers, lambda weight: panelled(weight, width), told)
 
 
 def _kept_otherwise(

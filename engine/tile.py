@@ -1,9 +1,10 @@
-"""`tile`: a few rows times a panel, with all sums in vector registers. It is what compiled products are made of.
+"""`tile`: a few rows times a panel of WIDTH columns, with all sums in vector registers: what products are made of.
 
 A tile's sums stay in registers over all its features: each feature costs a load of the panel's numbers, and for each
-row a load of one number of x. Written in LLVM's vectors, so it is the same text for every processor; how many rows and
-vectors fit the registers is looked up once. The layout follows Goto & van de Geijn, "Anatomy of High-Performance
-Matrix Multiplication" (2008), with panels that were laid out when the weights were read.
+row a load of one number of x, whose rows are laid out feature by feature. Written in LLVM's vectors, so it is the same
+text for every processor; how many rows and vectors fit the registers is looked up once. The layout follows Goto & van
+de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with panels that were laid out when the weights
+were read.
 """
 
 from typing import Any
@@ -12,8 +13,6 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import types as t
 from numba.extending import intrinsic
-
-from engine.matrices import PANEL
 
 
 def _registers() -> tuple[int, int, int]:
@@ -27,7 +26,6 @@ def _registers() -> tuple[int, int, int]:
 
 LANES, VECTORS, ROWS = _registers()
 WIDTH = LANES * VECTORS
-"""Columns of a tile: a panel is one or several tiles wide."""
 AHEAD = 32
 """Features ahead for which the panel's numbers are asked for: the processor's own guesses end at each 4 KiB."""
 
@@ -36,11 +34,11 @@ _VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
 
 
 class _Tile:
-    """Emits the loop for one number of rows. Steps are in numbers: from row to row of x and of the result."""
+    """Emits the loop for one number of rows. `out_step`, in numbers, leads from row to row of the result."""
 
     def __init__(self, builder: Any, rows: int, arguments: Any, words: bool) -> None:
         self.builder, self.rows, self.words = builder, rows, words
-        self.x, self.x_step, self.w, self.out, self.out_step, self.features, self.add = arguments
+        self.x, self.w, self.out, self.out_step, self.features, self.add = arguments
         self.fma = self._named(ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32")
 
     def emit(self) -> None:
@@ -66,15 +64,15 @@ class _Tile:
     def _feature(self, at: Any, sums: list[list[Any]]) -> list[list[Any]]:
         """The sums with one feature more, or with the two of a word."""
         builder, per_step = self.builder, 2 if self.words else 1
-        row_of_w = builder.gep(self.w, [builder.mul(at, _int(PANEL))])
+        row_of_w = builder.gep(self.w, [builder.mul(at, _int(WIDTH))])
         panel = self._panel(row_of_w)
         self._prefetch(row_of_w)
         after = []
         for row, before in enumerate(sums):
             self._fence()
-            first = builder.add(builder.mul(self.x_step, _int(row)), builder.mul(at, _int(per_step)))
             for feature in range(per_step):
-                number = self._spread(builder.load(builder.gep(self.x, [builder.add(first, _int(feature))])))
+                place = builder.add(builder.mul(at, _int(self.rows * per_step)), _int(self.rows * feature + row))
+                number = self._spread(builder.load(builder.gep(self.x, [place])))
                 before = [builder.call(self.fma, [number, w, y]) for w, y in zip(panel[feature], before, strict=True)]
             after.append(before)
         return after
@@ -114,7 +112,7 @@ class _Tile:
         byte = ir.IntType(8).as_pointer()
         fetch = self._named(ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD]), "llvm.prefetch.p0")
         for line in range(0, WIDTH, 16):
-            place = self.builder.gep(row_of_w, [_int(AHEAD * PANEL + line)])
+            place = self.builder.gep(row_of_w, [_int(AHEAD * WIDTH + line)])
             self.builder.call(fetch, [self.builder.bitcast(place, byte), *(ir.Constant(_WORD, n) for n in (0, 3, 1))])
 
     def _named(self, kind: Any, name: str) -> Any:
@@ -140,21 +138,19 @@ def _pairs(sums: list[list[Any]], after: list[list[Any]]) -> list[tuple[Any, Any
     return [pair for before, now in zip(sums, after, strict=True) for pair in zip(before, now, strict=True)]
 
 
-def _tile(
-    _: Any, rows: Any, x: Any, x_step: Any, panels: Any, at: Any, out: Any, out_step: Any, features: Any, add: Any
-) -> Any:
-    """Out (rows, WIDTH) = or += x (rows, features) @ the panels' numbers from number `at` on: (features, WIDTH).
+def _tile(_: Any, rows: Any, x: Any, panels: Any, at: Any, out: Any, out_step: Any, features: Any, add: Any) -> Any:
+    """Out (rows, WIDTH) = or += x (features, rows).T @ the panels' numbers from number `at` on: (features, WIDTH).
 
-    x and out are addresses, the steps from row to row in numbers. Panels of words: `features` counts words.
+    x and out are addresses. Panels of words: `features` counts words.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        n, x, x_step, panels, at, out, out_step, features, add = arguments
-        numbers = context.make_array(signature.args[3])(context, builder, panels).data
+        n, x, panels, at, out, out_step, features, add = arguments
+        numbers = context.make_array(signature.args[2])(context, builder, panels).data
         from_x, to = (builder.inttoptr(place, _FLOAT.as_pointer()) for place in (x, out))
         from_w = builder.gep(builder.bitcast(numbers, _FLOAT.as_pointer()), [at])
-        given = (from_x, x_step, from_w, to, out_step, features, add)
-        words = signature.args[3].dtype == t.uint32
+        given = (from_x, from_w, to, out_step, features, add)
+        words = signature.args[2].dtype == t.uint32
         done = builder.append_basic_block()
         switch = builder.switch(n, done)
         for count in range(1, ROWS + 1):
@@ -166,7 +162,7 @@ def _tile(
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return t.void(t.int64, t.uintp, t.int64, panels, t.int64, t.uintp, t.int64, t.int64, t.boolean), generate
+    return t.void(t.int64, t.uintp, panels, t.int64, t.uintp, t.int64, t.int64, t.boolean), generate
 
 
 tile: Any = intrinsic(_tile)

@@ -30,9 +30,9 @@ from engine import (
     ops,
     patching_grid,
 )
-from engine.matrices import PANEL, Array, Panels, panelled, rounded, widened
+from engine.matrices import Array, Panels, panelled, rounded, widened
 from engine.params import Ends, Joined, LayerParams, Linear, Params, in_bfloat16, in_panels
-from engine.tile import ROWS
+from engine.tile import ROWS, WIDTH
 
 kernels = fast._compiled()
 NOISE = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def agree(by_kernel: Array, by_numpy: Array, share: float = KERNEL) -> None:
     assert np.abs(by_kernel - by_numpy).max() <= share * np.abs(by_numpy).max()
 
 
-SHAPES = [(576, 1536), (1536, 576), (64, 16), (50, 37), (7, 1), (333, 1000), (8, 3), (145, 2 * PANEL)]
+SHAPES = [(576, 1536), (1536, 576), (64, 16), (50, 37), (7, 1), (333, 1000), (8, 3), (145, 2 * WIDTH)]
 
 
 @pytest.mark.parametrize("rows", [*range(1, ROWS + 2), 33, 1100])
@@ -63,7 +63,7 @@ SHAPES = [(576, 1536), (1536, 576), (64, 16), (50, 37), (7, 1), (333, 1000), (8,
 def test_a_product_is_as_near_to_float64_as_numpys(rows: int, n: int, columns: int) -> None:
     x, w = noise(rows, n), noise(n, columns)
     exact = x.astype(np.float64) @ w.astype(np.float64)
-    made = kernels.product(x, panelled(w), ops.SUM_BLOCK)
+    made = kernels.product(x, panelled(w, WIDTH), ops.SUM_BLOCK)
     assert made.shape == exact.shape
     error, numpys = (np.sqrt(np.mean((y - exact) ** 2)) for y in (made, ops._product(x, w)))
     assert error <= 2 * numpys + KERNEL * np.sqrt(np.mean(exact**2)) / 10
@@ -73,27 +73,27 @@ def test_a_product_is_as_near_to_float64_as_numpys(rows: int, n: int, columns: i
 @pytest.mark.parametrize(("n", "columns"), SHAPES)
 def test_a_product_with_bfloat16_is_that_with_the_widened_numbers(rows: int, n: int, columns: int) -> None:
     x, w = noise(rows, n), rounded(noise(n, columns))
-    expected = kernels.product(x, panelled(widened(w)[:n]), ops.SUM_BLOCK)
-    agree(kernels.product(x, panelled(w), ops.SUM_BLOCK), expected)
+    expected = kernels.product(x, panelled(widened(w)[:n], WIDTH), ops.SUM_BLOCK)
+    agree(kernels.product(x, panelled(w, WIDTH), ops.SUM_BLOCK), expected)
 
 
 def test_a_word_without_a_second_feature_reads_nothing_of_the_next_row() -> None:
-    x, w = noise(2, 7), panelled(rounded(noise(7, 5)))
+    x, w = noise(2, 7), panelled(rounded(noise(7, 5)), WIDTH)
     expected = kernels.product(x, w, 144)[0]
     x[1] = np.nan
     assert (kernels.product(x, w, 144)[0] == expected).all()
 
 
-@pytest.mark.parametrize("shape", [(7, 1), (64, PANEL), (50, 3 * PANEL + 5)])
+@pytest.mark.parametrize("shape", [(7, 1), (64, WIDTH), (50, 3 * WIDTH + 5)])
 def test_panels_hold_each_column_with_all_its_features_and_zeros_after_the_last(shape: tuple[int, int]) -> None:
     w = noise(*shape)
-    panels = panelled(w)
-    assert (panels.shape, panelled(panels)) == (shape, panels)
+    panels = panelled(w, WIDTH)
+    assert (panels.shape, panelled(panels, WIDTH)) == (shape, panels)
     for column in range(shape[1]):
-        assert (panels.numbers[column // PANEL, :, column % PANEL] == w[:, column]).all()
+        assert (panels.numbers[column // WIDTH, :, column % WIDTH] == w[:, column]).all()
     assert np.count_nonzero(panels.numbers) == w.size
     assert (widened(panels) == w).all()
-    assert (widened(panelled(rounded(w))) == widened(rounded(w))).all()
+    assert (widened(panelled(rounded(w), WIDTH)) == widened(rounded(w))).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33])
@@ -143,7 +143,7 @@ def test_no_kernel_hides_a_number_that_is_none(place: int) -> None:
     assert np.isnan(weights).all()
     assert np.isnan(kernels.rms_norm(x, ones[0], 1e-5)).all()
     assert np.isnan(kernels.gated_silu(x, ones)).tolist() == np.isnan(x).tolist()
-    assert np.isnan(kernels.product(x, panelled(np.ones((40, 3), np.float32)), 16)).all()
+    assert np.isnan(kernels.product(x, panelled(np.ones((40, 3), np.float32), WIDTH), 16)).all()
 
 
 @pytest.mark.parametrize("size", [1e-3, 1, 30, 90, 1e4, 1e15])
@@ -204,7 +204,7 @@ def test_a_query_that_sees_no_key_attends_to_nothing() -> None:
 
 def test_what_lies_otherwise_in_memory_is_copied_or_left_to_numpy() -> None:
     x, w = noise(9, 80)[:, ::2], noise(40, 30)
-    assert kernels.product(x, panelled(w), 16) is None
+    assert kernels.product(x, panelled(w, WIDTH), 16) is None
     assert kernels.product(x.copy(), w, 16) is None
     agree(kernels.rms_norm(x, w[:, 0], 1e-5), ops._rms_norm(x, w[:, 0], 1e-5))
     agree(kernels.gated_silu(x, x), kernels.gated_silu(x.copy(), x.copy()))
@@ -213,7 +213,7 @@ def test_what_lies_otherwise_in_memory_is_copied_or_left_to_numpy() -> None:
     frozen.flags.writeable = False
     assert not kernels.softmax(frozen), "what may not be written is not"
     agree(ops.linear(x, w), x @ w)
-    agree(ops.linear(x, panelled(w)), x @ w)
+    agree(ops.linear(x, panelled(w, WIDTH)), x @ w)
 
 
 def test_rows_that_lie_upon_each_other_or_backwards_are_read_where_they_are() -> None:
@@ -230,8 +230,15 @@ def test_rows_that_lie_upon_each_other_or_backwards_are_read_where_they_are() ->
 
 @pytest.mark.parametrize("n", [39, 41, 0])
 def test_rows_of_another_width_than_the_matrixs_are_left_to_numpy(n: int) -> None:
-    assert kernels.product(noise(3, n), panelled(noise(40, 8)), 144) is None
-    assert kernels.product(noise(3, 0), panelled(noise(0, 8)), 144) is None
+    assert kernels.product(noise(3, n), panelled(noise(40, 8), WIDTH), 144) is None
+    assert kernels.product(noise(3, 0), panelled(noise(0, 8), WIDTH), 144) is None
+
+
+def test_panels_of_another_width_are_left_to_numpy() -> None:
+    x, w = noise(3, 40), noise(40, 50)
+    panels = panelled(w, WIDTH // 2)
+    assert kernels.product(x, panels, 16) is None
+    agree(ops.linear(x, panels), x @ w)
 
 
 NARROW = f"""
@@ -250,13 +257,14 @@ print(tile.WIDTH, tile.ROWS)
 for rows, n, columns in ((1, 7, 1), (6, 50, 37), (7, 145, 64), (200, 40, 100)):
     x, w = (noise.standard_normal(shape).astype(np.float32) for shape in ((rows, n), (n, columns)))
     for given, meant in ((w, w), (rounded(w), widened(rounded(w))[:n])):
-        assert np.abs(kernels.product(x, panelled(given), 16) - x @ meant).max() < 1e-4, (rows, n, columns)
+        made = kernels.product(x, panelled(given, tile.WIDTH), 16)
+        assert np.abs(made - x @ meant).max() < 1e-4, (rows, n, columns)
 print("agree")
 """
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the tile for processors of this kind")
-def test_a_tile_of_half_a_panel_computes_the_same(tmp_path: Path) -> None:
+def test_a_tile_of_narrower_vectors_computes_the_same(tmp_path: Path) -> None:
     child = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, env=child)
     assert ran.stdout.split("\n")[:2] == ["16 6", "agree"], ran.stderr
@@ -269,7 +277,7 @@ def with_panels(model: Model) -> Model:
     """The same numbers as a model has them that was loaded with kernels in use."""
     n = model.config.n_layers
     held = Params(model.params.ends, model.params.layer, n)
-    return replace(model, params=in_panels(held, n))
+    return replace(model, params=in_panels(held, n, WIDTH))
 
 
 def test_every_point_of_every_family_is_what_numpy_computes(model: Model, ids: list[int]) -> None:
@@ -306,7 +314,7 @@ def test_generation_and_a_grid_come_out_the_same(smollm2: Model) -> None:
 
 
 def test_many_threads_at_once_get_what_one_gets() -> None:
-    x, w = noise(50, 576), panelled(noise(576, 576))
+    x, w = noise(50, 576), panelled(noise(576, 576), WIDTH)
     expected = kernels.product(x, w, 144)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: kernels.product(x, w, 144), range(200)))
@@ -346,7 +354,7 @@ def test_layers_that_are_laid_out_are_not_kept_as_they_were() -> None:
     numbers = weakref.ref(plain.layer(1).o.weight)
     rounded = in_bfloat16(plain, 2, asked.append)
     words = weakref.ref(rounded.layer(1).o.weight)
-    panels = in_panels(rounded, 2, asked.append)
+    panels = in_panels(rounded, 2, WIDTH, asked.append)
     gc.collect()
     assert (numbers(), words()) == (None, None)
     assert [panels.dense_layers, asked] == [(0, 1), [0, 1, 0, 1]]
