@@ -40,22 +40,23 @@ class Library:
     set_threads: Callable[[int], None] | None
 
 
-def product(x: Matrix, weight: Matrix, block: int) -> Matrix:
-    """(rows, n) @ (n, columns) -> (rows, columns): the sum of the products of `block` features each."""
-    found = library() if len(x) * weight.shape[1] >= WORTH_A_CALL else None
+def product(x: Matrix, weight: Matrix, block: int, out: Matrix) -> Matrix:
+    """(rows, n) @ (n, columns) -> (rows, columns): the sum of the products of `block` features each, in `out`, which is
+    contiguous.
+    """
+    found = library() if out.size >= WORTH_A_CALL else None
     readable = x.shape[1] == len(weight) and rows_in_order(x) and rows_in_order(weight)
     if found is None or not readable:
-        return _by_numpy(x, weight, block)
-    out = np.empty((len(x), weight.shape[1]), np.float32)
+        return _by_numpy(x, weight, block, out)
     _add_blocks(found.sgemm, out, x, weight, block)
     return out
 
 
-def _by_numpy(x: Matrix, weight: Matrix, block: int) -> Matrix:
-    total: Matrix = x[:, :block] @ weight[:block]  # numpy refuses matrices that do not fit
+def _by_numpy(x: Matrix, weight: Matrix, block: int, out: Matrix) -> Matrix:
+    np.matmul(x[:, :block], weight[:block], out=out)  # numpy refuses matrices that do not fit
     for start in range(block, max(x.shape[1], len(weight)), block):
-        total += x[:, start : start + block] @ weight[start : start + block]
-    return total
+        out += x[:, start : start + block] @ weight[start : start + block]
+    return out
 
 
 def _add_blocks(sgemm: Callable[..., None], out: Matrix, x: Matrix, weight: Matrix, block: int) -> None:
@@ -103,6 +104,12 @@ want_single_threaded = _single.want
 def threads() -> int:
     """How many threads a product has while nobody wants one thread; 1 where that is unknown or cannot be changed."""
     return _single.threads()
+
+
+def threads_now() -> int:
+    """How many threads a product has now; 1 where that is unknown or cannot be changed."""
+    found = library()
+    return 1 if found is None or found.get_threads is None or found.set_threads is None else found.get_threads()
 
 
 @contextmanager

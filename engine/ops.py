@@ -14,6 +14,7 @@ from engine import fast
 from engine.blas import product
 from engine.matrices import Array as Array
 from engine.matrices import Matrix, widened
+from engine.split import by_parts
 
 IntArray = npt.NDArray[np.int64]
 
@@ -59,7 +60,9 @@ def _product(x: Array, weight: Array) -> Array:
         blocks: Array = x.reshape(parts, 1, -1) @ weight.reshape(parts, -1, weight.shape[1])
         sums: Array = np.add.reduce(blocks)
         return sums
-    return product(x, weight, SUM_BLOCK)
+    out = np.empty((len(x), weight.shape[1]), np.float32)
+    by_parts(lambda part: product(x[part], weight, SUM_BLOCK, out[part]), len(x))
+    return out
 
 
 @cache
@@ -179,16 +182,22 @@ def _attend_by_blocks(
 ) -> Array:
     """`attend` of scaled queries, some rows at a time; fills `pattern` if there is one."""
     z = np.empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), np.float32)
-    for start in range(0, len(pos), QUERY_BLOCK):
-        rows = slice(start, start + QUERY_BLOCK)
-        keys = _visible_keys(pos[rows], key_pos, window)
-        scores = _scores(q[:, :, rows], k[:, :, keys])
-        softcap(scores, cap)
-        _hide(scores, pos[rows], key_pos[keys], window)
-        weights = softmax(scores)
-        z[:, rows] = _mix(weights, v[:, :, keys])
-        if pattern is not None:
-            pattern[:, :, rows, keys] = weights
+    starts = list(range(0, len(pos), QUERY_BLOCK))
+    starts = [*starts[::4], *starts[3::4], *starts[1::4], *starts[2::4]]  # as many keys in one half as in the other
+
+    def some(part: slice) -> None:
+        for start in starts[part]:
+            rows = slice(start, start + QUERY_BLOCK)
+            keys = _visible_keys(pos[rows], key_pos, window)
+            scores = _scores(q[:, :, rows], k[:, :, keys])
+            softcap(scores, cap)
+            _hide(scores, pos[rows], key_pos[keys], window)
+            weights = softmax(scores)
+            z[:, rows] = _mix(weights, v[:, :, keys])
+            if pattern is not None:
+                pattern[:, :, rows, keys] = weights
+
+    by_parts(some, len(starts), rows=QUERY_BLOCK)
     return z
 
 
@@ -233,9 +242,17 @@ def gated(activation: str, gate: Array, up: Array) -> Array:
     if kernels is not None and ACTIVATIONS[activation] is _silu:
         made: Array = kernels.gated_silu(gate, up)
         return made
-    act = ACTIVATIONS[activation](np.ascontiguousarray(gate))  # rows that lie apart take numpy twice as long
-    act *= up
-    return act
+    out = np.empty(gate.shape, np.float32)
+    width = gate.shape[-1]
+    ours, gates, ups = out.reshape(-1, width), gate.reshape(-1, width), up.reshape(-1, width)
+
+    def some(part: slice) -> None:
+        act = ours[part]
+        np.copyto(act, gates[part])  # rows that lie apart take numpy twice as long
+        np.multiply(ACTIVATIONS[activation](act), ups[part], out=act)
+
+    by_parts(some, len(ours))
+    return out
 
 
 def _silu(x: Array) -> Array:
