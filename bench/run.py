@@ -4,7 +4,7 @@ Every contender runs in a process of its own with the same model files, ids and 
 so that a change of the machine's speed meets all of them. Prompts differ from repetition to repetition. A row first
 checks that the contenders computed the same thing. The table is run several times; the worst ratio counts.
 
-Writes bench/results/table.md and raw.json.
+Writes table.md and raw.json in bench/results/, in a directory for the vectors that the processor has.
 """
 
 import argparse
@@ -250,11 +250,19 @@ def main() -> int:
         report += f"\n\nThe first start, which converts the weights: {1000 * first_start(options.model):.0f} ms."
     console.print(report, markup=False)
     if not options.only:
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / "table.md").write_text(report + "\n", "utf-8")
+        results = HERE / "results" / vectors()
+        results.mkdir(parents=True, exist_ok=True)
+        (results / "table.md").write_text(report + "\n", "utf-8")
         raw = {"rows": tables, "start": starts, "machine": machine(options)}
-        (HERE / "results" / "raw.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
+        (results / "raw.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
     return 0
+
+
+def vectors() -> str:
+    """The level of x86-64 that numpy finds (v3 has AVX2, v4 AVX-512), or the kind of processor."""
+    found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+    levels = sorted(name.lower() for name in found if name.startswith("X86_V"))
+    return levels[-1] if levels else platform.machine()
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
@@ -270,6 +278,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "processor": processor,
+        "vectors": vectors(),
         "cores": os.cpu_count(),
         "threads": options.threads,
         "python": platform.python_version(),
@@ -296,7 +305,7 @@ def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], 
     told = machine(options)
     lines += ["", f"Milliseconds, medians; ratios to the best peer, in the worst of {len(tables)} tables, and in "
               "brackets the most they should be. "
-              f"{told['processor']}, {told['cores']} cores, {told['threads']} threads. "
+              f"{told['processor']} ({told['vectors']}), {told['cores']} cores, {told['threads']} threads. "
               f"Python {told['python']}, numpy {told['numpy']}; peers {told['peers']}."]  # fmt: skip
     lines += ["", "A dash, and what shows it (helpers found by the command, in the peers' Python):", ""]
     lines += [
