@@ -260,7 +260,7 @@ def main() -> int:
 
 def vectors() -> str:
     """The level of x86-64 that numpy finds (v3 has AVX2, v4 AVX-512), or the kind of processor."""
-    found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+    found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
     levels = sorted(name.lower() for name in found if name.startswith("X86_V"))
     return levels[-1] if levels else platform.machine()
 

@@ -16,6 +16,7 @@ from engine.decoder import forward
 from engine.network import Network
 from engine.ops import QUERY_BLOCK
 from engine.points import point as point_named
+from engine.split import parts_of
 
 MOST_TIMED = 256
 """Rows of the pass that is timed; longer ones take about as long by the row."""
@@ -71,7 +72,8 @@ def working_bytes(cfg: Config, rows: int, length: int) -> int:
     heads = cfg.n_heads * cfg.d_head
     by_row = 6 * cfg.d_model + 3 * cfg.d_mlp + 4 * heads
     keys = 3 * length * cfg.n_kv_heads * cfg.d_head
-    return 4 * (rows * by_row + keys + 2 * cfg.n_heads * min(rows, QUERY_BLOCK) * length)
+    at_once = min(rows, QUERY_BLOCK * parts_of(rows))
+    return 4 * (rows * by_row + keys + 2 * cfg.n_heads * at_once * length)
 
 
 def row_shape(cfg: Config, point: str, length: int) -> tuple[int, ...]:

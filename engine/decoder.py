@@ -31,6 +31,7 @@ from engine.ops import (
     softcap,
 )
 from engine.params import LayerParams, Norm
+from engine.split import in_parts
 
 Tick = Callable[[int, int, str], None]
 """Called as tick(done, total, what) at least once per layer; raising from it stops the work."""
@@ -117,10 +118,11 @@ def forward(
     run = Pass(cfg, listeners, pos, _rotary_tables(cfg, cache, pos), cache)
     if start == 0:
         x = listeners.fire("embed", 0, x if residual is not None else _placed(model, x, pos))
-    for layer in range(start, stop):
-        if tick is not None:
-            tick(layer - start, stop - start, f"layer {layer}")
-        x = block(x, model.params.layer(layer), layer, run)
+    with in_parts(x.shape[0] * x.shape[1]):
+        for layer in range(start, stop):
+            if tick is not None:
+                tick(layer - start, stop - start, f"layer {layer}")
+            x = block(x, model.params.layer(layer), layer, run)
     rows = _logit_rows(logits_at, pos) if stop == cfg.n_layers else pos[:0]
     logits = _finish(model, x, rows, run) if len(rows) or listeners.wanted("final_norm", cfg.n_layers - 1) else None
     return ForwardResult(x, logits if len(rows) else None, pos[rows])

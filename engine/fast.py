@@ -110,6 +110,6 @@ def _sources() -> str:
     """A digest of what kernels are compiled from: numba's cache looks at one file, and may have no place beside it."""
     found = library()
     digest = hashlib.sha256(b"" if found is None else bytes([found.bits]))
-    for name in ("kernels.py", "matrices.py", "tile.py"):
+    for name in ("kernels.py", "tile.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@
 as (in, out), so every product is `x @ W`: with few rows this is also the layout OpenBLAS is fastest at.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import numpy as np
@@ -182,22 +182,26 @@ def _attend_by_blocks(
 ) -> Array:
     """`attend` of scaled queries, some rows at a time; fills `pattern` if there is one."""
     z = np.empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), np.float32)
-    starts = list(range(0, len(pos), QUERY_BLOCK))
-    starts = [*starts[::4], *starts[3::4], *starts[1::4], *starts[2::4]]  # as many keys in one half as in the other
+    starts = range(0, len(pos), QUERY_BLOCK)
+    paired = [start for pair in zip(starts, reversed(starts), strict=True) for start in pair]
+    starts_of_parts = paired[: len(starts)]  # the first and the last, and so on: as many keys in each part
 
-    def some(part: slice) -> None:
-        for start in starts[part]:
+    def some(prompts: slice, starts: Iterable[int]) -> None:
+        for start in starts:
             rows = slice(start, start + QUERY_BLOCK)
             keys = _visible_keys(pos[rows], key_pos, window)
-            scores = _scores(q[:, :, rows], k[:, :, keys])
+            scores = _scores(q[prompts, :, rows], k[prompts, :, keys])
             softcap(scores, cap)
             _hide(scores, pos[rows], key_pos[keys], window)
             weights = softmax(scores)
-            z[:, rows] = _mix(weights, v[:, :, keys])
+            z[prompts, rows] = _mix(weights, v[prompts, :, keys])
             if pattern is not None:
-                pattern[:, :, rows, keys] = weights
+                pattern[prompts, :, rows, keys] = weights
 
-    by_parts(some, len(starts), rows=QUERY_BLOCK)
+    if len(q) > 1:
+        by_parts(lambda part: some(part, starts), len(q))
+    else:
+        by_parts(lambda part: some(slice(None), starts_of_parts[part]), len(starts))
     return z
 
 

@@ -19,9 +19,13 @@ from typing import TypeVar
 from engine import blas, fast
 from engine.decoder import Tick
 from engine.network import Network
-from engine.split import ROWS_WORTH_A_THREAD
 
 Item = TypeVar("Item")
+
+ROWS_WORTH_A_THREAD = 256
+"""Rows of a batch, on average, from which on threads of their own pay. Fewer wait for the weights, which every thread
+reads, and a product's own threads read each weight once.
+"""
 
 MOST_UNEVEN = 1.1
 """How much more than the mean a thread may have to do: the others are idle meanwhile, and its products are its own."""

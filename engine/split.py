@@ -1,52 +1,85 @@
-"""`by_parts`: the rows of one operation in parts, each on a thread of its own.
+"""Long passes: the rows of each operation in parts, each part on a thread of its own.
 
-The BLAS has threads for a product; what lies between products numpy does on one. And after a product the library's
-threads look for more work for some 30 ms, on the processors that others need: so long products are in parts here, too,
-and the library has one thread meanwhile.
+in_parts    whether what is done meanwhile is done in parts
+by_parts    do one operation
+parts_of    how many parts so many rows have
+
+The BLAS has threads for a product, but what lies between products numpy does on one. And after a product the library's
+threads look for more work for some 30 ms, on the processors that others need: so products are in parts here, too, and
+the library has one thread meanwhile.
 """
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 from engine import blas
 
-ROWS_WORTH_A_THREAD = 256
-"""Rows from which on a thread of their own pays. Fewer wait for the weights, which every thread reads, and a product's
-own threads read each weight once.
-"""
+ROWS_OF_A_PART = 256
+"""Rows that each thread must have: every part of a product reads and packs the whole weight."""
 
 Work = Callable[[slice], object]
 
+_parts: ContextVar[int] = ContextVar("parts", default=1)
 
-def by_parts(work: Work, n: int, rows: int = 1) -> None:
-    """Call `work` with slices that cover range(n), each of which stands for `rows` rows: on as many threads as products
-    have now if there are rows enough, else once.
 
-    Returns when all are done; raises what the first of them raised.
+def parts_of(rows: int) -> int:
+    """As many as products have threads now, if there are rows enough for each; else one."""
+    threads = min(blas.threads_now(), os.cpu_count() or 1)
+    return threads if rows >= threads * ROWS_OF_A_PART else 1
+
+
+@contextmanager
+def in_parts(rows: int) -> Iterator[None]:
+    """What this thread does with so many rows in a `with` block is done in parts, if that pays."""
+    parts = parts_of(rows)
+    before = _parts.set(parts)
+    try:
+        with blas.single_threaded() if parts > 1 else nullcontext():
+            yield
+    finally:
+        _parts.reset(before)
+
+
+def by_parts(work: Work, n: int) -> None:
+    """Call `work` with slices that cover range(n): one, or within `in_parts` one for each thread.
+
+    Returns when all are done; raises what one of them raised.
     """
-    parts = min(blas.threads_now(), n)
-    if parts < 2 or n * rows < ROWS_WORTH_A_THREAD * parts:
-        work(slice(0, n))
-        return
-    ends = [n * part // parts for part in range(parts + 1)]
-    first, *others = (slice(*ends) for ends in pairwise(ends))
-    with blas.single_threaded():
-        running = [_pool().submit(copy_context().run, work, part) for part in others]  # numpy's errstate is in there
+    parts = max(1, min(_parts.get(), n))
+    first, *others = (slice(*ends) for ends in pairwise(n * part // parts for part in range(parts + 1)))
+    running = _started(work, others)
+    try:
+        for part in (first, *others[len(running) :]):
+            work(part)
+    finally:
+        wait(running)
+    try:
+        while running:
+            running.pop().result()
+    finally:
+        running.clear()  # an error's traceback leads here: a circle that would keep the arrays
+
+
+def _started(work: Work, parts: Sequence[slice]) -> list[Future[Any]]:
+    """Those of the parts, from the first on, for which there are threads."""
+    running: list[Future[Any]] = []
+    for part in parts:
         try:
-            work(first)
-        finally:
-            failed = [error for part in running if (error := part.exception()) is not None]  # waits
-        for error in failed:
-            raise error
+            running.append(_pool().submit(copy_context().run, work, part))  # numpy's errstate is in the context
+        except RuntimeError:  # the process ends, or may have no more threads
+            break
+    return running
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="mechscope-rows")
+    return ThreadPoolExecutor(os.cpu_count(), "mechscope-rows")
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

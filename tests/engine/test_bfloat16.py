@@ -11,7 +11,6 @@ from engine.errors import InputError
 from engine.matrices import panelled, widened
 from engine.matrices import rounded as to_bfloat16
 from engine.params import Params, in_bfloat16, in_panels
-from engine.tile import WIDTH
 
 PROMPT = "The capital of France is"
 
@@ -47,7 +46,7 @@ def test_a_matrix_with_an_odd_number_of_features_is_multiplied_as_it_is(rows: in
     pairs = to_bfloat16(w)
     assert pairs.shape == (4, 5)
     with fast.using(kernels):
-        made = ops.linear(x, panelled(pairs, WIDTH) if kernels else pairs)
+        made = ops.linear(x, panelled(pairs, fast.kernels().WIDTH) if kernels else pairs)
     assert np.abs(made - x @ widened(pairs)[:7]).max() <= KERNEL * np.abs(made).max()
 
 
@@ -56,7 +55,9 @@ def test_a_matrix_with_an_odd_number_of_features_is_multiplied_as_it_is(rows: in
 def test_a_run_is_that_of_the_rounded_weights_in_float32(rounded: Model, prompt: str, kernels: bool) -> None:
     expected = forward(as_float32(rounded), list(rounded.encode(prompt)), logits_at="all").logits
     if kernels:
-        rounded = replace(rounded, params=in_panels(in_bfloat16(rounded.params, 4), 4, WIDTH))
+        with fast.using(True):
+            width = fast.kernels().WIDTH
+        rounded = replace(rounded, params=in_panels(in_bfloat16(rounded.params, 4), 4, width))
     with fast.using(kernels):
         made = forward(rounded, list(rounded.encode(prompt)), logits_at="all").logits
     if kernels:
