@@ -234,6 +234,11 @@ def test_rows_of_another_width_than_the_matrixs_are_left_to_numpy(n: int) -> Non
     assert kernels.product(noise(3, 0), panelled(noise(0, 8), WIDTH), 144) is None
 
 
+def test_no_rows_and_no_columns_make_an_empty_product() -> None:
+    assert kernels.product(noise(0, 40), panelled(noise(40, 8), WIDTH), 16).shape == (0, 8)
+    assert kernels.product(noise(3, 40), panelled(noise(40, 0), WIDTH), 16).shape == (3, 0)
+
+
 def test_panels_of_another_width_are_left_to_numpy() -> None:
     x, w = noise(3, 40), noise(40, 50)
     panels = panelled(w, WIDTH // 2)
