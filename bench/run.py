@@ -242,20 +242,28 @@ def main() -> int:
         tables.append({row.name: measure(row, contenders, table) for row in track(rows, f"table {table + 1}")})
         for contender in contenders.values():
             contender.stop()
-        console.print(written(rows, tables, {}, options), markup=False)
+        report = written(rows, tables, {}, options)
+        console.print(report, markup=False)
+        keep(report, tables, {}, options)  # an hour's work: what is done stays if the rest is not
     with_start = not options.only or START in options.only.split(",")
     starts = first_answer(python, options.model, 3) if with_start else {}
     report = written(rows, tables, starts, options)
     if with_start:
         report += f"\n\nThe first start, which converts the weights: {1000 * first_start(options.model):.0f} ms."
     console.print(report, markup=False)
-    if not options.only:
-        results = HERE / "results" / vectors()
-        results.mkdir(parents=True, exist_ok=True)
-        (results / "table.md").write_text(report + "\n", "utf-8")
-        raw = {"rows": tables, "start": starts, "machine": machine(options)}
-        (results / "raw.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
+    keep(report, tables, starts, options)
     return 0
+
+
+def keep(report: str, tables: list[Any], starts: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """Write the results of a run of all rows."""
+    if options.only:
+        return
+    results = HERE / "results" / vectors()
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "table.md").write_text(report + "\n", "utf-8")
+    raw = {"rows": tables, "start": starts, "machine": machine(options)}
+    (results / "raw.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
 
 
 def vectors() -> str:
