@@ -10,13 +10,13 @@ the library has one thread meanwhile.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from threading import Lock
 
 from engine import blas
 
@@ -46,17 +46,34 @@ def in_parts(rows: int) -> Iterator[None]:
         _parts.reset(before)
 
 
+class _Part:
+    """A part of some work, which is done once however often it is called; who calls meanwhile waits."""
+
+    def __init__(self, work: Work, at: slice) -> None:
+        self._work, self._at, self._lock, self._done = work, at, Lock(), False
+
+    def __call__(self) -> None:
+        with self._lock:
+            if not self._done:
+                self._work(self._at)
+                self._done = True
+
+
 def by_parts(work: Work, n: int) -> None:
     """Call `work` with slices that cover range(n): one, or within `in_parts` one for each thread.
 
     Returns when all are done; raises what one of them raised.
     """
     parts = max(1, min(_parts.get(), n))
-    first, *others = (slice(*ends) for ends in pairwise(n * part // parts for part in range(parts + 1)))
-    running = _started(work, others)
+    first, *others = (_Part(work, slice(*ends)) for ends in pairwise(n * part // parts for part in range(parts + 1)))
+    running: list[Future[None]] = []
+    with suppress(RuntimeError):  # the process ends, or may have no more threads: a part may be queued all the same
+        for part in others:
+            in_context = copy_context().run  # numpy's errstate is in it
+            running.append(_pool().submit(in_context, part))
     try:
         for part in (first, *others[len(running) :]):
-            work(part)
+            part()
     finally:
         wait(running)
     try:
@@ -64,17 +81,6 @@ def by_parts(work: Work, n: int) -> None:
             running.pop().result()
     finally:
         running.clear()  # an error's traceback leads here: a circle that would keep the arrays
-
-
-def _started(work: Work, parts: Sequence[slice]) -> list[Future[Any]]:
-    """Those of the parts, from the first on, for which there are threads."""
-    running: list[Future[Any]] = []
-    for part in parts:
-        try:
-            running.append(_pool().submit(copy_context().run, work, part))  # numpy's errstate is in the context
-        except RuntimeError:  # the process ends, or may have no more threads
-            break
-    return running
 
 
 @cache

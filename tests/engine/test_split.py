@@ -11,6 +11,7 @@ import pytest
 from tolerances import SAME
 
 from engine import RecordHook, blas, fast, forward, ops, split
+from engine.cost import working_bytes
 from engine.errors import InputError
 from engine.split import ROWS_OF_A_PART, Work, by_parts, in_parts, parts_of
 
@@ -97,12 +98,26 @@ def test_what_a_part_raises_is_raised_when_all_are_done(where: str) -> None:
     assert len(done) == 1
 
 
-def test_parts_without_a_thread_are_done_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_for_an_ended_pool_are_done_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(1) as ended:
         pass
     monkeypatch.setattr(split, "_pool", lambda: ended)
     with in_parts(ENOUGH):
         assert [part for part, *_ in parts_taken(9)] == [slice(0, 4), slice(4, 9)]
+
+
+def test_a_part_that_waits_for_a_thread_which_cannot_be_had_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    done: list[slice] = []
+    with ThreadPoolExecutor(1) as pool, in_parts(ENOUGH):
+        monkeypatch.setattr(split, "_pool", lambda: pool)
+        with monkeypatch.context() as without:
+            without.setattr(threading.Thread, "start", no_more)
+            by_parts(done.append, 9)
+        pool.submit(int).result()  # a thread at last: it finds the part as well
+    assert done == [slice(0, 4), slice(4, 9)]
 
 
 def test_parts_treat_errors_of_floats_as_their_caller_does() -> None:
@@ -122,7 +137,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize(("batch", "length", "expected"), [(1, ENOUGH, 2), (3, -(-ENOUGH // 3), 2), (1, 9, 1)])
+@pytest.mark.parametrize(("batch", "length", "expected"), [(1, ENOUGH, 2), (9, -(-ENOUGH // 9), 2), (1, 9, 1)])
 def test_a_long_pass_does_its_layers_in_parts(synthetic, monkeypatch, batch: int, length: int, expected: int) -> None:
     parts: list[int] = []
 
@@ -135,6 +150,14 @@ def test_a_long_pass_does_its_layers_in_parts(synthetic, monkeypatch, batch: int
     with fast.using(False):
         forward(synthetic, [[7] * length] * batch, stop=1, logits_at="none")
     assert parts == [expected] * 6  # queries with keys and values, attention, o, gate with up, act, down
+
+
+def test_the_scores_of_all_parts_are_counted_as_memory(synthetic) -> None:
+    cfg = synthetic.config
+    together = working_bytes(cfg, ENOUGH, ENOUGH)
+    with blas.single_threaded():
+        alone = working_bytes(cfg, ENOUGH, ENOUGH)
+    assert together - alone == 2 * cfg.n_heads * ops.QUERY_BLOCK * ENOUGH * 4
 
 
 @pytest.mark.parametrize("batch", [1, 3])
