@@ -80,7 +80,7 @@ ROWS = (
     Row("patching grid 30 x 5, batched by hand", "grid", 5, 3, (HAND,), 0.6),
     Row("patching grid 30 x 16, documented helper", "grid", 16, 1, (LENS,), 0.05),
     Row("patching grid 30 x 16, batched by hand", "grid", 16, 2, (HAND,), 0.6),
-    Row("head patching 30 x 9, 16 tokens, documented helper", "heads", 16, 1, (LENS,), 0.08),
+    Row("head patching 30 x 9, 16 tokens, documented helper", "heads", 16, 3, (LENS,), 0.08),
     Row("head patching 30 x 9, 16 tokens, batched by hand", "heads", 16, 3, (HAND,), 0.6),
     Row("KV scan, 30 layers, both ways, 16 tokens", "kv_scan", 16, 3, (HAND,), 0.2),
     Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, (HAND, LENS), 0.65, None, 0.3),
