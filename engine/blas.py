@@ -14,9 +14,8 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Matrix = npt.NDArray[np.float32]
+from engine.matrices import Array
 
 NAMES = (
     ("scipy_cblas_sgemm64_", ctypes.c_int64, "scipy_openblas_{}_num_threads64_"),  # numpy's wheels
@@ -26,7 +25,7 @@ NAMES = (
 """What the function may be called, the type of its sizes, and what sets and gets the number of threads in OpenBLAS."""
 WORTH_A_CALL = 1 << 13
 """Numbers in a result from which on adding blocks in a second pass costs more than the way to the library."""
-_ROW_MAJOR, _AS_IT_IS = 101, 111  # cblas.h
+ROW_MAJOR, AS_IT_IS, TRANSPOSED = 101, 111, 112  # cblas.h
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Library:
     set_threads: Callable[[int], None] | None
 
 
-def product(x: Matrix, weight: Matrix, block: int, out: Matrix) -> Matrix:
+def product(x: Array, weight: Array, block: int, out: Array) -> Array:
     """(rows, n) @ (n, columns) -> (rows, columns): the sum of the products of `block` features each, in `out`, which is
     contiguous.
     """
@@ -52,14 +51,14 @@ def product(x: Matrix, weight: Matrix, block: int, out: Matrix) -> Matrix:
     return out
 
 
-def _by_numpy(x: Matrix, weight: Matrix, block: int, out: Matrix) -> Matrix:
+def _by_numpy(x: Array, weight: Array, block: int, out: Array) -> Array:
     np.matmul(x[:, :block], weight[:block], out=out)  # numpy refuses matrices that do not fit
     for start in range(block, max(x.shape[1], len(weight)), block):
         out += x[:, start : start + block] @ weight[start : start + block]
     return out
 
 
-def _add_blocks(sgemm: Callable[..., None], out: Matrix, x: Matrix, weight: Matrix, block: int) -> None:
+def _add_blocks(sgemm: Callable[..., None], out: Array, x: Array, weight: Array, block: int) -> None:
     """Fill a contiguous `out`; the first block overwrites what is there."""
     (rows, n), columns = x.shape, weight.shape[1]
     x_step, w_step = x.strides[0] // 4, weight.strides[0] // 4
@@ -67,7 +66,7 @@ def _add_blocks(sgemm: Callable[..., None], out: Matrix, x: Matrix, weight: Matr
     for start in range(0, n, block):
         features, before = min(block, n - start), 1.0 if start else 0.0
         sgemm(
-            _ROW_MAJOR, _AS_IT_IS, _AS_IT_IS, rows, columns, features,
+            ROW_MAJOR, AS_IT_IS, AS_IT_IS, rows, columns, features,
             1.0, x_at + 4 * start, x_step, w_at + 4 * start * w_step, w_step, before, out_at, columns,
         )  # fmt: skip
 
@@ -101,7 +100,7 @@ _single = _Single()
 want_single_threaded = _single.want
 
 
-def threads() -> int:
+def most_threads() -> int:
     """How many threads a product has while nobody wants one thread; 1 where that is unknown or cannot be changed."""
     return _single.threads()
 
@@ -122,7 +121,7 @@ def single_threaded() -> Iterator[None]:
         _single.want(-1)
 
 
-def rows_in_order(x: Matrix) -> bool:
+def rows_in_order(x: Array) -> bool:
     """Whether rows lie one after the other, their numbers beside each other: what calls for matrices can read."""
     step = x.strides[-2]
     return x.dtype == np.float32 and x.strides[-1] == 4 and step >= 4 * x.shape[-1] and step % 4 == 0

@@ -36,7 +36,11 @@ LEAST = 16 << 20
 """Bytes of float32 below which a model loads so fast that nothing is kept."""
 ALIGNMENT = 64
 """The arrays begin at a multiple of this: a cache line, and the widest vector register."""
-_LOADERS = ("converted.py", "gguf_file.py", "load.py", "params.py", "weights.py", "families/**/*.py")
+_LOADERS = (
+    "converted.py", "gguf_file.py", "gguf_tokenizer.py", "load.py", "matrices.py", "params.py", "tokenizer.py",
+    "weights.py", "families/**/*.py",
+)  # fmt: skip
+"""The code that a conversion is made by, tokens that begin and end a text included."""
 _HEADER_LIMIT = 64 << 20
 
 Notes = dict[str, Any]

@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from engine import blas
 from engine.cache import KVCache
 from engine.config import Config
 from engine.decoder import forward
@@ -58,7 +59,8 @@ def of_pass(cfg: Config, length: int, stop: int | None = None) -> Cost:
     layers = cfg.n_layers if stop is None else stop
     alone = length == 1
     rows = layers * length
-    return Cost(layers, 0 if alone else rows, rows if alone else 0, working_bytes(cfg, length, length))
+    parts = parts_of(length, blas.most_threads())
+    return Cost(layers, 0 if alone else rows, rows if alone else 0, working_bytes(cfg, length, length, parts))
 
 
 def of_generation(cfg: Config, length: int, max_new_tokens: int) -> Cost:
@@ -67,12 +69,15 @@ def of_generation(cfg: Config, length: int, max_new_tokens: int) -> Cost:
     return (of_pass(cfg, length) + of_pass(cfg, 1) * (max_new_tokens - 1)).holding(cache)
 
 
-def working_bytes(cfg: Config, rows: int, length: int) -> int:
-    """About what so many rows of a prompt need inside a block: activations, all keys and values, a pattern."""
+def working_bytes(cfg: Config, rows: int, length: int, parts: int = 1) -> int:
+    """About what so many rows of a prompt need inside a block: activations, all keys and values, a pattern.
+
+    Each of the `parts` that it attends in has a block of the pattern.
+    """
     heads = cfg.n_heads * cfg.d_head
     by_row = 6 * cfg.d_model + 3 * cfg.d_mlp + 4 * heads
     keys = 3 * length * cfg.n_kv_heads * cfg.d_head
-    at_once = min(rows, QUERY_BLOCK * parts_of(rows))
+    at_once = min(rows, QUERY_BLOCK * parts)
     return 4 * (rows * by_row + keys + 2 * cfg.n_heads * at_once * length)
 
 

@@ -18,11 +18,10 @@ from engine.errors import InputError, LayerError, PositionError
 from engine.hooks import LayerHook, Listeners
 from engine.network import Network, Tokens
 from engine.ops import (
-    ACTIVATIONS,
     Array,
     IntArray,
+    activated,
     attend,
-    gated,
     inner,
     layer_norm,
     linear,
@@ -199,10 +198,8 @@ def masked_attention(
 
 def mlp(x: Array, p: LayerParams, layer: int, run: Pass) -> Array:
     """act(gate) * up, or act(up), then down: (b, s, d_model) -> (b, s, d_model)."""
-    activation = run.cfg.activation
-    *gate, up = p.gate_up.split(linear(x, p.gate_up.weight, p.gate_up.bias))  # each (b, s, d_mlp)
-    act = gated(activation, gate[0], up) if gate else ACTIVATIONS[activation](up)
-    act = run.hooks.fire("mlp_act", layer, act)
+    branches = p.gate_up.split(linear(x, p.gate_up.weight, p.gate_up.bias))  # [gate and] up: each (b, s, d_mlp)
+    act = run.hooks.fire("mlp_act", layer, activated(run.cfg.activation, *branches))
     return run.hooks.fire("mlp_proj", layer, linear(act, p.down.weight, p.down.bias))
 
 

@@ -69,6 +69,7 @@ def _prepare(say: Callable[[str], None] | None) -> None:
         except Exception as error:  # numba and LLVM raise many; numpy can do everything
             reason = str(error).partition("\n")[0] or type(error).__name__
             _why_not = f"cannot be compiled here: {reason}"
+            switch_off(_why_not)  # the next load would wait as long
             warnings.warn(f"compiled kernels are not used: {_why_not}", stacklevel=2)
 
 

@@ -1,7 +1,7 @@
 """Compiled kernels: the `fast` extra (numba). `engine.fast` imports this and hands it to `engine.ops`.
 
-product         rows times a matrix in panels
-inner           rows times the rows of a matrix, by numpy's BLAS on a share for each thread
+product         rows times a matrix
+inner           rows times the rows of a matrix
 attend          causal attention
 gated_silu      SiLU of a gate, times the other branch
 softmax         over the last axis
@@ -10,7 +10,8 @@ rotate          rotary embedding
 
 Each computes what the numpy function of the same name in `ops` does, in float32; tests/engine/test_kernels.py says how
 near. Importing compiles them, or takes them from numba's cache. While they are in use the BLAS has one thread
-(`engine.fast`): its own threads look for more work long after a product, on the processors that the kernels need.
+(`engine.fast`): its own threads spin long after a product, on the processors that the kernels need. What kernels
+need of it they call on threads of theirs: `_by_library`.
 """
 
 from threading import Lock
@@ -24,21 +25,22 @@ from numba import njit, prange
 from numba import types as t
 from numba.extending import intrinsic
 
-from engine.blas import Matrix, library, rows_in_order
-from engine.matrices import Panels
+from engine.blas import AS_IT_IS, ROW_MAJOR, TRANSPOSED, library, rows_in_order
+from engine.matrices import Array, IntArray, Matrix, Panels
 from engine.tile import ROWS, WIDTH, tile
 
 TOGETHER = 16 * ROWS
-"""Rows that pass all panels before the next do: they stay in the second cache meanwhile."""
+"""Rows that pass all panels before the next do: they stay in the L2 cache meanwhile."""
 QUERIES = 64
 """Queries of a head per unit of attention: keys later than the last of them are never multiplied."""
 
+_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = (np.int32(n) for n in (ROW_MAJOR, AS_IT_IS, TRANSPOSED))
 f32: Any = t.float32
 i32: Any = t.int32
 i64: Any = t.int64
 address: Any = t.uintp
 THREADS = numba.get_num_threads()
-_ONE_AT_A_TIME = Lock()  # numba's simplest pool of threads admits one caller
+_ONE_AT_A_TIME = Lock()  # numba's workqueue, the threading layer that is always there, admits one caller
 
 # --- what the kernels are made of ---------------------------------------------------------------------------------
 
@@ -57,12 +59,16 @@ _STRICT = {"contract", "nsz"}  # fused multiply-add is allowed; NaN and infinity
 _SUMS = {*_STRICT, "reassoc"}  # and sums in any order
 _LOWEST, _HIGHEST = np.float32(-87.3), np.float32(88.7)
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_HALF, _ONE, _ZERO = np.float32(0.5), np.float32(1), np.float32(0)
+_HALF, _ONE, _TWO, _ZERO, _SMALL = (np.float32(x) for x in (0.5, 1, 2, 0, 0.625))
 _EXP = tuple(
     np.float32(c)
     for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
 """The polynomial of Cephes' expf: 2 ulp."""
+_TANH = tuple(
+    np.float32(c) for c in (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+)
+"""The polynomial of Cephes' tanhf, up to `_SMALL`."""
 
 
 @njit(inline="always")
@@ -92,6 +98,21 @@ matrix, vector = f32[:, ::1], f32[::1]
 seen, seen_vector = (t.Array(f32, axes, "C", readonly=True) for axes in (2, 1))  # mapped weights, say
 any_heads, heads = t.Array(f32, 4, "A", readonly=True), f32[:, :, :, ::1]
 places = t.Array(t.int64, 1, "C", readonly=True)
+
+
+@njit(fastmath=_STRICT, error_model="numpy")
+def _softcap(row: Any, cap: Any) -> None:
+    """Row = cap * tanh(row / cap), by Cephes' tanhf: 2 ulp."""
+    for j in range(len(row)):
+        x = row[j] / cap
+        size, square = abs(x), x * x
+        p = _TANH[0]
+        p = p * square + _TANH[1]
+        p = p * square + _TANH[2]
+        p = p * square + _TANH[3]
+        p = p * square + _TANH[4]
+        large = _ONE - _TWO / (_exp(size + size) + _ONE)
+        row[j] = cap * (x + x * square * p if size < _SMALL else np.copysign(large, x))
 
 
 @njit(fastmath=_SUMS, error_model="numpy")
@@ -156,14 +177,25 @@ def _product(x: Any, laid: Any, panels: Any, out: Any, block: Any) -> None:
                     tile(count, x_at, panels, w, at, width, min(block, steps - k), k > 0)
 
 
-def product(x: Matrix, w: Any, block: int) -> Matrix | None:
-    """The product x @ w of (rows, in) with `Panels`, summing up at most `block` features at a time; None for arrays
+def product(x: Array, w: Matrix, block: int) -> Array | None:
+    """The product x @ w of (rows, in) with (in, out), summing up at most `block` features at a time; None for arrays
     that numpy must do.
     """
-    if not isinstance(w, Panels) or w.numbers.shape[2] != WIDTH or not x.flags.c_contiguous:
+    if not x.flags.c_contiguous or not w.shape[0]:
         return None
+    if isinstance(w, Panels):
+        return _by_panels(x, w, block)
+    if _by_library is None or w.dtype == np.uint32 or not w.flags.c_contiguous or x.shape[1] != len(w):
+        return None
+    out = np.empty((len(x), w.shape[1]), np.float32)
+    with _ONE_AT_A_TIME:
+        _by_library(x, w, out, block, False, THREADS)
+    return out
+
+
+def _by_panels(x: Array, w: Panels, block: int) -> Array | None:
     features = 2 if w.numbers.dtype == np.uint32 else 1
-    if not w.shape[0] or -(-x.shape[1] // features) != w.shape[0]:
+    if w.numbers.shape[2] != WIDTH or -(-x.shape[1] // features) != w.shape[0]:
         return None
     if x.shape[1] % features:
         x = np.pad(x, ((0, 0), (0, 1)))  # a word's second feature is read, too, though it is zero
@@ -174,7 +206,7 @@ def product(x: Matrix, w: Any, block: int) -> Matrix | None:
 
 
 _BLAS = library()
-_inner: Any = None
+_by_library: Any = None
 _attend: Any = None
 if _BLAS is not None and _BLAS.set_threads:
     _size = t.int64 if _BLAS.bits == 64 else t.int32
@@ -184,25 +216,32 @@ if _BLAS is not None and _BLAS.set_threads:
         t.void(i32, i32, i32, _size, _size, _size, f32, address, _size, address, _size, f32, address, _size),
     )
 
-    @_compiled(t.void(seen, seen, matrix, i64), _STRICT)  # type: ignore[untyped-decorator]
-    def _inner(x: Any, w: Any, out: Any, threads: Any) -> None:
-        """Out = x @ w.T: each thread has a share of the columns."""
-        (rows, n), columns = x.shape, len(w)
+    @_compiled(t.void(seen, seen, matrix, i64, t.boolean, i64), _STRICT)  # type: ignore[untyped-decorator]
+    def _by_library(x: Any, w: Any, out: Any, block: Any, transposed: Any, threads: Any) -> None:
+        """Out = x @ w, or x @ w.T: each thread has a share of the columns, and sums up `block` features at a time."""
+        (rows, n), columns, w_step = x.shape, out.shape[1], w.shape[1]
         width = ((columns + threads - 1) // threads + 15) // 16 * 16
         from_x, from_w, to = x.ctypes.data, w.ctypes.data, out.ctypes.data
         for thread in prange(threads):
             a = thread * width
             if a < columns:
-                _sgemm(
-                    i32(101), i32(111), i32(112), rows, min(width, columns - a), n,
-                    _ONE, from_x, n, from_w + 4 * a * n, n, _ZERO, to + 4 * a, columns,
-                )  # fmt: skip
+                for k in range(0, n, block):
+                    w_at = from_w + 4 * (a * w_step + k if transposed else k * w_step + a)
+                    _sgemm(
+                        _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED if transposed else _AS_IT_IS,
+                        rows, min(width, columns - a), min(block, n - k),
+                        _ONE, from_x + 4 * k, n, w_at, w_step, _ONE if k else _ZERO, to + 4 * a, columns,
+                    )  # fmt: skip
 
-    _to_attend = t.void(any_heads, any_heads, any_heads, places, places, f32, i64, heads, heads)
+    _to_attend = t.void(any_heads, any_heads, any_heads, places, places, f32, f32, i64, heads, heads)
 
     @_compiled(_to_attend, _SUMS)  # type: ignore[untyped-decorator]
-    def _attend(q: Any, k: Any, v: Any, pos: Any, key_pos: Any, scale: Any, window: Any, z: Any, pattern: Any) -> None:
-        """Each unit of work is a block of one head's queries; weights go to `pattern` unless that is empty."""
+    def _attend(
+        q: Any, k: Any, v: Any, pos: Any, key_pos: Any, scale: Any, cap: Any, window: Any, z: Any, pattern: Any
+    ) -> None:
+        """Each unit of work is a block of one head's queries; weights go to `pattern` unless that is empty. A `cap` of
+        0 is none.
+        """
         batch, n_heads, queries, width = q.shape
         group, blocks = n_heads // k.shape[1], (queries + QUERIES - 1) // QUERIES
         starts = np.searchsorted(key_pos, pos - window, side="right")
@@ -217,32 +256,42 @@ if _BLAS is not None and _BLAS.set_threads:
                 continue
             weights = np.empty((last - first, high - low), np.float32)
             _sgemm(
-                i32(101), i32(111), i32(112), last - first, high - low, width,
+                _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED, last - first, high - low, width,
                 scale, q[i, h, first:].ctypes.data, q_step, k[i, h // group, low:].ctypes.data, k_step,
                 _ZERO, weights.ctypes.data, high - low,
             )  # fmt: skip
             for row in range(last - first):
+                if cap > 0:
+                    _softcap(weights[row], cap)
                 _softmax_between(weights[row], starts[first + row] - low, ends[first + row] - low)
             if pattern.size:
                 pattern[i, h, first:last, low:high] = weights
             _sgemm(
-                i32(101), i32(111), i32(111), last - first, v.shape[3], high - low,
+                _ROW_MAJOR, _AS_IT_IS, _AS_IT_IS, last - first, v.shape[3], high - low,
                 _ONE, weights.ctypes.data, high - low, v[i, h // group, low:].ctypes.data, v_step,
                 _ZERO, z[i, first:, h].ctypes.data, n_heads * v.shape[3],
             )  # fmt: skip
-            weights[0, 0] = 0  # a last use: numba frees an array after that, and an address is none
+            weights[0, 0] = 0  # numba frees an array after its last use, and reading its address does not count as one
 
 
 def attend(
-    q: Matrix, k: Matrix, v: Matrix, pos: Any, key_pos: Any, scale: float, window: int | None, pattern: Matrix | None
-) -> Matrix | None:
-    """As `ops.attend`, without a cap; fills `pattern` if there is one. None for arrays that numpy must do."""
+    q: Array,
+    k: Array,
+    v: Array,
+    pos: IntArray,
+    key_pos: IntArray,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+    pattern: Array | None,
+) -> Array | None:
+    """As `ops.attend`; fills `pattern` if there is one. None for arrays that numpy must do."""
     if _attend is None or not all(map(rows_in_order, (q, k, v))) or not len(q) == len(k) == len(v):
         return None
     z = np.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), np.float32)
     kept = np.empty((0, 0, 0, 0), np.float32) if pattern is None else pattern
     with _ONE_AT_A_TIME:
-        _attend(q, k, v, pos, key_pos, scale, 1 << 40 if window is None else window, z, kept)
+        _attend(q, k, v, pos, key_pos, scale, cap or 0, 1 << 40 if window is None else window, z, kept)
     return z
 
 
@@ -255,23 +304,23 @@ def _times_vector(w: Any, x: Any, out: Any) -> None:
         out[row] = total
 
 
-def inner(x: Matrix, w: Matrix) -> Matrix | None:
+def inner(x: Array, w: Array) -> Array | None:
     """The product x @ w.T; None for arrays that numpy must do."""
-    if not (w.flags.c_contiguous and x.flags.c_contiguous) or (len(x) > 1 and _inner is None):
+    if not (w.flags.c_contiguous and x.flags.c_contiguous) or (len(x) > 1 and _by_library is None):
         return None
     out = np.empty((len(x), len(w)), np.float32)
     with _ONE_AT_A_TIME:
         if len(x) == 1:
             _times_vector(w, x[0], out[0])
         else:
-            _inner(x, w, out, THREADS)
+            _by_library(x, w, out, x.shape[1], True, THREADS)
     return out
 
 
 # --- elementwise --------------------------------------------------------------------------------------------------
 
 
-def _stepped(x: Matrix) -> Matrix:
+def _stepped(x: Array) -> Array:
     """(rows, width) whose rows lie apart -> (rows, step): a row's own numbers, then what must not be read."""
     flat = x if rows_in_order(x) else np.ascontiguousarray(x)
     step = flat.strides[0] // 4
@@ -322,7 +371,7 @@ def _rotate(x: Any, cos: Any, sin: Any, out: Any) -> None:
             turned[2 * half :] = given[2 * half :]
 
 
-def gated_silu(gate: Matrix, up: Matrix) -> Matrix:
+def gated_silu(gate: Array, up: Array) -> Array:
     """SiLU(gate) * up."""
     out = np.empty(gate.shape, np.float32)
     flat = (-1, gate.shape[-1])
@@ -331,7 +380,7 @@ def gated_silu(gate: Matrix, up: Matrix) -> Matrix:
     return out
 
 
-def softmax(x: Matrix) -> bool:
+def softmax(x: Array) -> bool:
     """Over the last axis, in place; False for arrays that numpy must do."""
     if not x.flags.carray or not x.size:
         return False
@@ -340,7 +389,7 @@ def softmax(x: Matrix) -> bool:
     return True
 
 
-def rms_norm(x: Matrix, weight: Matrix, eps: float) -> Matrix:
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """As `ops.rms_norm`."""
     x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
     out = np.empty(x.shape, np.float32)
@@ -350,7 +399,7 @@ def rms_norm(x: Matrix, weight: Matrix, eps: float) -> Matrix:
     return out
 
 
-def rotate(x: Matrix, cos: Matrix, sin: Matrix) -> Matrix | None:
+def rotate(x: Array, cos: Array, sin: Array) -> Array | None:
     """As `ops.rotate`, of (batch, heads, seq, d_head); None for arrays that numpy must do."""
     if x.ndim != 4:
         return None

@@ -17,7 +17,7 @@ from engine.decoder import norm, unembed
 from engine.distribution import softmax_of, top_k
 from engine.errors import VectorError
 from engine.network import Network
-from engine.ops import Array, softmax
+from engine.ops import Array, inner, softmax
 
 Ranked = list[tuple[int, float]]
 """(token id, score), best first."""
@@ -69,7 +69,7 @@ def _most_probable(model: Network, rows: Array, k: int) -> list[Ranked]:
 
 def project_through_unembed(model: Network, vec: Array, k: int = 10) -> Ranked | list[Ranked]:
     """The k largest entries of W_U @ vec as (token id, logit)."""
-    return _ranked(model.check_vector(vec) @ model.params.unembed.T, k)
+    return _ranked(_with_rows(model.params.unembed, model.check_vector(vec)), k)
 
 
 def embedding_neighbors(model: Network, query: Array, k: int = 10) -> Ranked | list[Ranked]:
@@ -80,7 +80,12 @@ def embedding_neighbors(model: Network, query: Array, k: int = 10) -> Ranked | l
         raise VectorError("a zero vector has no direction, so it has no neighbours")
     rows = model.params.embed
     lengths = np.sqrt(np.einsum("vd,vd->v", rows, rows))
-    return _ranked((vector / length) @ rows.T / np.maximum(lengths, np.finfo(np.float32).tiny), k)
+    return _ranked(_with_rows(rows, vector / length) / np.maximum(lengths, np.finfo(np.float32).tiny), k)
+
+
+def _with_rows(rows: Array, vec: Array) -> Array:
+    """The inner products of (..., d_model) vectors with each of the rows: (..., rows)."""
+    return inner(vec.reshape(-1, vec.shape[-1]), rows).reshape(*vec.shape[:-1], len(rows))
 
 
 def embedding_row(model: Network, token_id: int) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
 Bfloat16 = npt.NDArray[np.uint32]
 """A (in, out) matrix in bfloat16: (in / 2, out) words of two features each, the even one in the lower half."""
 
@@ -77,17 +78,21 @@ def _give_back_pages(x: npt.NDArray[Any]) -> None:
             base.madvise(mmap.MADV_DONTNEED)
 
 
-def widened(x: Matrix) -> Array:
-    """(in, out) in float32 again, with an even number of features if it was rounded; an array of that is itself."""
+def widened(x: Matrix, features: int | None = None) -> Array:
+    """(in, out) in float32 again; an array of that is itself.
+
+    Of a matrix that was rounded `in` is even, unless `features` says that the last one only fills a word.
+    """
     if isinstance(x, Panels):
         flat: Any = x.numbers.swapaxes(0, 1).reshape(len(x.numbers[0]), -1)
-        return widened(np.ascontiguousarray(flat[:, : x.shape[1]]))
+        return widened(np.ascontiguousarray(flat[:, : x.shape[1]]), features)
     if x.dtype != np.uint32:
         return x.view(np.float32)
     bits = np.empty((2 * len(x), *x.shape[1:]), np.uint32)
     np.left_shift(x, 16, out=bits[::2])
     np.bitwise_and(x, 0xFFFF0000, out=bits[1::2])
-    return bits.view(np.float32)
+    made = bits.view(np.float32)
+    return made[:features] if features == len(made) - 1 else made
 
 
 def columns(x: Matrix, at: slice) -> Array | Bfloat16:

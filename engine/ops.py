@@ -13,10 +13,9 @@ import numpy.typing as npt
 from engine import fast
 from engine.blas import product
 from engine.matrices import Array as Array
+from engine.matrices import IntArray as IntArray
 from engine.matrices import Matrix, widened
 from engine.split import by_parts
-
-IntArray = npt.NDArray[np.int64]
 
 LARGEST = 1e15
 """What vectors and changed rows may hold: a norm squares them, and float32 ends at 3e38."""
@@ -38,7 +37,7 @@ def linear(x: Array, weight: Matrix, bias: Array | None = None) -> Array:
     kernels = fast.kernels()
     made: Array | None = None if kernels is None else kernels.product(flat, weight, SUM_BLOCK)
     if made is None:
-        made = _product(flat, widened(weight)[: x.shape[-1]])
+        made = _product(flat, widened(weight, x.shape[-1]))
     out = made.reshape(*x.shape[:-1], weight.shape[1])
     if bias is not None:
         out += bias
@@ -159,8 +158,8 @@ def attend(
     (b, heads, s, s_kv) pattern and returns it, or a replacement. Returns (b, s, heads, d_head).
     """
     pattern = None if on_weights is None else np.zeros((*q.shape[:3], k.shape[2]), np.float32)
-    kernels = fast.kernels() if cap is None else None
-    z = None if kernels is None else kernels.attend(q, k, v, pos, key_pos, scale, window, pattern)
+    kernels = fast.kernels()
+    z = None if kernels is None else kernels.attend(q, k, v, pos, key_pos, scale, window, cap, pattern)
     if z is None:
         z = _attend_by_blocks(q * np.float32(scale), k, v, pos, key_pos, window, cap, pattern)
     if pattern is not None and on_weights is not None:
@@ -240,20 +239,20 @@ def _mix(weights: Array, v: Array) -> Array:
     return mixed.reshape(b, heads, s, v.shape[3]).swapaxes(1, 2)
 
 
-def gated(activation: str, gate: Array, up: Array) -> Array:
-    """act(gate) * up, in memory of its own."""
+def activated(activation: str, x: Array, up: Array | None = None) -> Array:
+    """act(x), times `up` where that is a gate's other branch; in memory of its own."""
     kernels = fast.kernels()
-    if kernels is not None and ACTIVATIONS[activation] is _silu:
-        made: Array = kernels.gated_silu(gate, up)
+    if kernels is not None and up is not None and ACTIVATIONS[activation] is _silu:
+        made: Array = kernels.gated_silu(x, up)
         return made
-    out = np.empty(gate.shape, np.float32)
-    width = gate.shape[-1]
-    ours, gates, ups = out.reshape(-1, width), gate.reshape(-1, width), up.reshape(-1, width)
+    out = np.empty(x.shape, np.float32)
+    width = x.shape[-1]
+    ours, given, ups = out.reshape(-1, width), x.reshape(-1, width), None if up is None else up.reshape(-1, width)
 
     def some(part: slice) -> None:
         act = ours[part]
-        np.copyto(act, gates[part])  # rows that lie apart take numpy twice as long
-        np.multiply(ACTIVATIONS[activation](act), ups[part], out=act)
+        np.copyto(act, given[part])  # rows that lie apart take numpy twice as long
+        np.multiply(ACTIVATIONS[activation](act), np.float32(1) if ups is None else ups[part], out=act)
 
     by_parts(some, len(ours))
     return out

@@ -39,7 +39,7 @@ def most_shares(model: Network) -> int:
     kernels have threads of their own.
     """
     alone = fast.kernels() is not None or model.params.keep < model.config.n_layers
-    return 1 if alone else blas.threads()
+    return 1 if alone else blas.most_threads()
 
 
 def dealt(items: Iterable[Item], size: Callable[[Item], int], shares: int) -> list[list[Item]]:

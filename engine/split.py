@@ -18,7 +18,7 @@ from functools import cache
 from itertools import pairwise
 from threading import Lock
 
-from engine import blas
+from engine import blas, fast
 
 ROWS_OF_A_PART = 256
 """Rows that each thread must have: every part of a product reads and packs the whole weight."""
@@ -28,9 +28,12 @@ Work = Callable[[slice], object]
 _parts: ContextVar[int] = ContextVar("parts", default=1)
 
 
-def parts_of(rows: int) -> int:
-    """As many as products have threads now, if there are rows enough for each; else one."""
-    threads = min(blas.threads_now(), os.cpu_count() or 1)
+def parts_of(rows: int, threads: int | None = None) -> int:
+    """As many as products have `threads`, now if left out, and if there are rows enough for each; else one."""
+    kernels = fast.kernels()
+    if kernels is not None:
+        threads = kernels.THREADS
+    threads = min(blas.threads_now() if threads is None else threads, os.cpu_count() or 1)
     return threads if rows >= threads * ROWS_OF_A_PART else 1
 
 
@@ -64,7 +67,10 @@ def by_parts(work: Work, n: int) -> None:
 
     Returns when all are done; raises what one of them raised.
     """
-    parts = max(1, min(_parts.get(), n))
+    parts = min(_parts.get(), n)
+    if parts < 2:
+        work(slice(0, n))
+        return
     first, *others = (_Part(work, slice(*ends)) for ends in pairwise(n * part // parts for part in range(parts + 1)))
     running: list[Future[None]] = []
     with suppress(RuntimeError):  # the process ends, or may have no more threads: a part may be queued all the same

@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.cache import KVCache
 from engine.config import Rope
-from engine.cost import Cost, working_bytes
+from engine.cost import Cost, of_pass
 from engine.decoder import Pass, Tick, block, forward, masked_attention, norm, unembed
 from engine.edits import Edit
 from engine.errors import InputError
@@ -114,7 +114,7 @@ def sweep_cost(
     shares = shares_of(model, forks, length, budget)
     kept = 4 * cfg.n_layers * length * (cfg.d_model + 2 * cfg.n_kv_heads * cfg.d_head)
     prompts = 1 if beside is None else 2
-    base = Cost(cfg.n_layers, prompts * cfg.n_layers * length, 0, prompts * (kept + working_bytes(cfg, length, length)))
+    base = Cost(cfg.n_layers, prompts * cfg.n_layers * length, 0, prompts * (kept + of_pass(cfg, length).nbytes))
     return base + Cost(layers_entered(cfg, shares), rows_of(cfg, forks, length), 0, kept + held_by(cfg, shares, length))
 
 

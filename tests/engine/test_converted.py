@@ -1,5 +1,6 @@
 """Weights converted once: the next load maps what the first one made of the files, and never anything else."""
 
+import ast
 import json
 import os
 import subprocess
@@ -187,6 +188,18 @@ def test_other_code_makes_its_own_conversion(source, monkeypatch):
         assert load_model(source).conversion == "made"
     finally:
         converted._code.cache_clear()
+
+
+def test_a_change_in_what_reads_models_is_a_change_of_code():
+    loader = ast.parse(Path(engine.load.__file__).read_text("utf-8"))
+    imports = [node for node in ast.walk(loader) if isinstance(node, ast.ImportFrom)]
+    modules = {node.module.split(".")[1] for node in imports if str(node.module).startswith("engine.")}
+    modules |= {alias.name for node in imports if node.module == "engine" for alias in node.names}
+    numbers_do_not_come_of = {
+        "catalog", "decoder", "errors", "fast", "heap", "model", "network", "planted", "synthetic"
+    }  # fmt: skip
+    digested = {pattern.split("/")[0].removesuffix(".py") for pattern in converted._LOADERS}
+    assert modules - numbers_do_not_come_of <= digested
 
 
 def test_files_that_change_while_they_are_read_are_not_kept(source, shelf):

@@ -24,7 +24,7 @@ def small() -> Model:
 @pytest.fixture(params=[1, 3], ids="{} threads".format)
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """However little there is to do, so many threads do it."""
-    monkeypatch.setattr(blas, "threads", lambda: request.param)
+    monkeypatch.setattr(blas, "most_threads", lambda: request.param)
     monkeypatch.setattr("engine.shares.ROWS_WORTH_A_THREAD", 0)
     monkeypatch.setattr("engine.shares.MOST_UNEVEN", np.inf)
     number: int = request.param
@@ -101,7 +101,7 @@ def test_only_the_layers_that_are_asked_for_are_run(small: Model) -> None:
 def test_few_or_uneven_prompts_scoped_weights_and_compiled_kernels_are_one_threads(
     small: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blas, "threads", lambda: 2)
+    monkeypatch.setattr(blas, "most_threads", lambda: 2)
 
     def shares(*lengths: int) -> int:
         return len(pools._shares(small, pools._ids(small, [[0] * length for length in lengths])))

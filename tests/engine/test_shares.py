@@ -25,7 +25,7 @@ class Cancelled(Exception):
 @pytest.fixture(params=[2, 3], ids="{} threads".format)
 def threads(request, monkeypatch):
     """However little there is to do, so many threads do it."""
-    monkeypatch.setattr(blas, "threads", lambda: request.param)
+    monkeypatch.setattr(blas, "most_threads", lambda: request.param)
     monkeypatch.setattr("engine.shares.ROWS_WORTH_A_THREAD", 0)
     monkeypatch.setattr("engine.shares.MOST_UNEVEN", np.inf)
     return request.param
@@ -49,7 +49,7 @@ def zeroing(layers, positions=range(7)):
 def test_results_do_not_depend_on_the_number_of_threads(model, ids, monkeypatch, threads, variants):
     chosen = variants(model)
     shared = sweep(model, ids, chosen)
-    monkeypatch.setattr(blas, "threads", lambda: 1)
+    monkeypatch.setattr(blas, "most_threads", lambda: 1)
     alone = sweep(model, ids, chosen)
     assert (alone.slices, shared.slices) == (1, threads)
     assert shared.layer_rows == alone.layer_rows
@@ -74,7 +74,7 @@ def test_a_budget_is_for_all_threads_together(synthetic, threads):
 
 
 def test_little_work_scoped_weights_and_compiled_kernels_are_one_threads(synthetic, monkeypatch):
-    monkeypatch.setattr(blas, "threads", lambda: 2)
+    monkeypatch.setattr(blas, "most_threads", lambda: 2)
     some = zeroing([0])
 
     def shares(variants):
@@ -90,7 +90,7 @@ def test_little_work_scoped_weights_and_compiled_kernels_are_one_threads(synthet
 
 
 def test_variants_that_cannot_be_dealt_out_evenly_are_one_threads(synthetic, monkeypatch):
-    monkeypatch.setattr(blas, "threads", lambda: 2)
+    monkeypatch.setattr(blas, "most_threads", lambda: 2)
     monkeypatch.setattr("engine.shares.ROWS_WORTH_A_THREAD", 0)
     ids = list(range(200))
     alone, pair, three = (forks.forks_of(synthetic, ids, zeroing([0], [0] * n)) for n in (1, 2, 3))

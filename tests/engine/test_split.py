@@ -11,7 +11,7 @@ import pytest
 from tolerances import SAME
 
 from engine import RecordHook, blas, fast, forward, ops, split
-from engine.cost import working_bytes
+from engine.cost import of_pass, working_bytes
 from engine.errors import InputError
 from engine.split import ROWS_OF_A_PART, Work, by_parts, in_parts, parts_of
 
@@ -70,6 +70,24 @@ def test_where_products_have_one_thread_so_has_the_rest() -> None:
     with blas.single_threaded():
         assert parts_of(10 * ENOUGH) == 1
     assert parts_of(ENOUGH) == 2
+
+
+def test_with_kernels_in_use_there_are_as_many_parts_as_they_have_threads() -> None:
+    pytest.importorskip("numba")
+    with fast.using(True):
+        assert parts_of(10 * ENOUGH) == min(fast.kernels().THREADS, 2)
+
+
+@pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
+@pytest.mark.parametrize("gates", [True, False])
+def test_an_activation_in_parts_is_that_activation(activation: str, gates: bool) -> None:
+    x, *up = np.random.default_rng(0).standard_normal((1 + gates, 3, 7, 40), np.float32)
+    with fast.using(False):
+        alone = ops.activated(activation, x, *up)
+        with in_parts(ENOUGH):
+            together = ops.activated(activation, x, *up)
+    assert (alone == together).all()
+    assert np.abs(alone - ops.ACTIVATIONS[activation](x) * (up[0] if up else 1)).max() == 0
 
 
 def test_passes_at_the_same_time_do_not_wait_for_each_other() -> None:
@@ -154,10 +172,11 @@ def test_a_long_pass_does_its_layers_in_parts(synthetic, monkeypatch, batch: int
 
 def test_the_scores_of_all_parts_are_counted_as_memory(synthetic) -> None:
     cfg = synthetic.config
-    together = working_bytes(cfg, ENOUGH, ENOUGH)
-    with blas.single_threaded():
-        alone = working_bytes(cfg, ENOUGH, ENOUGH)
-    assert together - alone == 2 * cfg.n_heads * ops.QUERY_BLOCK * ENOUGH * 4
+    with fast.using(False):
+        together = of_pass(cfg, ENOUGH).nbytes
+        with blas.single_threaded():
+            assert of_pass(cfg, ENOUGH).nbytes == together, "whatever else is done meanwhile"
+    assert together - working_bytes(cfg, ENOUGH, ENOUGH) == 2 * cfg.n_heads * ops.QUERY_BLOCK * ENOUGH * 4
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -179,7 +198,7 @@ def test_a_long_pass_is_the_same_on_any_number_of_threads(synthetic, batch: int)
 @pytest.mark.parametrize(("batch", "queries", "cached"), [(1, 300, 0), (1, 257, 40), (4, 70, 9)])
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (90, 5.0)])
 def test_attention_in_parts_is_attention(monkeypatch, threads, batch, queries, cached, window, cap) -> None:
-    monkeypatch.setattr(split, "parts_of", lambda rows: threads)
+    monkeypatch.setattr(split, "parts_of", lambda rows, most=None: threads)
     drawn = np.random.default_rng(0)
     q, k, v = (
         drawn.standard_normal((batch, heads, n, 8), np.float32)

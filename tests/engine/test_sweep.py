@@ -147,7 +147,7 @@ def test_logits_of_a_few_tokens_are_those_of_all(synthetic):
 
 
 def test_slices_change_nothing(synthetic, monkeypatch):
-    monkeypatch.setattr(blas, "threads", lambda: 1)
+    monkeypatch.setattr(blas, "most_threads", lambda: 1)
     ids, variants = list(range(20)), everywhere(synthetic)
     whole, cut = sweep(synthetic, ids, variants), sweep(synthetic, ids, variants, budget=200_000)
     assert whole.slices == 1
