@@ -22,7 +22,8 @@ def write(directory: Path) -> None:
     """config.json, model.safetensors and tokenizer.json, unless they are there."""
     if (directory / "config.json").exists():
         return
-    model, cfg = load_model(NAME), load_model(NAME).config
+    model = load_model(NAME)
+    cfg = model.config
     tensors = {"model.embed_tokens.weight": model.params.embed, "model.norm.weight": model.params.final_norm.weight}
     for i in range(cfg.n_layers):
         p, at = model.params.layer(i), f"model.layers.{i}"

@@ -1,41 +1,51 @@
 """What looking costs: `make overhead`. Paired runs of mechscope against itself, in turns; no assertion, only a report.
 
-hooks     decoding without a hook against a decoder whose hook calls are taken out
+hooks     decoding without a hook against a decoder compiled without its hook calls
 steering  decoding with one SteerHook against decoding without
 stdio     a trivial tool call over stdio, from a client in another process; beside it the SDK alone, with an echo
 
 The first two are ratios of a pair's times; their median comes with a 95% bootstrap interval.
 """
 
+import ast
 import asyncio
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from mcp import Client, StdioServerParameters
 
-from engine import KVCache, LayerHook, SteerHook, forward, load_model
-from engine.hooks import Listeners
+from engine import KVCache, LayerHook, RecordHook, SteerHook, decoder, forward, load_model
 
 PAIRS, TOKENS, CALLS = 40, 20, 500
 
 
-@contextmanager
-def calls_taken_out() -> Iterator[None]:
-    """The decoder's hook calls hand back what they are given."""
-    fire, wanted = Listeners.fire, Listeners.wanted
-    Listeners.fire = lambda self, name, layer, x, *more: x  # type: ignore[method-assign]
-    Listeners.wanted = lambda self, name, layer: False  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Listeners.fire, Listeners.wanted = fire, wanted  # type: ignore[method-assign]
+class _WithoutHooks(ast.NodeTransformer):
+    """`hooks.fire(point, layer, x)` -> `x`; `hooks.wanted(...)` -> `False`."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        if name not in ("fire", "wanted"):
+            return node
+        return node.args[2] if name == "fire" else ast.Constant(False)
+
+
+def forward_without_hooks() -> Callable[..., Any]:
+    """`forward` of a decoder whose hook calls are taken out of its source."""
+    assert decoder.__file__ is not None
+    source = ast.parse(Path(decoder.__file__).read_text("utf-8"))
+    tree = ast.fix_missing_locations(_WithoutHooks().visit(source))
+    module = ModuleType("decoder_without_hooks")
+    exec(compile(tree, decoder.__file__, "exec"), module.__dict__)
+    made: Callable[..., Any] = module.forward
+    return made
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -92,17 +102,17 @@ def main() -> None:
     ids = list(range(1000, 1008 + TOKENS))
     steer = SteerHook().add(15, np.ones(model.config.d_model, np.float32), 0.1)
 
-    def decode(hook: LayerHook | None = None) -> float:
+    bare, deaf = forward_without_hooks(), RecordHook.for_layers(range(model.config.n_layers))
+    bare(model, ids[:2], hook=deaf)
+    assert not deaf.get("resid_post"), "no call is left"
+
+    def decode(hook: LayerHook | None = None, run: Callable[..., Any] = forward) -> float:
         """Seconds of TOKENS cached steps after a prompt of 8."""
         cache = KVCache.with_layers(model.config.n_layers)
-        forward(model, ids[:8], cache=cache)
-        return seconds(lambda: [forward(model, [token], hook=hook, cache=cache) for token in ids[8:]])
+        run(model, ids[:8], cache=cache)
+        return seconds(lambda: [run(model, [token], hook=hook, cache=cache) for token in ids[8:]])
 
-    def without_calls() -> float:
-        with calls_taken_out():
-            return decode()
-
-    print("no hook / hook calls taken out:", paired(decode, without_calls))
+    print("no hook / hook calls taken out:", paired(decode, lambda: decode(run=bare)))
     print("one SteerHook / no hook:", paired(lambda: decode(steer), decode))
     for who, told in asyncio.run(stdio()).items():
         print(f"a trivial tool over stdio, {who}:", told)

@@ -73,9 +73,11 @@ ROWS = (
     Row("capture resid_post, 30 layers, 32 tokens", "capture", 32, 15, ALL, 1.0, 0.6),
     Row("capture resid_post, 30 layers, 128 tokens", "capture", 128, 9, ALL, 1.0, 0.85),
     Row("capture resid_post, 30 layers, 512 tokens", "capture", 512, 5, ALL, 1.1, 0.85),
-    Row("capture every point, 32 tokens", "everything", 32, 7, (LENS,), 0.6),
-    Row("capture every point, 128 tokens", "everything", 128, 5, (LENS,), 0.6),
-    Row("lens of 30 layers x 32 positions, top 10", "lens", 32, 7, (HAND, LENS, ENGINE), 0.7),
+    Row("capture every point, 32 tokens, documented helper", "everything", 32, 7, (LENS,), 0.6),
+    Row("capture every point, 32 tokens, by hand", "everything", 32, 7, (HAND, ENGINE), 0.6),
+    Row("capture every point, 128 tokens, documented helper", "everything", 128, 5, (LENS,), 0.6),
+    Row("capture every point, 128 tokens, by hand", "everything", 128, 5, (HAND, ENGINE), 0.6),
+    Row("lens of 30 layers x 32 positions, top 10", "lens", 32, 7, ALL, 0.7),
     Row("patching grid 30 x 5, documented helper", "grid", 5, 3, (LENS,), 0.03),
     Row("patching grid 30 x 5, batched by hand", "grid", 5, 3, (HAND,), 0.6),
     Row("patching grid 30 x 16, documented helper", "grid", 16, 1, (LENS,), 0.05),
@@ -83,29 +85,27 @@ ROWS = (
     Row("head patching 30 x 9, 16 tokens, documented helper", "heads", 16, 3, (LENS,), 0.08),
     Row("head patching 30 x 9, 16 tokens, batched by hand", "heads", 16, 3, (HAND,), 0.6),
     Row("KV scan, 30 layers, both ways, 16 tokens", "kv_scan", 16, 3, (HAND,), 0.2),
-    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, (HAND, LENS), 0.65, None, 0.3),
+    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, ALL, 0.65, None, 0.3),
     Row("100 prompts x 20 tokens, last residuals of 30 layers", "batch", 20, 2, ALL, 0.5),
 )
-_MODULES = (
-    "import pkgutil, {0} as p; "
-    "print([m.name for m in pkgutil.iter_modules(p.__path__) if any(w in m.name for w in {1})])"
-)
+_PUBLIC = "import {0} as p; print([n for n in dir(p) if any(w in n.lower() for w in {1})])"
 DASHES = {
     HAND: (
-        "keeps no named points by itself",
-        "from transformers import LlamaModel as m; print([n for n in dir(m) if 'run_with' in n or 'record' in n])",
+        "its rows are those by hand: transformers has no helper that patches, nor one that records every point",
+        _PUBLIC.format("transformers", ("act_patch", "run_with_cache", "steer")),
     ),
     LENS: (
-        "no helper that moves key-value caches; the rows by hand are not helpers",
-        "import transformer_lens.patching as p; print([n for n in dir(p) if 'kv' in n or 'transplant' in n])",
+        "its helpers patch activations, none moves a key-value cache; rows by hand are written once, on transformers",
+        _PUBLIC.format("transformer_lens.patching", ("get_act_patch",)),
     ),
     ENGINE: (
-        "no patching or transplant helper, and generation only asynchronous",
-        _MODULES.format("interp_engine", ("patching", "sweep", "kv", "generate")),
+        "no helper that patches or moves a key-value cache (`split_fused_qkv` reads weights); in the full cache every "
+        "point has to be named, so it is in the row by hand",
+        _PUBLIC.format("interp_engine", ("patch", "transplant", "kv", "inject")),
     ),
     SIGHT: (
-        "no lens, patching or transplant helper",
-        _MODULES.format("nnsight", ("patching", "sweep", "lens")),
+        "no helper that patches, moves a key-value cache or records every point",
+        _PUBLIC.format("nnsight", ("patch", "transplant", "kv", "inject", "cache")),
     ),
 }
 """Why a contender has no time in a row: the reason, and what prints the helpers there are, in the peers' Python."""
@@ -167,14 +167,14 @@ def request(row: Row, repetition: int, table: int) -> dict[str, Any]:
     return asked
 
 
-def distance(row: Row, ours: list[float], theirs: list[float]) -> float:
+def distance(ours: list[float], theirs: list[float]) -> float:
     """How far apart two results are, relative to their size."""
     a, b = np.asarray(ours), np.asarray(theirs)
     return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-9)) if a.shape == b.shape else np.inf
 
 
 def measure(row: Row, contenders: dict[str, Contender], table: int) -> dict[str, list[float]]:
-    """{contender: seconds of each repetition}; all take their turn in each. The first is not counted.
+    """{contender: seconds of each repetition}; all take their turn in each, another one first. One more is not counted.
 
     Rounded weights compute something else, which the tests compare with the same weights in float32.
     """
@@ -182,9 +182,10 @@ def measure(row: Row, contenders: dict[str, Contender], table: int) -> dict[str,
     times: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(-1, row.repeats):
         asked = request(row, repetition, table)
-        done = {name: contenders[name].do(asked) for name in names}
+        first = repetition % len(names)
+        done = {name: contenders[name].do(asked) for name in (*names[first:], *names[:first])}
         for name in set(names) - {OURS, BF16}:
-            if (gap := distance(row, done[OURS][1], done[name][1])) > row.tolerance:
+            if (gap := distance(done[OURS][1], done[name][1])) > row.tolerance:
                 raise SystemExit(f"{row.name}: {name} computed something else (relative distance {gap:.1e})")
         if repetition >= 0:
             for name in names:
@@ -192,14 +193,14 @@ def measure(row: Row, contenders: dict[str, Contender], table: int) -> dict[str,
     return times
 
 
-def first_answer(python: dict[str, str], model: Path, runs: int) -> dict[str, list[float]]:
+def first_answer(python: dict[str, str], model: Path, threads: int, runs: int) -> dict[str, list[float]]:
     """Seconds from the start of a process to the lens of the last row: second start, files cached by the system."""
     row = Row("", "lens", 5, 1, (), 0)
     times: dict[str, list[float]] = {}
     for repetition in range(-1, runs):
         for name in (OURS, FAST, HAND, LENS, ENGINE):
             began = time.perf_counter()
-            contender = Contender.start(name, python[name], model, 2)
+            contender = Contender.start(name, python[name], model, threads)
             contender.do(request(row, repetition, 0))
             if repetition >= 0:
                 times.setdefault(name, []).append(time.perf_counter() - began - REST)
@@ -207,11 +208,11 @@ def first_answer(python: dict[str, str], model: Path, runs: int) -> dict[str, li
     return times
 
 
-def first_start(model: Path) -> float:
+def first_start(model: Path, threads: int) -> float:
     """The same for mechscope's very first start, which converts the weights: seconds."""
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
-        contender = Contender.start(OURS, sys.executable, model, 2, XDG_CACHE_HOME=cache)
+        contender = Contender.start(OURS, sys.executable, model, threads, XDG_CACHE_HOME=cache)
         contender.do(request(Row("", "lens", 5, 1, (), 0), 0, 0))
         took = time.perf_counter() - began - REST
         contender.stop()
@@ -233,7 +234,7 @@ def main() -> int:
     python = {name: sys.executable if name in MECHSCOPE else options.peers for name in CONTENDERS}
     needed = {name for row in rows for name in (*row.limits, *row.against)}
     tables: list[dict[str, dict[str, list[float]]]] = []
-    for table in range(options.tables):
+    for table in range(options.tables if rows else 0):
         contenders = {
             name: Contender.start(name, python[name], options.model, options.threads)
             for name in CONTENDERS
@@ -246,10 +247,11 @@ def main() -> int:
         console.print(report, markup=False)
         keep(report, tables, {}, options)  # an hour's work: what is done stays if the rest is not
     with_start = not options.only or START in options.only.split(",")
-    starts = first_answer(python, options.model, 3) if with_start else {}
+    starts = first_answer(python, options.model, options.threads, 3) if with_start else {}
     report = written(rows, tables, starts, options)
     if with_start:
-        report += f"\n\nThe first start, which converts the weights: {1000 * first_start(options.model):.0f} ms."
+        first = first_start(options.model, options.threads)
+        report += f"\n\nThe first start, which converts the weights: {1000 * first:.0f} ms."
     console.print(report, markup=False)
     keep(report, tables, starts, options)
     return 0
@@ -276,16 +278,8 @@ def vectors() -> str:
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     asked = f"import importlib.metadata as m; print({{p: m.version(p) for p in {PACKAGES}}})"
     peers = subprocess.run([options.peers, "-c", asked], capture_output=True, text=True, check=True).stdout
-    processor = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
     return {
-        "processor": processor,
+        "processor": processor(),
         "vectors": vectors(),
         "cores": os.cpu_count(),
         "threads": options.threads,
@@ -294,6 +288,14 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "mechscope": version("mechscope"),
         "peers": peers.strip(),
     }
+
+
+def processor() -> str:
+    """Its name, where the system tells."""
+    known = Path("/proc/cpuinfo")  # Linux
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], options: argparse.Namespace) -> str:
@@ -309,10 +311,11 @@ def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], 
         medians_of = {name: statistics.median(times) for name, times in starts.items()}
         best = min(t for name, t in medians_of.items() if name in ALL)
         ratios = {who: medians_of[who] / best for who in (OURS, FAST)}
-        lines.append(_line("process start to the first lens, second start", medians_of, ratios, {OURS: 0.25}))
+        name = f"process start to the first lens, second start (medians of {len(starts[OURS])})"
+        lines.append(_line(name, medians_of, ratios, {OURS: 0.25}))
     told = machine(options)
     lines += ["", f"Milliseconds, medians; ratios to the best peer, in the worst of {len(tables)} tables, and in "
-              "brackets the most they should be. "
+              "brackets the most they should be; what is more is bold. "
               f"{told['processor']} ({told['vectors']}), {told['cores']} cores, {told['threads']} threads. "
               f"Python {told['python']}, numpy {told['numpy']}; peers {told['peers']}."]  # fmt: skip
     lines += ["", "A dash, and what shows it (helpers found by the command, in the peers' Python):", ""]
@@ -331,7 +334,9 @@ def _line(name: str, seconds: dict[str, float], ratios: dict[str, float], limits
     cells = [f"{1000 * seconds[who]:.0f}" if who in seconds else "-" for who in CONTENDERS]
     for who in MECHSCOPE:
         limit = limits.get(who)
-        cells.append(f"{ratios[who]:.3g}{'' if limit is None else f' ({limit})'}" if who in ratios else "")
+        shown = f"{ratios[who]:.3g}" if who in ratios else ""
+        missed = who in ratios and limit is not None and ratios[who] > limit
+        cells.append(f"{f'**{shown}**' if missed else shown}{'' if limit is None else f' ({limit})'}")
     return f"| {name} | {' | '.join(cells)} |"
 
 

@@ -37,6 +37,43 @@ def hooks(model: Any, see: Any) -> Iterator[None]:
         handle.remove()
 
 
+MODULES = {
+    "self_attn.q_proj": "output",
+    "self_attn.k_proj": "output",
+    "self_attn.v_proj": "output",
+    "self_attn.o_proj": "both",
+    "input_layernorm": "both",
+    "post_attention_layernorm": "both",
+    "mlp.down_proj": "both",
+}
+"""Where every point of a layer is: attn_out is o_proj's output and mlp_act down_proj's input, say."""
+
+
+def everything(model: Any, r: Request) -> list[float]:
+    """Inputs and outputs of the modules in question, layers' outputs, and patterns, which only eager attention has."""
+    kept: dict[tuple[int, str], torch.Tensor] = {}
+
+    def keep(layer: int, name: str, which: str) -> Any:
+        def hook(module: Any, args: Any, out: torch.Tensor) -> None:
+            kept[layer, name] = out
+            if which == "both":
+                kept[layer, f"{name} input"] = args[0]
+
+        return hook
+
+    handles = [
+        layer.get_submodule(name).register_forward_hook(keep(i, name, which))
+        for i, layer in enumerate(model.model.layers)
+        for name, which in MODULES.items()
+    ]
+    model.set_attn_implementation("eager")
+    model(torch.tensor([r["ids"]]), use_cache=False, output_attentions=True, output_hidden_states=True)
+    model.set_attn_implementation("sdpa")
+    for handle in handles:
+        handle.remove()
+    return [x for layer in SHOWN for x in kept[layer, "mlp.down_proj input"][0, -1, :4]]
+
+
 def lens(model: Any, r: Request) -> list[float]:
     states = model.model(torch.tensor([r["ids"]]), output_hidden_states=True, use_cache=False).hidden_states
     best = {}
@@ -156,6 +193,7 @@ def batch(model: Any, r: Request) -> list[float]:
 
 WORKS = {
     "capture": capture,
+    "everything": everything,
     "lens": lens,
     "grid": grid,
     "heads": heads,

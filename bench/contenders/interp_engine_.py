@@ -4,12 +4,25 @@ from typing import Any
 
 import torch
 from _serve import Request, serve
-from interp_engine import load_model
+from interp_engine import SteerSpec, generate_stream, load_model, steer
 from interp_engine.capture import capture as captured
 from interp_engine.lens import decode_residuals
 
 SHOWN = (0, 14, 29)
 POSTS = [("resid_post", i) for i in range(30)]
+EVERY = [
+    ("embeddings", None),
+    *(
+        (name, i)
+        for i in range(30)
+        for name in (
+            "resid_pre", "attn_in", "value", "attn_scores", "attn_probs", "z", "attn_out", "resid_mid", "mlp_in",
+            "mlp_pre", "mlp_pre_linear", "mlp_act", "mlp_out", "resid_post",
+        )
+    ),
+    ("final_norm", None),
+]  # fmt: skip
+"""All the points that this model has under names of their own."""
 
 
 def load(path: str) -> Any:
@@ -22,12 +35,24 @@ def capture(model: Any, r: Request) -> list[float]:
     return [x for layer in SHOWN for x in cache[("resid_post", layer)][0, -1, :4]]
 
 
+def everything(model: Any, r: Request) -> list[float]:
+    cache = captured(model, torch.tensor([r["ids"]]), EVERY)
+    return [x for layer in SHOWN for x in cache[("mlp_act", layer)][0, -1, :4]]
+
+
 def lens(model: Any, r: Request) -> list[float]:
     cache = captured(model, torch.tensor([r["ids"]]), POSTS)
     best = {}
     for layer in range(30):
         best[layer] = decode_residuals(model, cache[("resid_post", layer)][0]).softmax(-1).topk(10)
     return [best[layer].values[-1, 0] for layer in SHOWN]
+
+
+def decode(model: Any, r: Request) -> list[float]:
+    spec, ids = SteerSpec(torch.tensor(r["vector"]), 15), torch.tensor([r["ids"]])
+    with steer(model, [spec], position_mask=range(len(r["ids"]) - 1)):
+        steps = generate_stream(model, ids, max_tokens=60, temperature=0, stop_at_eos=False)
+        return [step.token_id for step in steps]
 
 
 def batch(model: Any, r: Request) -> list[float]:
@@ -38,7 +63,7 @@ def batch(model: Any, r: Request) -> list[float]:
     return shown
 
 
-WORKS = {"capture": capture, "lens": lens, "batch": batch}
+WORKS = {"capture": capture, "everything": everything, "lens": lens, "decode": decode, "batch": batch}
 
 if __name__ == "__main__":
     serve(load, WORKS)

@@ -17,13 +17,34 @@ def load(path: str) -> Any:
     return model
 
 
-def capture(model: Any, r: Request) -> list[float]:
+def _rows(model: Any, r: Request) -> list[torch.Tensor]:
     with model.trace(torch.tensor([r["ids"]])):
         kept = nnsight.save([])
         for layer in model.model.layers:
             kept.append(layer.output)
-    rows = [x[0] if isinstance(x, tuple) else x for x in kept]
+    return [x[0] if isinstance(x, tuple) else x for x in kept]
+
+
+def capture(model: Any, r: Request) -> list[float]:
+    rows = _rows(model, r)
     return [x for layer in SHOWN for x in rows[layer].reshape(-1, 576)[-1, :4]]
+
+
+def lens(model: Any, r: Request) -> list[float]:
+    rows, inner = _rows(model, r), model._module
+    best = {layer: inner.lm_head(inner.model.norm(rows[layer]))[0].softmax(-1).topk(10) for layer in range(30)}
+    return [best[layer].values[-1, 0] for layer in SHOWN]
+
+
+def decode(model: Any, r: Request) -> list[float]:
+    vector, first = torch.tensor(r["vector"]), len(r["ids"])
+    with model.generate(
+        torch.tensor([r["ids"]]), max_new_tokens=60, min_new_tokens=60, do_sample=False, eos_token_id=None
+    ) as tracer:
+        for _ in tracer.iter[:60]:
+            model.model.layers[15].output[:, -1] += vector
+        made = tracer.result.save()
+    return made[0, first:].tolist()
 
 
 def batch(model: Any, r: Request) -> list[float]:
@@ -37,7 +58,7 @@ def batch(model: Any, r: Request) -> list[float]:
     return shown
 
 
-WORKS = {"capture": capture, "batch": batch}
+WORKS = {"capture": capture, "lens": lens, "decode": decode, "batch": batch}
 
 if __name__ == "__main__":
     serve(load, WORKS)

@@ -4,38 +4,53 @@ import sys
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from declared import points_of
 from recording import Calls
 
+import engine.decoder
 import engine.hooks
 from engine import Intervention, LayerHook, RecordHook, SteerHook, Variant, forward, generate, sweep
 from engine.config import Rope
 from engine.cost import row_size
 from engine.hooks import NoopHook
 
-COPIES = {"copy", "array", "take", "concatenate", "copyto", "ascontiguousarray", "stack", "pad"}
+COPIES = {"copy", "array", "take", "concatenate", "copyto", "ascontiguousarray", "stack", "pad", "astype"}
+
+
+class CountedNumpy:
+    """numpy, for a module that asks for its functions by name: those that copy are counted."""
+
+    def __init__(self, seen: Counter[str]) -> None:
+        self.seen = seen
+
+    def __getattr__(self, name: str) -> Any:
+        self.seen[name] += name in COPIES
+        return getattr(np, name)
 
 
 def called(run: Callable[[], object]) -> Counter[str]:
-    """How often functions of hooks.py and numpy's copying functions were called."""
+    """How often functions of hooks.py were called, and in decoder.py functions of numpy and methods that copy."""
     seen: Counter[str] = Counter()
 
     def note(frame, event, arg):
         if event == "call" and frame.f_code.co_filename == engine.hooks.__file__:
             seen[frame.f_code.co_qualname] += 1
-        elif event == "c_call" and arg.__name__ in COPIES and "decoder.py" in frame.f_code.co_filename:
+        elif event == "c_call" and arg.__name__ in COPIES and frame.f_code.co_filename == engine.decoder.__file__:
             seen[arg.__name__] += 1
 
-    before = sys.getprofile()
+    before, numpy = sys.getprofile(), engine.decoder.np
+    engine.decoder.np = CountedNumpy(seen)
     sys.setprofile(note)
     try:
         run()
     finally:
         sys.setprofile(before)
-    return seen
+        engine.decoder.np = numpy
+    return +seen
 
 
 def held_and_peak(run: Callable[[], object]) -> tuple[int, int]:
@@ -58,6 +73,10 @@ def test_without_a_hook_no_hook_is_called_and_nothing_is_copied(model, ids):
     listening = called(lambda: forward(model, ids, hook=Calls(points_of(model)), logits_at="all"))
     assert 0 < seen["Listeners.fire"] <= listening["Listeners.fire"]
     assert listening["Calls.at"] == 0 < listening["LayerHook.begin_run"], "the measure sees calls of hooks.py"
+    copied = called(lambda: forward(model, None, residual=forward(model, ids, stop=1).residual, start=1))
+    assert copied["array"] > 0, "and copies by functions of numpy"
+    placed = called(lambda: forward(model, ids, positions=np.arange(len(ids))))
+    assert placed["astype"] == 1, "and by methods of arrays"
 
 
 def test_a_hook_is_called_where_it_listens_and_nowhere_else(model, ids):

@@ -258,7 +258,7 @@ def test_rows_of_another_width_than_the_matrixs_are_refused(n: int) -> None:
     x, w = noise(3, n), noise(40, 8)
     for matrix in (w, rounded(w), panelled(w, WIDTH), panelled(rounded(w), WIDTH)):
         assert kernels.product(x, matrix, 144) is None, "it is left to numpy"
-        with pytest.raises(ValueError, match="mismatch|reshape"):
+        with pytest.raises(ValueError, match=r"mismatch|reshape"):
             ops.linear(x, matrix)
     assert kernels.product(noise(3, 0), panelled(noise(0, 8), WIDTH), 144) is None
 
