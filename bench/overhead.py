@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from mcp import Client, StdioServerParameters
 
-from engine import KVCache, LayerHook, RecordHook, SteerHook, decoder, forward, load_model
+from engine import POINTS, KVCache, LayerHook, RecordHook, SteerHook, decoder, forward, load_model
 
 PAIRS, TOKENS, CALLS = 40, 20, 500
 
@@ -102,9 +102,9 @@ def main() -> None:
     ids = list(range(1000, 1008 + TOKENS))
     steer = SteerHook().add(15, np.ones(model.config.d_model, np.float32), 0.1)
 
-    bare, deaf = forward_without_hooks(), RecordHook.for_layers(range(model.config.n_layers))
+    bare, deaf = forward_without_hooks(), RecordHook.for_layers(range(model.config.n_layers), points=POINTS)
     bare(model, ids[:2], hook=deaf)
-    assert not deaf.get("resid_post"), "no call is left"
+    assert not any(deaf.get(name) for name in POINTS), "no call is left"
 
     def decode(hook: LayerHook | None = None, run: Callable[..., Any] = forward) -> float:
         """Seconds of TOKENS cached steps after a prompt of 8."""

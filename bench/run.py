@@ -1,8 +1,8 @@
 """Time mechscope against its peers: `make bench`.
 
 Every contender runs in a process of its own with the same model files, ids and threads; they take turns piece by piece,
-so that a change of the machine's speed meets all of them. Prompts differ from repetition to repetition. A row first
-checks that the contenders computed the same thing. The table is run several times; the worst ratio counts.
+so that a change of the machine's speed meets all of them. Prompts differ from repetition to repetition. After each the
+contenders must have computed the same thing. The table is run several times; the worst ratio counts.
 
 Writes table.md and raw.json in bench/results/, in a directory for the vectors that the processor has.
 """
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "interp-engine", "nnsig
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 VOCABULARY, START = 49_000, "start"
 REST = 0.1
-"""Seconds before each turn: threads of the contender before still look for work, for some 30 ms in OpenBLAS."""
+"""Seconds before each turn: threads of the contender before still spin, for some 30 ms in OpenBLAS."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ DASHES = {
         _PUBLIC.format("transformers", ("act_patch", "run_with_cache", "steer")),
     ),
     LENS: (
-        "its helpers patch activations, none moves a key-value cache; rows by hand are written once, on transformers",
+        "its helpers patch activations, none moves a key-value cache; by hand it is no faster than transformers",
         _PUBLIC.format("transformer_lens.patching", ("get_act_patch",)),
     ),
     ENGINE: (
@@ -174,7 +174,7 @@ def distance(ours: list[float], theirs: list[float]) -> float:
 
 
 def measure(row: Row, contenders: dict[str, Contender], table: int) -> dict[str, list[float]]:
-    """{contender: seconds of each repetition}; all take their turn in each, another one first. One more is not counted.
+    """{contender: seconds of each repetition}; a different one starts each round. A first round is not counted.
 
     Rounded weights compute something else, which the tests compare with the same weights in float32.
     """

@@ -40,7 +40,7 @@ _LOADERS = (
     "converted.py", "gguf_file.py", "gguf_tokenizer.py", "load.py", "matrices.py", "params.py", "tokenizer.py",
     "weights.py", "families/**/*.py",
 )  # fmt: skip
-"""The code that a conversion is made by, tokens that begin and end a text included."""
+"""The code whose changes make a conversion stale; the notes hold what tokenizers say of BOS and EOS, so they count."""
 _HEADER_LIMIT = 64 << 20
 
 Notes = dict[str, Any]

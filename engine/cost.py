@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from engine import blas
+from engine import blas, fast
 from engine.cache import KVCache
 from engine.config import Config
 from engine.decoder import forward
@@ -59,7 +59,7 @@ def of_pass(cfg: Config, length: int, stop: int | None = None) -> Cost:
     layers = cfg.n_layers if stop is None else stop
     alone = length == 1
     rows = layers * length
-    parts = parts_of(length, blas.most_threads())
+    parts = 1 if fast.kernels() is not None else parts_of(length, blas.most_threads())
     return Cost(layers, 0 if alone else rows, rows if alone else 0, working_bytes(cfg, length, length, parts))
 
 

@@ -218,14 +218,13 @@ def unembed(model: Network, x: Array, only: Sequence[int] | None = None) -> Arra
 
     `only` names the tokens whose logits are wanted: (..., len(only)) then.
     """
-    flat, chosen = x.reshape(-1, x.shape[-1]), slice(None) if only is None else list(only)
-    w_u = model.params.unembed[chosen]  # (d_vocab, d_model)
-    logits = inner(flat, w_u)
+    chosen = slice(None) if only is None else list(only)
+    logits = inner(x, model.params.unembed[chosen])
     if model.params.unembed_bias is not None:
         logits += model.params.unembed_bias[chosen]
     if model.config.logit_scale != 1:
         logits *= np.float32(model.config.logit_scale)
-    return softcap(logits, model.config.final_softcap).reshape(*x.shape[:-1], len(w_u))
+    return softcap(logits, model.config.final_softcap)
 
 
 def _scaled(x: Array, factor: float) -> Array:

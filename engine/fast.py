@@ -19,7 +19,7 @@ from engine.blas import library, want_single_threaded
 
 VARIABLE = "MECHSCOPE_FAST"
 SPINS = "20000"
-"""How long a thread without work looks for more before it sleeps (GNU OpenMP). By default it is milliseconds: when
+"""How long a thread without work spins before it sleeps (GNU OpenMP). By default it is milliseconds: when
 another program wants the processors, decoding becomes ten times slower than without kernels.
 """
 
@@ -68,8 +68,8 @@ def _prepare(say: Callable[[str], None] | None) -> None:
             _use(_compiled())
         except Exception as error:  # numba and LLVM raise many; numpy can do everything
             reason = str(error).partition("\n")[0] or type(error).__name__
-            _why_not = f"cannot be compiled here: {reason}"
-            switch_off(_why_not)  # the next load would wait as long
+            _why_not = f"cannot be compiled here: {reason}; the next process tries again"
+            switch_off(_why_not)  # each load would wait as long
             warnings.warn(f"compiled kernels are not used: {_why_not}", stacklevel=2)
 
 
@@ -111,6 +111,6 @@ def _sources() -> str:
     """A digest of what kernels are compiled from: numba's cache looks at one file, and may have no place beside it."""
     found = library()
     digest = hashlib.sha256(b"" if found is None else bytes([found.bits]))
-    for name in ("kernels.py", "tile.py"):
+    for name in ("kernels.py", "ops.py", "tile.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:16]

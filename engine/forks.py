@@ -83,7 +83,7 @@ def shares_of(model: Network, forks: Sequence[Fork], length: int, budget: int) -
 
 def layers_entered(cfg: Config, shares: Sequence[Sequence[Slice]]) -> int:
     """Each slice's layers, from its first fork's on."""
-    return sum(cfg.n_layers - part[0].layer for share in shares for part in share)
+    return sum(cfg.n_layers - forks[0].layer for share in shares for forks in share)
 
 
 def rows_of(cfg: Config, forks: Sequence[Fork], length: int) -> int:
@@ -93,7 +93,8 @@ def rows_of(cfg: Config, forks: Sequence[Fork], length: int) -> int:
 
 def held_by(cfg: Config, shares: Sequence[Sequence[Slice]], length: int) -> int:
     """Bytes that the largest slice of each share needs, all at one time."""
-    return sum(max((sum(_needs(cfg, fork, length) for fork in part) for part in share), default=0) for share in shares)
+    of_slices = ([sum(_needs(cfg, fork, length) for fork in forks) for forks in share] for share in shares)
+    return sum(max(needed, default=0) for needed in of_slices)
 
 
 def _slices(cfg: Config, forks: Sequence[Fork], length: int, budget: int) -> list[Slice]:

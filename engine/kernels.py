@@ -3,7 +3,8 @@
 product         rows times a matrix
 inner           rows times the rows of a matrix
 attend          causal attention
-gated_silu      SiLU of a gate, times the other branch
+activated       SiLU and GELU, times the other branch of a gate
+softcap         cap * tanh(x / cap)
 softmax         over the last axis
 rms_norm        over the last axis
 rotate          rotary embedding
@@ -27,6 +28,7 @@ from numba.extending import intrinsic
 
 from engine.blas import AS_IT_IS, ROW_MAJOR, TRANSPOSED, library, rows_in_order
 from engine.matrices import Array, IntArray, Matrix, Panels
+from engine.ops import ERF_EVEN, ERF_ODD
 from engine.tile import ROWS, WIDTH, tile
 
 TOGETHER = 16 * ROWS
@@ -59,7 +61,9 @@ _STRICT = {"contract", "nsz"}  # fused multiply-add is allowed; NaN and infinity
 _SUMS = {*_STRICT, "reassoc"}  # and sums in any order
 _LOWEST, _HIGHEST = np.float32(-87.3), np.float32(88.7)
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_HALF, _ONE, _TWO, _ZERO, _SMALL = (np.float32(x) for x in (0.5, 1, 2, 0, 0.625))
+_HALF, _ONE, _TWO, _FOUR, _ZERO, _SMALL = (np.float32(x) for x in (0.5, 1, 2, 4, 0, 0.625))
+_CUBIC, _ROOT_2_OVER_PI, _ROOT_HALF = (np.float32(x) for x in (0.044715, np.sqrt(2 / np.pi), np.sqrt(0.5)))
+_ERF_ODD, _ERF_EVEN = (tuple(np.float32(c) for c in polynomial) for polynomial in (ERF_ODD, ERF_EVEN))
 _EXP = tuple(
     np.float32(c)
     for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -100,19 +104,37 @@ any_heads, heads = t.Array(f32, 4, "A", readonly=True), f32[:, :, :, ::1]
 places = t.Array(t.int64, 1, "C", readonly=True)
 
 
+@njit(inline="always")
+def _tanh(x: Any) -> Any:
+    """Cephes' tanhf: 2 ulp."""
+    size, square = abs(x), x * x
+    p = _TANH[0]
+    p = p * square + _TANH[1]
+    p = p * square + _TANH[2]
+    p = p * square + _TANH[3]
+    p = p * square + _TANH[4]
+    large = _ONE - _TWO / (_exp(size + size) + _ONE)
+    return x + x * square * p if size < _SMALL else np.copysign(large, x)
+
+
+@njit(inline="always")
+def _erf(x: Any) -> Any:
+    """As `ops.erf`."""
+    x = max(-_FOUR, min(_FOUR, x)) if x == x else x
+    square = x * x
+    above, below = _ERF_ODD[0], _ERF_EVEN[0]
+    for i in range(1, len(_ERF_ODD)):
+        above = above * square + _ERF_ODD[i]
+    for i in range(1, len(_ERF_EVEN)):
+        below = below * square + _ERF_EVEN[i]
+    return x * above / below
+
+
 @njit(fastmath=_STRICT, error_model="numpy")
-def _softcap(row: Any, cap: Any) -> None:
-    """Row = cap * tanh(row / cap), by Cephes' tanhf: 2 ulp."""
+def _capped(row: Any, cap: Any) -> None:
+    """Row = cap * tanh(row / cap)."""
     for j in range(len(row)):
-        x = row[j] / cap
-        size, square = abs(x), x * x
-        p = _TANH[0]
-        p = p * square + _TANH[1]
-        p = p * square + _TANH[2]
-        p = p * square + _TANH[3]
-        p = p * square + _TANH[4]
-        large = _ONE - _TWO / (_exp(size + size) + _ONE)
-        row[j] = cap * (x + x * square * p if size < _SMALL else np.copysign(large, x))
+        row[j] = cap * _tanh(row[j] / cap)
 
 
 @njit(fastmath=_SUMS, error_model="numpy")
@@ -261,9 +283,10 @@ if _BLAS is not None and _BLAS.set_threads:
                 _ZERO, weights.ctypes.data, high - low,
             )  # fmt: skip
             for row in range(last - first):
+                start, end = starts[first + row] - low, ends[first + row] - low
                 if cap > 0:
-                    _softcap(weights[row], cap)
-                _softmax_between(weights[row], starts[first + row] - low, ends[first + row] - low)
+                    _capped(weights[row, start:end], cap)
+                _softmax_between(weights[row], start, end)
             if pattern.size:
                 pattern[i, h, first:last, low:high] = weights
             _sgemm(
@@ -308,6 +331,8 @@ def inner(x: Array, w: Array) -> Array | None:
     """The product x @ w.T; None for arrays that numpy must do."""
     if not (w.flags.c_contiguous and x.flags.c_contiguous) or (len(x) > 1 and _by_library is None):
         return None
+    if x.shape[1] != w.shape[1] or not x.size:
+        return None
     out = np.empty((len(x), len(w)), np.float32)
     with _ONE_AT_A_TIME:
         if len(x) == 1:
@@ -327,13 +352,60 @@ def _stepped(x: Array) -> Array:
     return np.lib.stride_tricks.as_strided(flat, (len(flat), step), (4 * step, 4), writeable=False)
 
 
-@_compiled(t.void(seen, seen, matrix), _STRICT)  # type: ignore[untyped-decorator]
-def _gated_silu(gate: Any, up: Any, out: Any) -> None:
+_activation = t.void(seen, seen, matrix)
+"""Of x, and of no rows or of those that the result is multiplied by."""
+
+
+@njit(fastmath=_STRICT, error_model="numpy")
+def _times(row: Any, rows: Any, at: Any) -> None:
+    if len(rows):
+        other = rows[at]
+        for j in range(len(row)):
+            row[j] *= other[j]
+
+
+@_compiled(_activation, _STRICT)  # type: ignore[untyped-decorator]
+def _silu(x: Any, up: Any, out: Any) -> None:
     for row in prange(len(out)):
-        ours, gates, ups = out[row], gate[row], up[row]
+        ours, given = out[row], x[row]
         for j in range(len(ours)):
-            g = gates[j]
-            ours[j] = g / (_ONE + _exp(-g)) * ups[j]
+            ours[j] = given[j] / (_ONE + _exp(-given[j]))
+        _times(ours, up, row)
+
+
+@_compiled(_activation, _STRICT)  # type: ignore[untyped-decorator]
+def _gelu_tanh(x: Any, up: Any, out: Any) -> None:
+    for row in prange(len(out)):
+        ours, given = out[row], x[row]
+        for j in range(len(ours)):
+            g = given[j]
+            ours[j] = _HALF * g * (_ONE + _tanh(_ROOT_2_OVER_PI * (g + _CUBIC * g * g * g)))
+        _times(ours, up, row)
+
+
+@_compiled(_activation, _STRICT)  # type: ignore[untyped-decorator]
+def _gelu(x: Any, up: Any, out: Any) -> None:
+    for row in prange(len(out)):
+        ours, given = out[row], x[row]
+        for j in range(len(ours)):
+            ours[j] = _HALF * given[j] * (_ONE + _erf(given[j] * _ROOT_HALF))
+        _times(ours, up, row)
+
+
+_ACTIVATIONS = {
+    "gelu": _gelu,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "silu": _silu,
+    "swish": _silu,
+}
+
+
+@_compiled(t.void(matrix, f32), _STRICT)  # type: ignore[untyped-decorator]
+def _softcap(x: Any, cap: Any) -> None:
+    for row in prange(len(x)):
+        _capped(x[row], cap)
 
 
 @_compiled(t.void(matrix), _SUMS)  # type: ignore[untyped-decorator]
@@ -371,13 +443,25 @@ def _rotate(x: Any, cos: Any, sin: Any, out: Any) -> None:
             turned[2 * half :] = given[2 * half :]
 
 
-def gated_silu(gate: Array, up: Array) -> Array:
-    """SiLU(gate) * up."""
-    out = np.empty(gate.shape, np.float32)
-    flat = (-1, gate.shape[-1])
+def activated(activation: str, x: Array, up: Array | None) -> Array | None:
+    """As `ops.activated`; None for what numpy must do."""
+    if activation not in _ACTIVATIONS:
+        return None
+    out = np.empty(x.shape, np.float32)
+    flat = (-1, x.shape[-1])
+    ups = np.empty((0, 0), np.float32) if up is None else _stepped(up.reshape(flat))
     with _ONE_AT_A_TIME:
-        _gated_silu(_stepped(gate.reshape(flat)), _stepped(up.reshape(flat)), out.reshape(flat))
+        _ACTIVATIONS[activation](_stepped(x.reshape(flat)), ups, out.reshape(flat))
     return out
+
+
+def softcap(x: Array, cap: float) -> bool:
+    """As `ops.softcap`; False for arrays that numpy must do."""
+    if not x.flags.carray or not x.size:
+        return False
+    with _ONE_AT_A_TIME:
+        _softcap(x.reshape(-1, x.shape[-1]), cap)
+    return True
 
 
 def softmax(x: Array) -> bool:

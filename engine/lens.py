@@ -69,7 +69,7 @@ def _most_probable(model: Network, rows: Array, k: int) -> list[Ranked]:
 
 def project_through_unembed(model: Network, vec: Array, k: int = 10) -> Ranked | list[Ranked]:
     """The k largest entries of W_U @ vec as (token id, logit)."""
-    return _ranked(_with_rows(model.params.unembed, model.check_vector(vec)), k)
+    return _ranked(inner(model.check_vector(vec), model.params.unembed), k)
 
 
 def embedding_neighbors(model: Network, query: Array, k: int = 10) -> Ranked | list[Ranked]:
@@ -80,12 +80,7 @@ def embedding_neighbors(model: Network, query: Array, k: int = 10) -> Ranked | l
         raise VectorError("a zero vector has no direction, so it has no neighbours")
     rows = model.params.embed
     lengths = np.sqrt(np.einsum("vd,vd->v", rows, rows))
-    return _ranked(_with_rows(rows, vector / length) / np.maximum(lengths, np.finfo(np.float32).tiny), k)
-
-
-def _with_rows(rows: Array, vec: Array) -> Array:
-    """The inner products of (..., d_model) vectors with each of the rows: (..., rows)."""
-    return inner(vec.reshape(-1, vec.shape[-1]), rows).reshape(*vec.shape[:-1], len(rows))
+    return _ranked(inner(vector / length, rows) / np.maximum(lengths, np.finfo(np.float32).tiny), k)
 
 
 def embedding_row(model: Network, token_id: int) -> Array:

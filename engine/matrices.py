@@ -81,7 +81,8 @@ def _give_back_pages(x: npt.NDArray[Any]) -> None:
 def widened(x: Matrix, features: int | None = None) -> Array:
     """(in, out) in float32 again; an array of that is itself.
 
-    Of a matrix that was rounded `in` is even, unless `features` says that the last one only fills a word.
+    Of a matrix that was rounded `in` is even, unless `features` says that the last one only fills a word: words do not
+    tell.
     """
     if isinstance(x, Panels):
         flat: Any = x.numbers.swapaxes(0, 1).reshape(len(x.numbers[0]), -1)

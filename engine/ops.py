@@ -45,12 +45,13 @@ def linear(x: Array, weight: Matrix, bias: Array | None = None) -> Array:
 
 
 def inner(x: Array, weight: Array) -> Array:
-    """`x @ weight.T`: (rows, in) with (out, in) -> (rows, out)."""
+    """`x @ weight.T`: (..., in) with (out, in) -> (..., out)."""
+    flat = x.reshape(-1, x.shape[-1])
     kernels = fast.kernels()
-    made: Array | None = None if kernels is None else kernels.inner(x, weight)
+    made: Array | None = None if kernels is None else kernels.inner(flat, weight)
     if made is None:
-        made = (weight @ x[0])[None] if len(x) == 1 else x @ weight.T  # one row: four times as fast as x @ weight.T
-    return made
+        made = weight @ flat[0] if len(flat) == 1 else flat @ weight.T  # one row: four times as fast as x @ weight.T
+    return made.reshape(*x.shape[:-1], len(weight))
 
 
 def _product(x: Array, weight: Array) -> Array:
@@ -133,7 +134,8 @@ def softmax(x: Array) -> Array:
 
 def softcap(x: Array, cap: float | None) -> Array:
     """`cap * tanh(x / cap)` in place (Gemma 2); None leaves x as it is."""
-    if cap is not None:
+    kernels = fast.kernels()
+    if cap is not None and not (kernels is not None and kernels.softcap(x, cap)):
         x /= np.float32(cap)
         np.tanh(x, out=x)
         x *= np.float32(cap)
@@ -242,17 +244,21 @@ def _mix(weights: Array, v: Array) -> Array:
 def activated(activation: str, x: Array, up: Array | None = None) -> Array:
     """act(x), times `up` where that is a gate's other branch; in memory of its own."""
     kernels = fast.kernels()
-    if kernels is not None and up is not None and ACTIVATIONS[activation] is _silu:
-        made: Array = kernels.gated_silu(x, up)
-        return made
-    out = np.empty(x.shape, np.float32)
+    made: Array | None = None if kernels is None else kernels.activated(activation, x, up)
+    return _activated(activation, x, up) if made is None else made
+
+
+def _activated(activation: str, x: Array, up: Array | None) -> Array:
+    act, out = ACTIVATIONS[activation], np.empty(x.shape, np.float32)
     width = x.shape[-1]
     ours, given, ups = out.reshape(-1, width), x.reshape(-1, width), None if up is None else up.reshape(-1, width)
 
     def some(part: slice) -> None:
-        act = ours[part]
-        np.copyto(act, given[part])  # rows that lie apart take numpy twice as long
-        np.multiply(ACTIVATIONS[activation](act), np.float32(1) if ups is None else ups[part], out=act)
+        if ups is None:
+            ours[part] = act(given[part])
+            return
+        np.copyto(ours[part], given[part])  # rows that lie apart take numpy twice as long
+        np.multiply(act(ours[part]), ups[part], out=ours[part])
 
     by_parts(some, len(ours))
     return out
@@ -279,11 +285,11 @@ def _gelu_tanh(x: Array) -> Array:
     return inner
 
 
-_ERF_ODD = (
+ERF_ODD = (
     -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
     -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02,
 )  # fmt: skip
-_ERF_EVEN = (
+ERF_EVEN = (
     -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02,
 )  # fmt: skip
 
@@ -292,8 +298,8 @@ def erf(x: Array) -> Array:
     """The error function to float32 accuracy: Eigen's rational approximation on [-4, 4] (generic_fast_erf_float)."""
     clipped = np.clip(x, -4, 4)
     square = clipped * clipped
-    above, below = np.full_like(x, _ERF_ODD[0]), np.full_like(x, _ERF_EVEN[0])
-    for total, coefficients in ((above, _ERF_ODD), (below, _ERF_EVEN)):
+    above, below = np.full_like(x, ERF_ODD[0]), np.full_like(x, ERF_EVEN[0])
+    for total, coefficients in ((above, ERF_ODD), (below, ERF_EVEN)):
         for coefficient in coefficients[1:]:
             total *= square
             total += np.float32(coefficient)

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from engine.cost import Cost, row_size, working_bytes
+from engine.cost import Cost, of_pass, row_size, working_bytes
 from engine.decoder import Tick, forward
 from engine.edits import Scope, rows_in_scope
 from engine.errors import InputError, PointError
@@ -156,4 +156,6 @@ def _rows(ids: Sequence[IntArray], batch: Batch) -> int:
 def _bytes(model: Network, ids: Sequence[IntArray], batch: Batch) -> int:
     """What a batch needs while it runs."""
     length = len(ids[batch[0]])
+    if len(batch) == 1:
+        return of_pass(model.config, length).nbytes
     return len(batch) * working_bytes(model.config, length, length)

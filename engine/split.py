@@ -5,8 +5,8 @@ by_parts    do one operation
 parts_of    how many parts so many rows have
 
 The BLAS has threads for a product, but what lies between products numpy does on one. And after a product the library's
-threads look for more work for some 30 ms, on the processors that others need: so products are in parts here, too, and
-the library has one thread meanwhile.
+threads spin for some 30 ms, on the processors that others need: so products are in parts here, too, and the library has
+one thread meanwhile.
 """
 
 import os
@@ -18,7 +18,7 @@ from functools import cache
 from itertools import pairwise
 from threading import Lock
 
-from engine import blas, fast
+from engine import blas
 
 ROWS_OF_A_PART = 256
 """Rows that each thread must have: every part of a product reads and packs the whole weight."""
@@ -29,10 +29,10 @@ _parts: ContextVar[int] = ContextVar("parts", default=1)
 
 
 def parts_of(rows: int, threads: int | None = None) -> int:
-    """As many as products have `threads`, now if left out, and if there are rows enough for each; else one."""
-    kernels = fast.kernels()
-    if kernels is not None:
-        threads = kernels.THREADS
+    """One part for each thread, or one in all where a thread would have fewer rows than ROWS_OF_A_PART.
+
+    `threads` are those that products have now, unless given.
+    """
     threads = min(blas.threads_now() if threads is None else threads, os.cpu_count() or 1)
     return threads if rows >= threads * ROWS_OF_A_PART else 1
 

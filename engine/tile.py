@@ -27,7 +27,7 @@ def _registers() -> tuple[int, int, int]:
 LANES, VECTORS, ROWS = _registers()
 WIDTH = LANES * VECTORS
 AHEAD = 32
-"""Features ahead for which the panel's numbers are asked for: the processor's own guesses end at each 4 KiB."""
+"""Prefetch distance in features: the processor's own prefetcher stops at each 4 KiB."""
 
 _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)

@@ -69,8 +69,9 @@ def python() -> Verdict:
 
 
 def threads() -> Verdict:
-    """How many threads BLAS may use."""
-    asked = {name: os.environ[name] for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ}
+    """How many threads BLAS and kernels may use."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+    asked = {name: os.environ[name] for name in names if name in os.environ}
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     limits = ", ".join(f"{name}={value}" for name, value in asked.items()) or "no limit set"
     return True, f"{blas['name']} {blas.get('version', '')} on {os.cpu_count()} processors, {limits}"

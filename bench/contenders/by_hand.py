@@ -42,8 +42,7 @@ MODULES = {
     "self_attn.k_proj": "output",
     "self_attn.v_proj": "output",
     "self_attn.o_proj": "both",
-    "input_layernorm": "both",
-    "post_attention_layernorm": "both",
+    "post_attention_layernorm": "input",
     "mlp.down_proj": "both",
 }
 """Where every point of a layer is: attn_out is o_proj's output and mlp_act down_proj's input, say."""
@@ -55,8 +54,9 @@ def everything(model: Any, r: Request) -> list[float]:
 
     def keep(layer: int, name: str, which: str) -> Any:
         def hook(module: Any, args: Any, out: torch.Tensor) -> None:
-            kept[layer, name] = out
-            if which == "both":
+            if which != "input":
+                kept[layer, name] = out
+            if which != "output":
                 kept[layer, f"{name} input"] = args[0]
 
         return hook

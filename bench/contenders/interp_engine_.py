@@ -16,13 +16,12 @@ EVERY = [
         (name, i)
         for i in range(30)
         for name in (
-            "resid_pre", "attn_in", "value", "attn_scores", "attn_probs", "z", "attn_out", "resid_mid", "mlp_in",
-            "mlp_pre", "mlp_pre_linear", "mlp_act", "mlp_out", "resid_post",
+            "resid_pre", "value", "attn_probs", "z", "attn_out", "resid_mid", "mlp_act", "mlp_out", "resid_post",
         )
     ),
     ("final_norm", None),
 ]  # fmt: skip
-"""All the points that this model has under names of their own."""
+"""Those of mechscope's points that it has a name for."""
 
 
 def load(path: str) -> Any:

@@ -71,6 +71,7 @@ def test_a_product_is_as_near_to_float64_as_numpys(rows: int, n: int, columns: i
 
 @pytest.mark.parametrize("rows", [1, 2, 33, 300])
 @pytest.mark.parametrize(("n", "columns"), SHAPES)
+@pytest.mark.skipif(blas.library() is None, reason="numpy's library was not found")
 def test_a_matrix_that_is_not_in_panels_is_multiplied_by_the_library(rows: int, n: int, columns: int) -> None:
     x, w = noise(rows, n), noise(n, columns)
     agree(kernels.product(x, w, ops.SUM_BLOCK), ops._product(x, w))
@@ -137,12 +138,14 @@ def test_softmax(width: int) -> None:
     assert np.abs(by_kernel.sum(-1) - 1).max() < KERNEL
 
 
-def test_a_softcap_of_scores_of_any_size_is_near_to_float64() -> None:
-    scores = np.concatenate([noise(40) * np.float32(10.0**power) for power in range(-6, 5)])
-    row = scores.copy()
-    kernels._softcap(row, np.float32(50))
-    exact = 50 * np.tanh(scores.astype(np.float64) / 50)
-    assert np.abs(row / exact - 1).max() < KERNEL
+def test_a_softcap_of_any_size_is_near_to_float64() -> None:
+    x = np.concatenate([noise(40) * np.float32(10.0**power) for power in range(-6, 5)])
+    exact = 50 * np.tanh(x.astype(np.float64) / 50)
+    made = ops.softcap(x.copy(), 50.0)
+    assert np.abs(made / exact - 1).max() < KERNEL
+    assert kernels.softcap(x[:3].copy(), 50.0)
+    assert not kernels.softcap(x[::2], 50.0)
+    assert ops.softcap(np.array([np.inf, -np.inf], np.float32), 50.0).tolist() == [50, -50]
 
 
 def test_what_softmax_may_not_see_gets_exactly_nothing_and_a_row_of_that_alone_is_zeros() -> None:
@@ -158,25 +161,32 @@ def test_what_softmax_may_not_see_gets_exactly_nothing_and_a_row_of_that_alone_i
 
 
 @pytest.mark.parametrize("place", [0, 5, 39])
-def test_no_kernel_hides_a_number_that_is_none(place: int) -> None:
+def test_no_kernel_hides_a_nan(place: int) -> None:
     x = noise(1, 40)
     x[0, place] = np.nan
     ones = np.ones((1, 40), np.float32)
     assert kernels.softmax(weights := x.copy())
     assert np.isnan(weights).all()
     assert np.isnan(kernels.rms_norm(x, ones[0], 1e-5)).all()
-    assert np.isnan(kernels.gated_silu(x, ones)).tolist() == np.isnan(x).tolist()
+    for activation in ("silu", "gelu", "gelu_new"):
+        assert np.isnan(kernels.activated(activation, x, ones)).tolist() == np.isnan(x).tolist()
+        assert np.isnan(kernels.activated(activation, x, None)).tolist() == np.isnan(x).tolist()
+    assert np.isnan(ops.softcap(x.copy(), 50.0)).tolist() == np.isnan(x).tolist()
+    heads, pos = x[None, None], np.array([0])
+    assert np.isnan(ops.attend(heads, np.ones_like(heads), np.ones_like(heads), pos, pos, scale=1, cap=50.0)).all()
     assert np.isnan(kernels.product(x, panelled(np.ones((40, 3), np.float32), WIDTH), 16)).all()
 
 
 @pytest.mark.parametrize("size", [1e-3, 1, 30, 90, 1e4, 1e15])
-def test_a_gated_silu_of_any_size(size: float) -> None:
+@pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
+def test_an_activation_of_any_size_with_and_without_a_gate(activation: str, size: float) -> None:
     gate, up = np.float32(size) * noise(4, 333), noise(4, 333)
     beside = np.concatenate([gate, up], axis=1)
-    with fast.using(False):
-        by_numpy = ops.activated("silu", gate, up)
-    agree(ops.activated("silu", gate, up), by_numpy)
-    agree(ops.activated("silu", beside[:, :333], beside[:, 333:]), by_numpy)
+    alone, gated = ops._activated(activation, gate, None), ops._activated(activation, gate, up)
+    agree(ops.activated(activation, gate), alone)
+    agree(ops.activated(activation, gate, up), gated)
+    agree(ops.activated(activation, beside[:, :333], beside[:, 333:]), gated)
+    assert (kernels.activated(activation, gate, up) is None) == (activation == "relu"), "no kernel is nearer than numpy"
 
 
 @pytest.mark.parametrize("weights", [(64,), (3, 64)])
@@ -232,7 +242,7 @@ def test_what_lies_otherwise_in_memory_is_copied_or_left_to_numpy() -> None:
     assert kernels.product(x.copy(), w.T, 16) is None
     assert kernels.product(x.copy(), rounded(w), 16) is None
     agree(kernels.rms_norm(x, w[:, 0], 1e-5), ops._rms_norm(x, w[:, 0], 1e-5))
-    agree(kernels.gated_silu(x, x), kernels.gated_silu(x.copy(), x.copy()))
+    agree(kernels.activated("silu", x, x), kernels.activated("silu", x.copy(), x.copy()))
     assert not kernels.softmax(x)
     frozen = noise(3, 4)
     frozen.flags.writeable = False
@@ -250,7 +260,7 @@ def test_rows_that_lie_upon_each_other_or_backwards_are_read_where_they_are() ->
         with fast.using(False):
             agree(made, ops.attend(q, k, q, pos, pos, scale=1))
     gate = np.broadcast_to(noise(1, 33), (7, 33))
-    agree(kernels.gated_silu(gate, gate[::-1]), kernels.gated_silu(gate.copy(), gate.copy()))
+    agree(kernels.activated("silu", gate, gate[::-1]), kernels.activated("silu", gate.copy(), gate.copy()))
 
 
 @pytest.mark.parametrize("n", [38, 41, 0])
@@ -261,6 +271,17 @@ def test_rows_of_another_width_than_the_matrixs_are_refused(n: int) -> None:
         with pytest.raises(ValueError, match=r"mismatch|reshape"):
             ops.linear(x, matrix)
     assert kernels.product(noise(3, 0), panelled(noise(0, 8), WIDTH), 144) is None
+    for rows in (x, x[:1]):
+        assert kernels.inner(rows, noise(8, 40)) is None
+        with pytest.raises(ValueError, match=r"mismatch|reshape"):
+            ops.inner(rows, noise(8, 40))
+
+
+def test_words_do_not_tell_an_odd_number_of_features_from_the_next() -> None:
+    odd, even = noise(39, 8), noise(40, 8)
+    x = noise(3, 39)
+    agree(ops.linear(x, rounded(even)), ops.linear(x, rounded(even[:39])))
+    agree(ops.linear(np.pad(x, ((0, 0), (0, 1))), rounded(odd)), ops.linear(x, rounded(odd)))
 
 
 def test_no_rows_and_no_columns_make_an_empty_product() -> None:
@@ -440,9 +461,9 @@ def test_kernels_that_cannot_be_compiled_are_not_used_and_a_warning_says_why(mon
     monkeypatch.setattr(fast, "_off", "")
     with fast.using(False):
         monkeypatch.setattr(fast, "_compiled", fails)
-        with pytest.warns(UserWarning, match="no place for the cache$"):
+        with pytest.warns(UserWarning, match="no place for the cache; "):
             fast.prepare()
         fast.prepare()
         assert tried == [1], "the next load does not wait for the same failure"
         assert fast.kernels() is None
-        assert fast.state() == "cannot be compiled here: no place for the cache"
+        assert fast.state() == "cannot be compiled here: no place for the cache; the next process tries again"

@@ -72,10 +72,10 @@ def test_where_products_have_one_thread_so_has_the_rest() -> None:
     assert parts_of(ENOUGH) == 2
 
 
-def test_with_kernels_in_use_there_are_as_many_parts_as_they_have_threads() -> None:
+def test_with_kernels_in_use_there_is_one_part_because_they_have_threads_of_their_own() -> None:
     pytest.importorskip("numba")
     with fast.using(True):
-        assert parts_of(10 * ENOUGH) == min(fast.kernels().THREADS, 2)
+        assert parts_of(10 * ENOUGH) == 1
 
 
 @pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
