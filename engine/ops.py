@@ -274,7 +274,8 @@ def _silu(x: Array) -> Array:
 
 def _gelu_tanh(x: Array) -> Array:
     """The tanh approximation of GELU (Hendrycks & Gimpel 2016), `gelu_pytorch_tanh` of transformers."""
-    inner = x * x * x
+    with np.errstate(over="ignore"):  # infinity's tanh is right, too
+        inner = x * x * x
     inner *= np.float32(0.044715)
     inner += x
     inner *= np.float32(np.sqrt(2 / np.pi))
