@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import fast
-from engine.blas import product
+from engine.blas import WORTH_A_CALL, product
 from engine.matrices import Array as Array
 from engine.matrices import IntArray as IntArray
 from engine.matrices import Matrix, widened
@@ -29,6 +29,9 @@ SUM_BLOCK = 144
 """Features summed in one matrix product. OpenBLAS adds up an element in one chain, whose rounding grows with its
 length: over 1536 features SmolLM2 is up to 4 times as far from float64 as torch's float32 run, in blocks about as far.
 """
+
+ROWS_ALONE = 2
+"""Rows that `inner` multiplies one by one: for several the library packs all of the matrix, which pays from 3 on."""
 
 
 def linear(x: Array, weight: Matrix, bias: Array | None = None) -> Array:
@@ -50,17 +53,19 @@ def inner(x: Array, weight: Array) -> Array:
     kernels = fast.kernels()
     made: Array | None = None if kernels is None else kernels.inner(flat, weight)
     if made is None:
-        made = weight @ flat[0] if len(flat) == 1 else flat @ weight.T  # one row: four times as fast as x @ weight.T
+        few = 0 < len(flat) <= ROWS_ALONE
+        made = np.stack([weight @ row for row in flat]) if few else flat @ weight.T
     return made.reshape(*x.shape[:-1], len(weight))
 
 
 def _product(x: Array, weight: Array) -> Array:
     """(rows, in) @ (in, out), summed up in blocks."""
-    if len(x) == 1 and (parts := _equal_parts(len(weight))) is not None:
-        blocks: Array = x.reshape(parts, 1, -1) @ weight.reshape(parts, -1, weight.shape[1])
+    (rows, n), columns = x.shape, weight.shape[1]
+    if (rows == 1 or rows * columns < WORTH_A_CALL) and (parts := _equal_parts(len(weight))) is not None:
+        blocks: Array = x.reshape(rows, parts, n // parts).swapaxes(0, 1) @ weight.reshape(parts, -1, columns)
         sums: Array = np.add.reduce(blocks)
         return sums
-    out = np.empty((len(x), weight.shape[1]), np.float32)
+    out = np.empty((rows, columns), np.float32)
     by_parts(lambda part: product(x[part], weight, SUM_BLOCK, out[part]), len(x))
     return out
 

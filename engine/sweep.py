@@ -354,7 +354,8 @@ class _Slice:
         hooks = Listeners(self._hook, range(layer, layer + 1), last, which)
         tables = {rope: (cos[which], sin[which]) for rope, (cos, sin) in base.tables.items()}
         run = _VariantPass(self._model.config, hooks, which, tables, None, kept, groups, base)
-        x = np.concatenate([group.x.reshape(1, -1, group.x.shape[2]) for group in groups], 1)
+        rows = [group.x.reshape(1, -1, group.x.shape[2]) for group in groups]
+        x = np.concatenate(rows, 1) if len(rows) > 1 else rows[0]
         x = block(x, self._model.params.layer(layer), layer, run)
         for group in groups:
             group.x = x[0, group.on].reshape(len(group.members), -1, x.shape[2])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from engine.ops import ACTIVATIONS, attend, layer_norm, linear, rms_norm, rotate, softcap, softmax
+from engine.ops import ACTIVATIONS, attend, inner, layer_norm, linear, rms_norm, rotate, softcap, softmax
 
 
 def random(*shape: int) -> np.ndarray:
@@ -94,3 +94,21 @@ def test_a_listener_sees_the_whole_pattern_and_may_replace_it():
     assert_close(mixed[None], plain)
     replaced = attend(q, k, v, pos, pos, scale=0.3, on_weights=lambda pattern: pattern[:, ::-1].copy())
     assert_close(replaced[0, :, 0], seen[0][0, 3] @ v[0, 0])
+
+
+@pytest.mark.parametrize("rows", range(1, 5))
+def test_inner_products_of_few_rows(rows):
+    x, w = random(rows, 40), random(300, 40)
+    assert_close(inner(x, w), x.astype(np.float64) @ w.T.astype(np.float64))
+    assert_close(inner(x[:, None], w)[:, 0], inner(x, w))
+
+
+@pytest.mark.parametrize(("rows", "features"), [(2, 288), (5, 1536), (5, 149), (300, 288)])
+def test_a_product_of_few_rows_and_one_of_many_sum_up_the_same(rows, features):
+    x, w = random(rows, features), random(features, 32)
+    assert_close(linear(x, w), x.astype(np.float64) @ w.astype(np.float64))
+
+
+def test_no_rows_make_an_empty_product():
+    assert linear(random(0, 288), random(288, 32)).shape == (0, 32)
+    assert inner(random(2, 0, 40), random(300, 40)).shape == (2, 0, 300)
