@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tolerances import SAME
 
-from engine import RecordHook, blas, fast, forward, ops, split
+from engine import Model, RecordHook, blas, fast, forward, ops, split
 from engine.cost import of_pass, working_bytes
 from engine.errors import InputError
 from engine.split import ROWS_OF_A_PART, Work, by_parts, in_parts, parts_of
@@ -155,8 +155,8 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize(("batch", "length", "expected"), [(1, ENOUGH, 2), (9, -(-ENOUGH // 9), 2), (1, 9, 1)])
-def test_a_long_pass_does_its_layers_in_parts(synthetic, monkeypatch, batch: int, length: int, expected: int) -> None:
+def parts_of_a_layer(model: Model, monkeypatch: pytest.MonkeyPatch, batch: int, length: int) -> list[int]:
+    """Of each operation that may have several."""
     parts: list[int] = []
 
     def counted(work: Work, n: int) -> None:
@@ -166,8 +166,18 @@ def test_a_long_pass_does_its_layers_in_parts(synthetic, monkeypatch, batch: int
 
     monkeypatch.setattr("engine.ops.by_parts", counted)
     with fast.using(False):
-        forward(synthetic, [[7] * length] * batch, stop=1, logits_at="none")
-    assert parts == [expected] * 6  # queries with keys and values, attention, o, gate with up, act, down
+        forward(model, [[7] * length] * batch, stop=1, logits_at="none")
+    return parts
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, ENOUGH), (9, -(-ENOUGH // 9))])
+def test_a_long_pass_does_its_layers_in_parts(synthetic, monkeypatch, batch: int, length: int) -> None:
+    parts = parts_of_a_layer(synthetic, monkeypatch, batch, length)
+    assert parts == [2] * 6  # queries with keys and values, attention, o, gate with up, act, down
+
+
+def test_a_short_pass_does_not(synthetic, monkeypatch) -> None:
+    assert {*parts_of_a_layer(synthetic, monkeypatch, 1, 9)} == {1}
 
 
 def test_the_scores_of_all_parts_are_counted_as_memory(synthetic) -> None:
