@@ -95,7 +95,7 @@ DASHES = {
         _PUBLIC.format("transformers", ("act_patch", "run_with_cache", "steer")),
     ),
     LENS: (
-        "its helpers patch activations, none moves a key-value cache; by hand it is no faster than transformers",
+        "its helpers patch activations, none moves a key-value cache; rows by hand are not its helpers",
         _PUBLIC.format("transformer_lens.patching", ("get_act_patch",)),
     ),
     ENGINE: (

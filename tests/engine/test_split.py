@@ -13,6 +13,7 @@ from tolerances import SAME
 from engine import Model, RecordHook, blas, fast, forward, ops, split
 from engine.cost import of_pass, working_bytes
 from engine.errors import InputError
+from engine.pools import pooled_rows_cost
 from engine.split import ROWS_OF_A_PART, Work, by_parts, in_parts, parts_of
 
 ENOUGH = 2 * ROWS_OF_A_PART
@@ -187,6 +188,12 @@ def test_the_scores_of_all_parts_are_counted_as_memory(synthetic) -> None:
         with blas.single_threaded():
             assert of_pass(cfg, ENOUGH).nbytes == together, "whatever else is done meanwhile"
     assert together - working_bytes(cfg, ENOUGH, ENOUGH) == 2 * cfg.n_heads * ops.QUERY_BLOCK * ENOUGH * 4
+
+
+def test_so_they_are_for_a_long_prompt_in_a_pool(synthetic) -> None:
+    with fast.using(False):
+        needed = of_pass(synthetic.config, ENOUGH).nbytes
+        assert pooled_rows_cost(synthetic, [[0] * ENOUGH], [0]).nbytes > needed
 
 
 @pytest.mark.parametrize("batch", [1, 3])
