@@ -224,7 +224,7 @@ def _by_panels(x: Array, w: Panels, block: int) -> Array | None:
     out = np.empty((len(x), WIDTH * len(w.numbers)), np.float32)
     with _ONE_AT_A_TIME:
         _product(x, np.empty(x.size, np.float32), w.numbers, out, block // features)
-    return np.ascontiguousarray(out[:, : w.shape[1]])
+    return out if out.shape[1] == w.shape[1] else np.ascontiguousarray(out[:, : w.shape[1]])
 
 
 _BLAS = library()
@@ -347,6 +347,8 @@ def inner(x: Array, w: Array) -> Array | None:
 
 def _stepped(x: Array) -> Array:
     """(rows, width) whose rows lie apart -> (rows, step): a row's own numbers, then what must not be read."""
+    if x.flags.c_contiguous:  # as a row by itself always is
+        return x
     flat = x if rows_in_order(x) else np.ascontiguousarray(x)
     step = flat.strides[0] // 4
     return np.lib.stride_tricks.as_strided(flat, (len(flat), step), (4 * step, 4), writeable=False)

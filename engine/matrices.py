@@ -3,6 +3,8 @@
 Bfloat16            words of two rounded numbers each
 Panels              either, in the order in which compiled products read it
 rounded, panelled   make these
+is_rounded          whether it is an array of words
+halves              the numbers in words, even features and odd ones apart
 widened             the (in, out) float32 numbers, however they are kept
 columns             some columns, likewise
 """
@@ -10,7 +12,7 @@ columns             some columns, likewise
 import mmap
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +53,16 @@ def rounded(x: Array) -> Bfloat16:
     words[: len(x) // 2] |= upper[1::2]
     _give_back_pages(x)
     return words
+
+
+def is_rounded(x: Matrix) -> TypeGuard[Bfloat16]:
+    """Whether these are words, and not in panels."""
+    return isinstance(x, np.ndarray) and x.dtype == np.uint32
+
+
+def halves(x: Bfloat16) -> tuple[Array, Array]:
+    """The even features and the odd ones: each (in / 2, out)."""
+    return (x << 16).view(np.float32), (x & 0xFFFF0000).view(np.float32)
 
 
 def panelled(x: Matrix, width: int) -> Panels:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from engine import fast
 from engine.blas import WORTH_A_CALL, product
 from engine.matrices import Array as Array
+from engine.matrices import Bfloat16, Matrix, halves, is_rounded, widened
 from engine.matrices import IntArray as IntArray
-from engine.matrices import Matrix, widened
 from engine.split import by_parts
 
 LARGEST = 1e15
@@ -30,6 +30,9 @@ SUM_BLOCK = 144
 length: over 1536 features SmolLM2 is up to 4 times as far from float64 as torch's float32 run, in blocks about as far.
 """
 
+ROWS_BY_HALVES = 32
+"""Rows up to which a rounded matrix is multiplied by halves: with more, two products take longer than widening it."""
+
 ROWS_ALONE = 2
 """Rows that `inner` multiplies one by one: for several the library packs all of the matrix, which pays from 3 on."""
 
@@ -39,6 +42,8 @@ def linear(x: Array, weight: Matrix, bias: Array | None = None) -> Array:
     flat = x.reshape(-1, x.shape[-1])  # one 2-d product: numpy would loop over a batch axis
     kernels = fast.kernels()
     made: Array | None = None if kernels is None else kernels.product(flat, weight, SUM_BLOCK)
+    if made is None and len(flat) <= ROWS_BY_HALVES and is_rounded(weight):
+        made = _product_by_halves(flat, weight)
     if made is None:
         made = _product(flat, widened(weight, x.shape[-1]))
     out = made.reshape(*x.shape[:-1], weight.shape[1])
@@ -67,6 +72,22 @@ def _product(x: Array, weight: Array) -> Array:
         return sums
     out = np.empty((rows, columns), np.float32)
     by_parts(lambda part: product(x[part], weight, SUM_BLOCK, out[part]), len(x))
+    return out
+
+
+def _product_by_halves(x: Array, words: Bfloat16) -> Array | None:
+    """(rows, in) @ a rounded (in, out): even features and odd ones apart, as words hold them, and so many at a time
+    that what is widened stays in the cache. None for matrices that do not fit.
+    """
+    if len(words) != -(-x.shape[1] // 2):
+        return None
+    out = np.zeros((len(x), words.shape[1]), np.float32)
+    for start in range(0, len(words), SUM_BLOCK // 2):
+        end = start + SUM_BLOCK // 2
+        even, odd = x[:, 2 * start : 2 * end : 2], x[:, 2 * start + 1 : 2 * end : 2]
+        lower, upper = halves(words[start:end])
+        out += even @ lower
+        out += odd @ upper[: odd.shape[1]]
     return out
 
 

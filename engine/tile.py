@@ -49,7 +49,7 @@ class _Tile:
         builder.position_at_end(loop)
         at = builder.phi(_INT)
         sums = [[builder.phi(_VECTOR) for _ in range(VECTORS)] for _ in range(self.rows)]
-        after, step = self._feature(at, sums), builder.add(at, _int(1))
+        after, step = self._step(at, sums), builder.add(at, _int(1))
         for phi, first, later in [(at, _int(0), step), *((y, _zeros(), z) for y, z in _pairs(sums, after))]:
             phi.add_incoming(first, start)
             phi.add_incoming(later, loop)
@@ -61,32 +61,32 @@ class _Tile:
             with writing:
                 self._store(after, add=False)
 
-    def _feature(self, at: Any, sums: list[list[Any]]) -> list[list[Any]]:
+    def _step(self, at: Any, sums: list[list[Any]]) -> list[list[Any]]:
         """The sums with one feature more, or with the two of a word."""
         builder, per_step = self.builder, 2 if self.words else 1
         row_of_w = builder.gep(self.w, [builder.mul(at, _int(WIDTH))])
-        panel = self._panel(row_of_w)
         self._prefetch(row_of_w)
-        after = []
-        for row, before in enumerate(sums):
-            self._fence()
-            for feature in range(per_step):
+        for feature in range(per_step):  # one after the other: vectors of both beside the sums are too many for AVX2
+            panel = self._panel(row_of_w, feature)
+            after = []
+            for row, before in enumerate(sums):
+                self._fence()
                 place = builder.add(builder.mul(at, _int(self.rows * per_step)), _int(self.rows * feature + row))
                 number = self._spread(builder.load(builder.gep(self.x, [place])))
-                before = [builder.call(self.fma, [number, w, y]) for w, y in zip(panel[feature], before, strict=True)]
-            after.append(before)
-        return after
+                after.append([builder.call(self.fma, [number, w, y]) for w, y in zip(panel, before, strict=True)])
+            sums = after
+        return sums
 
-    def _panel(self, row_of_w: Any) -> list[list[Any]]:
-        """The vectors of one feature, or of the two in each word."""
+    def _panel(self, row_of_w: Any, feature: int) -> list[Any]:
+        """The vectors of a feature: of words the lower halves are the first, the upper ones the second."""
         builder = self.builder
         kind = _WORDS if self.words else _VECTOR
         loaded = [self._load(builder.gep(row_of_w, [_int(LANES * v)]), kind) for v in range(VECTORS)]
         if not self.words:
-            return [loaded]
+            return loaded
         low, high = (ir.Constant(_WORDS, [ir.Constant(_WORD, n)] * LANES) for n in (16, 0xFFFF0000))
-        even = [builder.bitcast(builder.shl(word, low), _VECTOR) for word in loaded]
-        return [even, [builder.bitcast(builder.and_(word, high), _VECTOR) for word in loaded]]
+        bits = [builder.and_(word, high) if feature else builder.shl(word, low) for word in loaded]
+        return [builder.bitcast(number, _VECTOR) for number in bits]
 
     def _store(self, sums: list[list[Any]], add: bool) -> None:
         builder = self.builder
