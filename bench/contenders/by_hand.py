@@ -48,7 +48,7 @@ MODULES = {
 """Where every point of a layer is: attn_out is o_proj's output and mlp_act down_proj's input, say."""
 
 
-def everything(model: Any, r: Request) -> list[float]:
+def points(model: Any, r: Request) -> list[float]:
     """Inputs and outputs of the modules in question, layers' outputs, and patterns, which only eager attention has."""
     kept: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -67,7 +67,7 @@ def everything(model: Any, r: Request) -> list[float]:
         for name, which in MODULES.items()
     ]
     model.set_attn_implementation("eager")
-    model(torch.tensor([r["ids"]]), use_cache=False, output_attentions=True, output_hidden_states=True)
+    model.model(torch.tensor([r["ids"]]), use_cache=False, output_attentions=True, output_hidden_states=True)
     model.set_attn_implementation("sdpa")
     for handle in handles:
         handle.remove()
@@ -193,7 +193,7 @@ def batch(model: Any, r: Request) -> list[float]:
 
 WORKS = {
     "capture": capture,
-    "everything": everything,
+    "points": points,
     "lens": lens,
     "grid": grid,
     "heads": heads,

@@ -34,7 +34,7 @@ def capture(model: Any, r: Request) -> list[float]:
     return [x for layer in SHOWN for x in cache[("resid_post", layer)][0, -1, :4]]
 
 
-def everything(model: Any, r: Request) -> list[float]:
+def points(model: Any, r: Request) -> list[float]:
     cache = captured(model, torch.tensor([r["ids"]]), EVERY)
     return [x for layer in SHOWN for x in cache[("mlp_act", layer)][0, -1, :4]]
 
@@ -62,7 +62,7 @@ def batch(model: Any, r: Request) -> list[float]:
     return shown
 
 
-WORKS = {"capture": capture, "everything": everything, "lens": lens, "decode": decode, "batch": batch}
+WORKS = {"capture": capture, "points": points, "lens": lens, "decode": decode, "batch": batch}
 
 if __name__ == "__main__":
     serve(load, WORKS)

@@ -1,7 +1,7 @@
 """mechscope itself; a second argument is the option `weights` of `load_model`."""
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from _serve import Request, serve
@@ -30,11 +30,15 @@ def capture(model: Any, r: Request) -> list[float]:
     return [x for layer in SHOWN for x in rows[layer][-1, :4]]
 
 
-def everything(model: Any, r: Request) -> list[float]:
+def everything(model: Any, r: Request, logits_at: Literal["last", "none"] = "last") -> list[float]:
     record = RecordHook.for_layers(range(30), points=POINTS)
-    forward(model, r["ids"], hook=record)
+    forward(model, r["ids"], hook=record, logits_at=logits_at)
     rows = record.get("mlp_act")
     return [x for layer in SHOWN for x in rows[layer][-1, :4]]
+
+
+def points(model: Any, r: Request) -> list[float]:
+    return everything(model, r, "none")
 
 
 def lens(model: Any, r: Request) -> list[float]:
@@ -75,6 +79,7 @@ def batch(model: Any, r: Request) -> list[float]:
 WORKS = {
     "capture": capture,
     "everything": everything,
+    "points": points,
     "lens": lens,
     "grid": grid,
     "heads": heads,
