@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 from engine.blas import AS_IT_IS, ROW_MAJOR, TRANSPOSED, library, rows_in_order
 from engine.matrices import Array, IntArray, Matrix, Panels
 from engine.ops import ERF_EVEN, ERF_ODD
-from engine.tile import ROWS, WIDTH, tile
+from engine.tile import AHEAD, ROWS, WIDTH, tile
 
 TOGETHER = 16 * ROWS
 """Rows that pass all panels before the next do: they stay in the L2 cache meanwhile."""
@@ -190,13 +190,17 @@ def _product(x: Any, laid: Any, panels: Any, out: Any, block: Any) -> None:
     from_x, to = laid.ctypes.data, out.ctypes.data
     for first in range(0, rows, TOGETHER):
         last = min(rows, first + TOGETHER)
+        tiles = (last - first + ROWS - 1) // ROWS
+        soon_step = (WIDTH + tiles - 1) // tiles  # several tiles fetch the next block between them, while this is read
         for panel in prange(len(panels)):
             for k in range(0, steps, block):
                 w = (panel * steps + k) * WIDTH
+                soon = w + (AHEAD if tiles == 1 else block) * WIDTH
                 for row in range(first, last, ROWS):
                     count = min(ROWS, last - row)
                     x_at, at = from_x + 4 * (row * n + features * k * count), to + 4 * (row * width + panel * WIDTH)
-                    tile(count, x_at, panels, w, at, width, min(block, steps - k), k > 0)
+                    tile(count, x_at, panels, w, at, width, min(block, steps - k), k > 0, soon, soon_step)
+                    soon += soon_step * block
 
 
 def product(x: Array, w: Matrix, block: int) -> Array | None:

@@ -27,18 +27,24 @@ def _registers() -> tuple[int, int, int]:
 LANES, VECTORS, ROWS = _registers()
 WIDTH = LANES * VECTORS
 AHEAD = 32
-"""Prefetch distance in features: the processor's own prefetcher stops at each 4 KiB."""
+"""Features between what a panel's only tile reads and what it prefetches: the processor's own prefetcher stops at each
+4 KiB.
+"""
 
 _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
 
 
 class _Tile:
-    """Emits the loop for one number of rows. `out_step`, in numbers, leads from row to row of the result."""
+    """Emits the loop for one number of rows.
+
+    `out_step`, in numbers, leads from row to row of the result, and `soon_step` from what one feature prefetches to
+    what the next does.
+    """
 
     def __init__(self, builder: Any, rows: int, arguments: Any, words: bool) -> None:
         self.builder, self.rows, self.words = builder, rows, words
-        self.x, self.w, self.out, self.out_step, self.features, self.add = arguments
+        self.x, self.w, self.out, self.out_step, self.features, self.add, self.soon, self.soon_step = arguments
         self.fma = self._named(ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32")
 
     def emit(self) -> None:
@@ -65,7 +71,7 @@ class _Tile:
         """The sums with one feature more, or with the two of a word."""
         builder, per_step = self.builder, 2 if self.words else 1
         row_of_w = builder.gep(self.w, [builder.mul(at, _int(WIDTH))])
-        self._prefetch(row_of_w)
+        self._prefetch(builder.gep(self.soon, [builder.mul(at, self.soon_step)]))
         for feature in range(per_step):  # one after the other: vectors of both beside the sums are too many for AVX2
             panel = self._panel(row_of_w, feature)
             after = []
@@ -108,12 +114,13 @@ class _Tile:
             self.builder.insert_element(nothing, number, ir.Constant(_WORD, 0)), nothing, first
         )
 
-    def _prefetch(self, row_of_w: Any) -> None:
+    def _prefetch(self, numbers: Any) -> None:
+        """As many as a feature has in a panel."""
         byte = ir.IntType(8).as_pointer()
         fetch = self._named(ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD]), "llvm.prefetch.p0")
         for line in range(0, WIDTH, 16):
-            place = self.builder.gep(row_of_w, [_int(AHEAD * WIDTH + line)])
-            self.builder.call(fetch, [self.builder.bitcast(place, byte), *(ir.Constant(_WORD, n) for n in (0, 3, 1))])
+            place = self.builder.bitcast(self.builder.gep(numbers, [_int(line)]), byte)
+            self.builder.call(fetch, [place, *(ir.Constant(_WORD, n) for n in (0, 3, 1))])
 
     def _named(self, kind: Any, name: str) -> Any:
         """One of LLVM's intrinsic functions."""
@@ -138,18 +145,31 @@ def _pairs(sums: list[list[Any]], after: list[list[Any]]) -> list[tuple[Any, Any
     return [pair for before, now in zip(sums, after, strict=True) for pair in zip(before, now, strict=True)]
 
 
-def _tile(_: Any, rows: Any, x: Any, panels: Any, at: Any, out: Any, out_step: Any, features: Any, add: Any) -> Any:
+def _tile(
+    _: Any,
+    rows: Any,
+    x: Any,
+    panels: Any,
+    at: Any,
+    out: Any,
+    out_step: Any,
+    features: Any,
+    add: Any,
+    soon: Any,
+    soon_step: Any,
+) -> Any:
     """Out (rows, WIDTH) = or += x (features, rows).T @ the panels' numbers from number `at` on: (features, WIDTH).
 
-    x and out are addresses. Panels of words: `features` counts words.
+    x and out are addresses. Panels of words: `features` counts words. Each feature prefetches the panels' numbers from
+    number `soon` on, the next one `soon_step` later; they need not exist.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        n, x, panels, at, out, out_step, features, add = arguments
+        n, x, panels, at, out, out_step, features, add, soon, soon_step = arguments
         numbers = context.make_array(signature.args[2])(context, builder, panels).data
         from_x, to = (builder.inttoptr(place, _FLOAT.as_pointer()) for place in (x, out))
-        from_w = builder.gep(builder.bitcast(numbers, _FLOAT.as_pointer()), [at])
-        given = (from_x, from_w, to, out_step, features, add)
+        from_w, then = (builder.gep(builder.bitcast(numbers, _FLOAT.as_pointer()), [place]) for place in (at, soon))
+        given = (from_x, from_w, to, out_step, features, add, then, soon_step)
         words = signature.args[2].dtype == t.uint32
         done = builder.append_basic_block()
         switch = builder.switch(n, done)
@@ -162,7 +182,9 @@ def _tile(_: Any, rows: Any, x: Any, panels: Any, at: Any, out: Any, out_step: A
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return t.void(t.int64, t.uintp, panels, t.int64, t.uintp, t.int64, t.int64, t.boolean), generate
+    whole, address = t.int64, t.uintp
+    signature = t.void(whole, address, panels, whole, address, whole, whole, t.boolean, whole, whole)
+    return signature, generate
 
 
 tile: Any = intrinsic(_tile)

@@ -30,7 +30,7 @@ PLAIN_MUTANTS = (
     Mutant("the last block reads as far as a whole one", "blas.py", "min(block, n - start)", "block",
            "test_blas.py::test_the_product_is_the_sum_over_all_blocks"),
     # --- compiled kernels
-    Mutant("kernel: the last block of features alone", "kernels.py", "steps - k), k > 0)", "steps - k), False)",
+    Mutant("kernel: the last block of features alone", "kernels.py", "steps - k), k > 0,", "steps - k), False,",
            "test_kernels.py::test_a_product_is_as_near_to_float64_as_numpys"),
     Mutant("kernel: hidden keys keep their scores", "kernels.py", "    x[end:] = 0\n", "",
            "test_kernels.py::test_attention_and_its_pattern"),
