@@ -60,9 +60,10 @@ def is_rounded(x: Matrix) -> TypeGuard[Bfloat16]:
     return isinstance(x, np.ndarray) and x.dtype == np.uint32
 
 
-def halves(x: Bfloat16) -> tuple[Array, Array]:
-    """The even features and the odd ones: each (in / 2, out)."""
-    return (x << 16).view(np.float32), (x & 0xFFFF0000).view(np.float32)
+def halves(x: Bfloat16, even: Bfloat16 | None = None, odd: Bfloat16 | None = None) -> tuple[Array, Array]:
+    """The even features and the odd ones: each (in / 2, out), in the memory that is given or in new."""
+    lower, upper = np.left_shift(x, 16, out=even), np.bitwise_and(x, 0xFFFF0000, out=odd)
+    return lower.view(np.float32), upper.view(np.float32)
 
 
 def panelled(x: Matrix, width: int) -> Panels:
@@ -99,11 +100,10 @@ def widened(x: Matrix, features: int | None = None) -> Array:
     if isinstance(x, Panels):
         flat: Any = x.numbers.swapaxes(0, 1).reshape(len(x.numbers[0]), -1)
         return widened(np.ascontiguousarray(flat[:, : x.shape[1]]), features)
-    if x.dtype != np.uint32:
+    if not is_rounded(x):
         return x.view(np.float32)
     bits = np.empty((2 * len(x), *x.shape[1:]), np.uint32)
-    np.left_shift(x, 16, out=bits[::2])
-    np.bitwise_and(x, 0xFFFF0000, out=bits[1::2])
+    halves(x, bits[::2], bits[1::2])
     made = bits.view(np.float32)
     return made[:features] if features == len(made) - 1 else made
 
