@@ -53,6 +53,12 @@ def test_a_product_is_that_with_the_widened_numbers_also_of_an_odd_number_of_fea
     assert np.abs(made - x @ widened(pairs)[:n]).max() <= KERNEL * np.abs(made).max()
 
 
+@pytest.mark.parametrize("n", [ops.SUM_BLOCK - 2, ops.SUM_BLOCK + 1])
+def test_rows_that_are_wider_or_narrower_than_a_whole_block_are_refused(n: int) -> None:
+    with pytest.raises(ValueError, match="mismatch"):
+        ops.linear(np.ones((1, n), np.float32), to_bfloat16(np.ones((ops.SUM_BLOCK, 5), np.float32)))
+
+
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("prompt", ["a", PROMPT])
 def test_a_run_is_that_of_the_rounded_weights_in_float32(rounded: Model, prompt: str, kernels: bool) -> None:
