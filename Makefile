@@ -4,13 +4,14 @@ VENV := .venv
 ORACLE := .oracle
 ORACLE_GGUF := .oracle-gguf
 PEERS := .peers
+LLAMA := .llama
 BUNDLE := .bundle
 BIN := $(VENV)/bin
 NODES := tests/e2e/node_modules
 # Where torch comes from; elsewhere on Linux the plain index gives a CUDA build:
 #   make oracle TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-# How llama.cpp is built: for no particular processor, since one built natively crashed elsewhere.
+# How llama.cpp is built for comparisons of numbers: for no particular processor, since one built natively crashed elsewhere.
 LLAMA_CMAKE ?= -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8765
@@ -87,9 +88,15 @@ $(PEERS)/.ready: pyproject.toml
 	$(PEERS)/bin/python -m pip install --quiet --group peers
 	touch $@
 
-bench: $(VENV)/.ready $(PEERS)/.ready  ## time mechscope against its peers (an hour; needs a quiet machine)
+$(LLAMA)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(LLAMA)/bin/python -m pip install --quiet --group oracle-gguf
+	touch $@
+
+bench: $(VENV)/.ready $(PEERS)/.ready $(LLAMA)/.ready  ## time mechscope against its peers (an hour; needs a quiet machine)
 	PYTHONPATH=. $(BIN)/python bench/model.py bench/.model
-	PYTHONPATH=. $(BIN)/python bench/run.py --peers $(PEERS)/bin/python --model bench/.model $(BENCH_ARGS)
+	PYTHONPATH=. $(BIN)/python bench/run.py --peers $(PEERS)/bin/python --llama $(LLAMA)/bin/python --model bench/.model $(BENCH_ARGS)
 
 overhead: $(VENV)/.ready  ## time what hooks and the protocol add (minutes; needs a quiet machine)
 	MECHSCOPE_FAST=no PYTHONPATH=. $(BIN)/python bench/overhead.py
@@ -119,4 +126,4 @@ serve: $(VENV)/.ready  ## serve MCP over HTTP on localhost
 	$(BIN)/mechscope serve --http --port $(PORT)
 
 clean:  ## remove environments and caches
-	rm -rf $(NODES) $(VENV) $(ORACLE) $(ORACLE_GGUF) $(PEERS) $(BUNDLE) bench/.model dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(NODES) $(VENV) $(ORACLE) $(ORACLE_GGUF) $(PEERS) $(LLAMA) $(BUNDLE) bench/.model dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Time mechscope against its peers: `make bench`.
 
-Every contender runs in a process of its own with the same model files, ids and threads; they take turns piece by piece,
+Every contender runs in a process of its own with the same model, ids and threads; they take turns piece by piece,
 so that a change of the machine's speed meets all of them. Prompts differ from repetition to repetition. After each the
 contenders must have computed the same thing. The table is run several times; the worst ratio counts.
 
@@ -23,19 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from model import NAME
 from rich.console import Console
 from rich.progress import track
 
+from engine.catalog import fetch
+
 HERE = Path(__file__).resolve().parent
-OURS, FAST, BF16 = "mechscope", "with fast", "fast, weights bf16"
-MECHSCOPE = (OURS, FAST, BF16)
+OURS, FAST, BF16, PACKED = "mechscope", "with fast", "fast, weights bf16", "fast, weights packed"
+MECHSCOPE = (OURS, FAST, BF16, PACKED)
 CONTENDERS = {
     **dict.fromkeys(MECHSCOPE, "mechscope.py"),
     "transformers by hand": "by_hand.py",
     "TransformerLens": "transformer_lens_.py",
     "interp-engine": "interp_engine_.py",
     "nnsight": "nnsight_.py",
+    "llama.cpp": "llama_cpp_.py",
 }
+FROM_GGUF = (PACKED, "llama.cpp")
+"""Contenders that read the GGUF file, whose numbers the model's files have in float32."""
 PACKAGES = ("torch", "transformers", "transformer-lens", "interp-engine", "nnsight")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 VOCABULARY, START = 49_000, "start"
@@ -46,7 +52,7 @@ REST = 0.1
 @dataclass(frozen=True)
 class Row:
     """A piece of work. `against`: the peers that can do it; `at_most`: the ratio aimed at, with the fast extra, and
-    with weights in bfloat16 as well, which take part only where a ratio is aimed at.
+    with weights in bfloat16 or packed as well, which take part only where a ratio is aimed at.
     """
 
     name: str
@@ -54,19 +60,20 @@ class Row:
     tokens: int
     repeats: int
     against: tuple[str, ...]
-    at_most: float
+    at_most: float | None
     fast_at_most: float | None = None
     bf16_at_most: float | None = None
+    packed_at_most: float | None = None
     tolerance: float = 1e-3
 
     @property
     def limits(self) -> dict[str, float | None]:
         """{contender of ours that takes part: the ratio aimed at}."""
-        limits = {OURS: self.at_most, FAST: self.fast_at_most, BF16: self.bf16_at_most}
-        return {name: limit for name, limit in limits.items() if name != BF16 or limit is not None}
+        limits = {OURS: self.at_most, FAST: self.fast_at_most, BF16: self.bf16_at_most, PACKED: self.packed_at_most}
+        return {name: limit for name, limit in limits.items() if name in (OURS, FAST) or limit is not None}
 
 
-HAND, LENS, ENGINE, SIGHT = [name for name in CONTENDERS if name not in MECHSCOPE]
+HAND, LENS, ENGINE, SIGHT, LLAMA = [name for name in CONTENDERS if name not in MECHSCOPE]
 ALL = (HAND, LENS, ENGINE, SIGHT)
 ROWS = (
     Row("capture resid_post, 30 layers, 5 tokens", "capture", 5, 15, ALL, 1.0, 0.6),
@@ -85,7 +92,8 @@ ROWS = (
     Row("head patching 30 x 9, 16 tokens, documented helper", "heads", 16, 3, (LENS,), 0.08),
     Row("head patching 30 x 9, 16 tokens, batched by hand", "heads", 16, 3, (HAND,), 0.6),
     Row("KV scan, 30 layers, both ways, 16 tokens", "kv_scan", 16, 3, (HAND,), 0.2),
-    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, ALL, 0.65, None, 0.3),
+    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, ALL, 0.65, None, 0.3, 0.3),
+    Row("60 given tokens, one after the other, without hooks", "steps", 8, 9, (LLAMA,), None, None, None, 1.0, 0.1),
     Row("100 prompts x 20 tokens, last residuals of 30 layers", "batch", 20, 2, ALL, 0.5),
 )
 _PUBLIC = "import {0} as p; print([n for n in dir(p) if any(w in n.lower() for w in {1})])"
@@ -122,10 +130,12 @@ class Contender:
 
     @classmethod
     def start(cls, name: str, python: str, model: Path, threads: int, **env: str) -> "Contender":
+        read = fetch(NAME) if name in FROM_GGUF else model
+        weights = {BF16: ["bf16"], PACKED: ["packed"]}.get(name, [])
         counts = dict.fromkeys(THREADS, str(threads)) | {"MECHSCOPE_FAST": "no" if name == OURS else "yes"}
         paths = os.pathsep.join([str(HERE.parent), str(HERE / "contenders")])
         process = subprocess.Popen(
-            [python, str(HERE / "contenders" / CONTENDERS[name]), str(model), *(["bf16"] if name == BF16 else [])],
+            [python, str(HERE / "contenders" / CONTENDERS[name]), str(read), *weights],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=os.environ | counts | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"} | env,
         )  # fmt: skip
@@ -162,6 +172,8 @@ def request(row: Row, repetition: int, table: int) -> dict[str, Any]:
     asked: dict[str, Any] = {"work": row.work, "ids": ids, "corrupt": corrupt, "token": 260, "against": 281}
     if row.work == "batch":
         asked["prompts"] = rng.integers(0, VOCABULARY, (100, row.tokens)).tolist()
+    if row.work == "steps":
+        asked["next"] = rng.integers(0, VOCABULARY, 60).tolist()
     if row.work == "decode":
         asked["vector"] = (10 * rng.standard_normal(576) / 24).tolist()
     return asked
@@ -222,6 +234,7 @@ def first_start(model: Path, threads: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description="time mechscope against its peers")
     parser.add_argument("--peers", default=sys.executable, help="the Python that has the peers")
+    parser.add_argument("--llama", default="", help="the Python that has llama.cpp; without it its row is left out")
     parser.add_argument("--model", type=Path, required=True, help="directory of the model (bench/model.py)")
     parser.add_argument("--tables", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -231,7 +244,9 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     rows = [row for row in ROWS if not options.only or row.work in options.only.split(",")]
+    rows = [row for row in rows if options.llama or LLAMA not in row.against]
     python = {name: sys.executable if name in MECHSCOPE else options.peers for name in CONTENDERS}
+    python[LLAMA] = options.llama
     needed = {name for row in rows for name in (*row.limits, *row.against)}
     tables: list[dict[str, dict[str, list[float]]]] = []
     for table in range(options.tables if rows else 0):
@@ -287,6 +302,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "numpy": np.__version__,
         "mechscope": version("mechscope"),
         "peers": peers.strip(),
+        "llama-cpp-python": _printed(options.llama, "import llama_cpp; print(llama_cpp.__version__)"),
     }
 
 
@@ -301,7 +317,7 @@ def processor() -> str:
 def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], options: argparse.Namespace) -> str:
     """The table: medians of all runs, and the worst table's ratio to the best peer of the row."""
     lines = [f"| work | {' | '.join([*CONTENDERS, *(f'ratio: {who}' for who in MECHSCOPE)])} |"]
-    lines.append("|---" * (len(CONTENDERS) + 4) + "|")
+    lines.append("|---" * (1 + len(CONTENDERS) + len(MECHSCOPE)) + "|")
     for row in rows:
         medians = [{name: statistics.median(t) for name, t in table[row.name].items()} for table in tables]
         over_tables = {name: statistics.median(m[name] for m in medians) for name in medians[0]}
@@ -317,7 +333,8 @@ def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], 
     lines += ["", f"Milliseconds, medians; ratios to the best peer, in the worst of {len(tables)} tables, and in "
               "brackets the most they should be; what is more is bold. "
               f"{told['processor']} ({told['vectors']}), {told['cores']} cores, {told['threads']} threads. "
-              f"Python {told['python']}, numpy {told['numpy']}; peers {told['peers']}."]  # fmt: skip
+              f"Python {told['python']}, numpy {told['numpy']}; peers {told['peers']}, "
+              f"llama-cpp-python {told['llama-cpp-python']}."]  # fmt: skip
     lines += ["", "A dash, and what shows it (helpers found by the command, in the peers' Python):", ""]
     lines += [
         f"- {name}: {why}: `{shows}` prints {_printed(options.peers, shows)}" for name, (why, shows) in DASHES.items()
@@ -326,6 +343,8 @@ def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], 
 
 
 def _printed(python: str, command: str) -> str:
+    if not python:
+        return "none"
     ran = subprocess.run([python, "-c", command], capture_output=True, text=True)
     return (ran.stdout.splitlines() or ["nothing"])[-1]
 

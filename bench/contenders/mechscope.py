@@ -8,6 +8,7 @@ from _serve import Request, serve
 
 from engine import (
     POINTS,
+    KVCache,
     Metric,
     RecordHook,
     SteerHook,
@@ -71,6 +72,14 @@ def decode(model: Any, r: Request) -> list[float]:
     return list(made.ids)
 
 
+def steps(model: Any, r: Request) -> list[float]:
+    cache = KVCache.with_layers(30)
+    forward(model, r["ids"], cache=cache)
+    for token in r["next"]:
+        logits = forward(model, [token], cache=cache).logits
+    return logits[0, 0, :8].tolist()
+
+
 def batch(model: Any, r: Request) -> list[float]:
     rows = pooled_rows(model, r["prompts"], range(30), positions="last")
     return list(rows[29][:, 0])
@@ -85,6 +94,7 @@ WORKS = {
     "heads": heads,
     "kv_scan": kv_scan,
     "decode": decode,
+    "steps": steps,
     "batch": batch,
 }
 
