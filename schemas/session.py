@@ -14,7 +14,7 @@ class ModelCard(Result):
     family: str
     fingerprint: str = Field(description="sha256 of the weights")
     weights: str = Field(
-        description="dense (float32 in memory), scoped (as the file stores them, memory-mapped) or bf16"
+        description="dense (float32 in memory), packed (the file's blocks in memory), scoped (memory-mapped) or bf16"
     )
     conversion: str = Field(
         description="float32 weights kept for the next start: 'used', 'made' (this first start took longer), "
@@ -30,7 +30,7 @@ class ModelCard(Result):
     d_vocab: int
     n_ctx: int
     bytes_in_memory: int = Field(
-        description="of dense weights now, mapped conversions included; a file mapped by scoped weights is not counted"
+        description="of weights now, mapped conversions included; a file mapped by scoped weights is not counted"
     )
 
 

@@ -156,18 +156,19 @@ class DiskStore:
     # --- models -------------------------------------------------------------------------------------------
 
     def remember_model(
-        self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
+        self, name: str, source: str, weights: str, dense_layers: int | None, fingerprint: str, nbytes: int
     ) -> RememberedModel:
-        known = (json.dumps(source), dense_layers, fingerprint)
+        known = (json.dumps(source), weights, dense_layers, fingerprint)
         with self._index.writing() as db:
             row = db.execute(
-                "SELECT * FROM models WHERE source = ? AND dense_layers IS ? AND fingerprint = ?", known
+                "SELECT * FROM models WHERE source = ? AND weights = ? AND dense_layers IS ? AND fingerprint = ?", known
             ).fetchone()
             if row is not None:
                 return _model(row)
-            made = RememberedModel(mint("model", name), name, source, dense_layers, fingerprint, nbytes)
+            made = RememberedModel(mint("model", name), name, source, weights, dense_layers, fingerprint, nbytes)
             db.execute(
-                "INSERT INTO models (handle, name, source, dense_layers, fingerprint, bytes) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO models (handle, name, source, weights, dense_layers, fingerprint, bytes) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (made.handle, json.dumps(name), *known, nbytes),
             )
         return made
@@ -187,7 +188,8 @@ _USED = "SELECT (SELECT coalesce(sum(file_bytes), 0) FROM records) + (SELECT coa
 def _model(row: sqlite3.Row) -> RememberedModel:
     """Names and paths are kept as JSON: not every path is valid Unicode."""
     name, source = json.loads(row["name"]), json.loads(row["source"])
-    return RememberedModel(row["handle"], name, source, row["dense_layers"], row["fingerprint"], row["bytes"])
+    kept, budget = row["weights"], row["dense_layers"]
+    return RememberedModel(row["handle"], name, source, kept, budget, row["fingerprint"], row["bytes"])
 
 
 class OnDisk(Mapping[str, Array]):

@@ -54,6 +54,11 @@ MIGRATIONS = (
     INSERT INTO origin
         SELECT iif(EXISTS (SELECT 1 FROM records), 0, (julianday('now') - 2440587.5) * 86400);
     """,
+    """
+    ALTER TABLE models ADD COLUMN weights TEXT NOT NULL DEFAULT 'dense';
+    UPDATE models SET weights = 'scoped' WHERE dense_layers IS NOT NULL;
+    UPDATE models SET weights = 'bf16' WHERE fingerprint LIKE '%:bf16';
+    """,
 )
 """Each brings an index to the next version; `user_version` counts those that were applied."""
 

@@ -116,7 +116,7 @@ class Lab:
                 if same and (loaded := self._in_memory(slot)) is not None:
                     return loaded
             model = self._read(source, weights, dense_layers, tick, progress)
-            known = self.store.remember_model(model.name, source, keep, model.fingerprint, model.params.nbytes)
+            known = self.store.remember_model(model.name, source, weights, keep, model.fingerprint, model.params.nbytes)
             return self._placed(known, model)
 
     def model(self, reference: str | None, tick: Tick | None = None, progress: Progress | None = None) -> LoadedModel:
@@ -200,7 +200,7 @@ class Lab:
         others = f", of which models that are working now hold {held}: try again later" if busy else ""
         return ModelError(
             f"{name} takes {takes} of memory, but models may take {may}{others}; load it with "
-            'weights="scoped", choose a smaller one, or start the server with a larger --model-budget'
+            'weights="packed" (.gguf) or "scoped", choose a smaller one, or start with a larger --model-budget'
         )
 
     # --- finding ------------------------------------------------------------------------------------------

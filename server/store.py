@@ -16,13 +16,12 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from pydantic import ByteSize
 
 from engine.errors import clipped
-from engine.network import ROUNDED
 from engine.ops import Array
 
 KINDS = ("act", "vec", "kv", "run")
@@ -92,17 +91,12 @@ class RememberedModel:
     handle: str
     name: str
     source: str
+    weights: str
+    """How they are kept, as `load_model` has it."""
     dense_layers: int | None
     """The budget of scoped weights; None for others."""
     fingerprint: str
     nbytes: int
-
-    @property
-    def weights(self) -> str:
-        """As `load_model` has them."""
-        if self.dense_layers is not None:
-            return "scoped"
-        return "bf16" if self.fingerprint.endswith(ROUNDED) else "dense"
 
 
 class SessionStore(Protocol):
@@ -143,7 +137,7 @@ class SessionStore(Protocol):
         ...
 
     def remember_model(
-        self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
+        self, name: str, source: str, weights: str, dense_layers: int | None, fingerprint: str, nbytes: int
     ) -> RememberedModel:
         """A model with its handle: the one it got before, or a new one for other weights."""
         ...
@@ -230,9 +224,9 @@ class MemoryStore:
             return [run for run in self._runs.values() if run.owner == owner]
 
     def remember_model(
-        self, name: str, source: str, dense_layers: int | None, fingerprint: str, nbytes: int
+        self, name: str, source: str, weights: str, dense_layers: int | None, fingerprint: str, nbytes: int
     ) -> RememberedModel:
-        made = RememberedModel(mint("model", name), name, source, dense_layers, fingerprint, nbytes)
+        made = RememberedModel(mint("model", name), name, source, weights, dense_layers, fingerprint, nbytes)
         with self._lock:
             known = next((model for model in self._models.values() if is_same(model, made)), made)
             self._models[known.handle] = known
@@ -269,7 +263,7 @@ def no_room(wanted: int, used: int, budget: int, own: Sequence[Record]) -> OutOf
 
 def is_same(one: RememberedModel, other: RememberedModel) -> bool:
     """Whether two are the same weights from the same place, kept in the same way."""
-    return (one.source, one.dense_layers, one.fingerprint) == (other.source, other.dense_layers, other.fingerprint)
+    return replace(one, handle=other.handle, name=other.name, nbytes=other.nbytes) == other
 
 
 def nbytes(tensors: Mapping[str, Array]) -> int:

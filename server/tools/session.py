@@ -25,16 +25,14 @@ def load_model(
         str, Field(description="smollm2-135m-instruct, synthetic, a directory, a .gguf file, or a hub id (owner/name)")
     ] = "smollm2-135m-instruct",
     weights: Annotated[
-        Literal["dense", "scoped", "bf16"],
-        Field(description="scoped: less memory, slower; bf16: half, rounded"),
+        Literal["dense", "scoped", "packed", "bf16"],
+        Field(description="packed: .gguf only, least memory; scoped: slow; bf16: half, rounded"),
     ] = "dense",
-    dense_layers: Annotated[
-        int | None, Field(ge=1, description="scoped: how many layers stay dense; default 1")
-    ] = None,
+    dense_layers: Annotated[int | None, Field(ge=1, description="scoped: layers that stay dense; default 1")] = None,
 ) -> ModelInfo:
-    """Load a model once and return its handle, shape and memory. Call this first; later calls return at once.
+    """Load a model; returns its handle, shape and memory. Call this first; later calls return at once.
 
-    Then: tokenize a prompt, or go straight to logit_lens.
+    Then: tokenize, or go straight to logit_lens.
     """
     started = time.perf_counter()
     loaded = call.lab.load(model, weights, call.tick, call.progress, dense_layers)

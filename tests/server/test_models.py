@@ -134,6 +134,16 @@ def test_scoped_weights_come_back_scoped_with_their_budget(paths: list[str], siz
         assert (again.weights, again.params.keep) == ("scoped", layers or 1)
 
 
+def test_packed_weights_come_back_packed(paths: list[str], tmp_path: Path) -> None:
+    blocks = str(tiny_files.gguf_file(tmp_path / "blocks.gguf"))
+    lab = Lab(model_budget=load_model(blocks).params.nbytes)
+    packed, dense = (lab.load(blocks, weights).handle for weights in ("packed", "dense"))
+    assert packed != dense
+    for handle, weights in ((packed, "packed"), (dense, "dense"), (packed, "packed")):
+        lab.load(paths[0], "dense")
+        assert lab.model(handle).model.weights == weights
+
+
 def test_another_process_of_the_workspace_knows_the_handle_and_the_name(paths: list[str], loads: list[str]) -> None:
     store = MemoryStore()
     handle = Lab(store).load(paths[0], "dense").handle

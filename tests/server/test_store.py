@@ -59,14 +59,15 @@ def test_a_budget_that_is_used_up_is_an_error_that_names_what_to_release(store: 
 
 
 def test_a_model_keeps_its_handle_until_its_weights_change(store: SessionStore) -> None:
-    first = store.remember_model("tiny", "/m/tiny", None, "f0", 10)
-    strange = store.remember_model("\udcff", "/m/\udcff", None, "f0", 10)
+    first = store.remember_model("tiny", "/m/tiny", "dense", None, "f0", 10)
+    strange = store.remember_model("\udcff", "/m/\udcff", "dense", None, "f0", 10)
     assert store.models() == [first, strange]
     assert first.handle.startswith("model:tiny-")
-    assert store.remember_model("tiny", "/m/tiny", None, "f0", 10) == first
-    others = [store.remember_model("tiny", "/m/tiny", *other, 10) for other in ((1, "f0"), (None, "f1"))]
+    assert store.remember_model("tiny", "/m/tiny", "dense", None, "f0", 10) == first
+    otherwise = (("scoped", 1, "f0"), ("packed", None, "f0"), ("dense", None, "f1"))
+    others = [store.remember_model("tiny", "/m/tiny", *other, 10) for other in otherwise]
     assert store.models() == [first, strange, *others]
-    assert len({model.handle for model in store.models()}) == 4
+    assert len({model.handle for model in store.models()}) == 5
 
 
 def test_to_another_principal_a_handle_does_not_exist(store: SessionStore) -> None:

@@ -1,5 +1,6 @@
 """The workspace folder: who may use it when, and `mechscope doctor --repair`."""
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -130,6 +131,27 @@ def test_an_older_index_is_brought_up_to_date(tmp_path: Path, monkeypatch) -> No
     connection = sqlite3.connect(tmp_path / "index.sqlite")
     assert "note" in {row[1] for row in connection.execute("PRAGMA table_info(records)")}
     connection.close()
+
+
+def test_an_index_that_did_not_say_how_weights_were_kept_learns_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(index, "MIGRATIONS", index.MIGRATIONS[:2])
+    stored(tmp_path)
+    connection = sqlite3.connect(tmp_path / "index.sqlite")
+    for name, layers, fingerprint in (("a", None, "f"), ("b", 2, "f"), ("c", None, "f:bf16")):
+        connection.execute(
+            "INSERT INTO models (handle, name, source, dense_layers, fingerprint, bytes) VALUES (?, ?, ?, ?, ?, 1)",
+            (f"model:{name}", json.dumps(name), json.dumps(f"/{name}"), layers, fingerprint),
+        )
+    connection.commit()
+    connection.close()
+    monkeypatch.undo()
+    store = open_store(tmp_path, *BUDGETS)
+    assert [(model.source, model.weights) for model in store.models()] == [
+        ("/a", "dense"),
+        ("/b", "scoped"),
+        ("/c", "bf16"),
+    ]
+    store.close()
 
 
 def test_nobody_else_may_read_a_workspace(tmp_path: Path) -> None:
