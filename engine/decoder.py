@@ -16,6 +16,7 @@ from engine.config import Config, Rope
 from engine.edits import resolve_positions
 from engine.errors import InputError, LayerError, PositionError
 from engine.hooks import LayerHook, Listeners
+from engine.matrices import rows_of
 from engine.network import Network, Tokens
 from engine.ops import (
     Array,
@@ -129,7 +130,7 @@ def forward(
 
 def embed(model: Network, ids: IntArray) -> Array:
     """W_E rows of (b, s) ids, times the embedding scale."""
-    x: Array = model.params.embed[ids]  # (b, s, d)
+    x: Array = rows_of(model.params.ends.embed, ids)  # (b, s, d)
     return x * np.float32(model.config.embed_scale) if model.config.embed_scale != 1 else x
 
 
@@ -218,10 +219,10 @@ def unembed(model: Network, x: Array, only: Sequence[int] | None = None) -> Arra
 
     `only` names the tokens whose logits are wanted: (..., len(only)) then.
     """
-    chosen = slice(None) if only is None else list(only)
-    logits = inner(x, model.params.unembed[chosen])
-    if model.params.unembed_bias is not None:
-        logits += model.params.unembed_bias[chosen]
+    ends = model.params.ends
+    logits = inner(x, ends.unembed if only is None else rows_of(ends.unembed, np.array(only, np.int64)))
+    if ends.unembed_bias is not None:
+        logits += ends.unembed_bias[slice(None) if only is None else list(only)]
     if model.config.logit_scale != 1:
         logits *= np.float32(model.config.logit_scale)
     return softcap(logits, model.config.final_softcap)

@@ -2,8 +2,8 @@
 
 `GgufFile.open` maps the file and parses its header; every count and offset is checked against the bytes
 that are really there before anything is allocated. `GgufFile.dense` dequantises one tensor with the `gguf`
-library, a stretch of blocks at a time. The library's own reader is not used: it follows any count a damaged header
-declares.
+library, a stretch of blocks at a time; `GgufFile.steps` gives the scales and minima of its blocks. The library's own
+reader is not used: it follows any count a damaged header declares.
 """
 
 import math
@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from engine import gguf_blocks
 from engine.errors import DamagedFile, clipped
-from engine.ops import Array
+from engine.levels import GROUP
+from engine.matrices import Array
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -131,13 +133,9 @@ class GgufFile:
 
         Raises `DamagedFile` for a type that the library cannot dequantise.
         """
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
-        tensor = self.tensors[name]
-        kind = GGMLQuantizationType(tensor.quantisation)
-        block, size = GGML_QUANT_SIZES[kind]
-        raw = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset).reshape(-1, size)  # (blocks, bytes)
+        kind, block, raw = self._blocks(name)
         dense = np.empty((len(raw), block), np.float32)
         step = _STRETCH // block
         try:
@@ -149,7 +147,30 @@ class GgufFile:
                 f"{self.path.name}: {clipped(name)} is stored as {kind.name}, which cannot be read"
             ) from None
         self._forget()
-        return dense.reshape(tensor.shape)
+        return dense.reshape(self.tensors[name].shape)
+
+    def steps(self, name: str) -> tuple[Array, Array]:
+        """Scales and minima of a matrix's blocks, each (out, in / GROUP): see `gguf_blocks`.
+
+        Zeros for vectors and for types that do not have them: no number but zero is made of those.
+        """
+        kind, block, raw = self._blocks(name)
+        *rows, features = self.tensors[name].shape
+        if not rows or kind.name not in gguf_blocks.KINDS:
+            nothing = np.zeros((*rows, features // GROUP if rows else features), np.float32)
+            return nothing, nothing
+        scales, minima = gguf_blocks.steps(raw, kind.name, block)
+        self._forget()
+        return scales.reshape(*rows, -1), minima.reshape(*rows, -1)
+
+    def _blocks(self, name: str) -> tuple[Any, int, gguf_blocks.Bytes]:
+        """The type of a tensor's blocks, the weights of one, and their (blocks, bytes)."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        tensor = self.tensors[name]
+        kind = GGMLQuantizationType(tensor.quantisation)
+        block, size = GGML_QUANT_SIZES[kind]
+        return kind, block, np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset).reshape(-1, size)
 
     def _forget(self) -> None:
         """Take the file's pages out of this process; they stay in the system's cache.

@@ -27,9 +27,9 @@ from numba import types as t
 from numba.extending import intrinsic
 
 from engine.blas import AS_IT_IS, ROW_MAJOR, TRANSPOSED, library, rows_in_order
-from engine.matrices import Array, IntArray, Matrix, Panels
+from engine.matrices import Array, IntArray, Matrix, Packed, Panels
 from engine.ops import ERF_EVEN, ERF_ODD
-from engine.tile import AHEAD, ROWS, WIDTH, tile
+from engine.tile import AHEAD, FEATURES, ROWS, WIDTH, tile
 
 TOGETHER = 16 * ROWS
 """Rows that pass all panels before the next do: they stay in the L2 cache meanwhile."""
@@ -169,14 +169,19 @@ def _lay_out(x: Any, out: Any) -> None:
             laid[j * rows] = numbers[j]
 
 
-_panels = [t.void(seen, vector, t.Array(kind, 3, "C", readonly=True), matrix, i64) for kind in (f32, t.uint32)]
+_FEATURES = {np.dtype(str(kind)): features for kind, features in FEATURES.items()}
+_NONE = np.empty((0, 0, 0), np.float32)
+_in_panels = {kind: t.Array(kind, 3, "C", readonly=True) for kind in FEATURES}
+_steps = _in_panels[f32]
+_products = [t.void(seen, vector, panels, _steps, _steps, i64, matrix, i64) for panels in _in_panels.values()]
 
 
-@_compiled(_panels, _STRICT)  # type: ignore[untyped-decorator]
-def _product(x: Any, laid: Any, panels: Any, out: Any, block: Any) -> None:
-    """Out = x @ w: each thread has some panels, and sums up `block` of their rows, features or words, at a time.
+@_compiled(_products, _STRICT)  # type: ignore[untyped-decorator]
+def _product(x: Any, laid: Any, panels: Any, scales: Any, minima: Any, group: Any, out: Any, block: Any) -> None:
+    """Out = x @ w: each thread has some panels, and sums up `block` of their rows at a time.
 
-    `laid` is room for x: ROWS of its rows feature by feature, then the next ROWS.
+    `laid` is room for x: ROWS of its rows feature by feature, then the next ROWS. Of levels, 2 ** `group` rows of a
+    panel share a scale and a minimum; of other numbers `scales` and `minima` are not read.
     """
     (rows, n), width = x.shape, out.shape[1]
     steps = panels.shape[1]
@@ -195,11 +200,14 @@ def _product(x: Any, laid: Any, panels: Any, out: Any, block: Any) -> None:
         for panel in prange(len(panels)):
             for k in range(0, steps, block):
                 w = (panel * steps + k) * WIDTH
-                soon = w + (AHEAD if tiles == 1 else block) * WIDTH
+                soon = w + (AHEAD * 4 // panels.itemsize if tiles == 1 else block) * WIDTH
                 for row in range(first, last, ROWS):
                     count = min(ROWS, last - row)
                     x_at, at = from_x + 4 * (row * n + features * k * count), to + 4 * (row * width + panel * WIDTH)
-                    tile(count, x_at, panels, w, at, width, min(block, steps - k), k > 0, soon, soon_step)
+                    tile(
+                        count, x_at, panels, w, at, width, min(block, steps - k), k > 0, soon, soon_step,
+                        scales, minima, (panel * scales.shape[1] << group) + k, group,
+                    )  # fmt: skip
                     soon += soon_step * block
 
 
@@ -210,7 +218,11 @@ def product(x: Array, w: Matrix, block: int) -> Array | None:
     if not x.flags.c_contiguous or not w.shape[0]:
         return None
     if isinstance(w, Panels):
-        return _by_panels(x, w, block)
+        return _by_panels(x, w, _NONE, _NONE, 2, block)
+    if isinstance(w, Packed):
+        if not (isinstance(w.levels, Panels) and isinstance(w.scales, Panels) and isinstance(w.minima, Panels)):
+            return None
+        return _by_panels(x, w.levels, w.scales.numbers, w.minima.numbers, w.group, block)
     if _by_library is None or w.dtype == np.uint32 or not w.flags.c_contiguous or x.shape[1] != len(w):
         return None
     out = np.empty((len(x), w.shape[1]), np.float32)
@@ -219,15 +231,16 @@ def product(x: Array, w: Matrix, block: int) -> Array | None:
     return out
 
 
-def _by_panels(x: Array, w: Panels, block: int) -> Array | None:
-    features = 2 if w.numbers.dtype == np.uint32 else 1
+def _by_panels(x: Array, w: Panels, scales: Array, minima: Array, group: int, block: int) -> Array | None:
+    features = _FEATURES[w.numbers.dtype]
     if w.numbers.shape[2] != WIDTH or -(-x.shape[1] // features) != w.shape[0]:
         return None
     if x.shape[1] % features:
         x = np.pad(x, ((0, 0), (0, 1)))  # a word's second feature is read, too, though it is zero
     out = np.empty((len(x), WIDTH * len(w.numbers)), np.float32)
+    rows = (group // features).bit_length() - 1
     with _ONE_AT_A_TIME:
-        _product(x, np.empty(x.size, np.float32), w.numbers, out, block // features)
+        _product(x, np.empty(x.size, np.float32), w.numbers, scales, minima, rows, out, block // features)
     return out if out.shape[1] == w.shape[1] else np.ascontiguousarray(out[:, : w.shape[1]])
 
 

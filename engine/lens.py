@@ -16,6 +16,7 @@ import numpy as np
 from engine.decoder import norm, unembed
 from engine.distribution import softmax_of, top_k
 from engine.errors import VectorError
+from engine.matrices import rows_of, stretches
 from engine.network import Network
 from engine.ops import Array, inner, softmax
 
@@ -69,7 +70,7 @@ def _most_probable(model: Network, rows: Array, k: int) -> list[Ranked]:
 
 def project_through_unembed(model: Network, vec: Array, k: int = 10) -> Ranked | list[Ranked]:
     """The k largest entries of W_U @ vec as (token id, logit)."""
-    return _ranked(inner(model.check_vector(vec), model.params.unembed), k)
+    return _ranked(inner(model.check_vector(vec), model.params.ends.unembed), k)
 
 
 def embedding_neighbors(model: Network, query: Array, k: int = 10) -> Ranked | list[Ranked]:
@@ -78,14 +79,14 @@ def embedding_neighbors(model: Network, query: Array, k: int = 10) -> Ranked | l
     length = np.linalg.norm(vector, axis=-1, keepdims=True)
     if not length.all():
         raise VectorError("a zero vector has no direction, so it has no neighbours")
-    rows = model.params.embed
-    lengths = np.sqrt(np.einsum("vd,vd->v", rows, rows))
-    return _ranked(inner(vector / length, rows) / np.maximum(lengths, np.finfo(np.float32).tiny), k)
+    embed = model.params.ends.embed
+    lengths = np.concatenate([np.sqrt(np.vecdot(rows, rows)) for rows in stretches(embed)])
+    return _ranked(inner(vector / length, embed) / np.maximum(lengths, np.finfo(np.float32).tiny), k)
 
 
 def embedding_row(model: Network, token_id: int) -> Array:
     """W_E[token]: (d_model,), a copy."""
-    row: Array = model.params.embed[model.check_token(token_id)].copy()
+    row: Array = rows_of(model.params.ends.embed, np.array([model.check_token(token_id)]))[0]
     return row
 
 
@@ -96,7 +97,7 @@ def embedding_row_scaled(model: Network, token_id: int) -> Array:
 
 def unembedding_row(model: Network, token_id: int) -> Array:
     """W_U's row of a token: (d_model,), a copy."""
-    row: Array = model.params.unembed[model.check_token(token_id)].copy()
+    row: Array = rows_of(model.params.ends.unembed, np.array([model.check_token(token_id)]))[0]
     return row
 
 

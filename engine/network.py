@@ -35,9 +35,9 @@ def check_numbers(vector: Array, what: str = "the vector") -> None:
 @dataclass(frozen=True, eq=False)
 class Network:
     """A loaded model. `fingerprint` is the sha256 of its weights; `weights` says how they are kept: "dense", "scoped",
-    or rounded as "bf16"; `synthetic` is True for random or hand-written weights. `conversion` says how a dense model
-    came by its weights (see `converted.py`): "used" a conversion, "made" one for the next start, "not kept: " and
-    why, or "none".
+    "packed", or rounded as "bf16"; `synthetic` is True for random or hand-written weights. `conversion` says how a
+    dense model came by its weights (see `converted.py`): "used" a conversion, "made" one for the next start,
+    "not kept: " and why, or "none".
     """
 
     name: str

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from engine import fast
 from engine.blas import WORTH_A_CALL, product
+from engine.matrices import TOGETHER, Bfloat16, Matrix, Packed, Table, columns, halves, is_rounded, widened
 from engine.matrices import Array as Array
-from engine.matrices import Bfloat16, Matrix, halves, is_rounded, widened
 from engine.matrices import IntArray as IntArray
 from engine.split import by_parts
 
@@ -44,6 +44,8 @@ def linear(x: Array, weight: Matrix, bias: Array | None = None) -> Array:
     made: Array | None = None if kernels is None else kernels.product(flat, weight, SUM_BLOCK)
     if made is None and len(flat) <= ROWS_BY_HALVES and is_rounded(weight):
         made = _product_by_halves(flat, weight)
+    if made is None and isinstance(weight, Packed):
+        made = _product_by_columns(flat, weight)
     if made is None:
         made = _product(flat, widened(weight, x.shape[-1]))
     out = made.reshape(*x.shape[:-1], weight.shape[1])
@@ -52,8 +54,10 @@ def linear(x: Array, weight: Matrix, bias: Array | None = None) -> Array:
     return out
 
 
-def inner(x: Array, weight: Array) -> Array:
+def inner(x: Array, weight: Table) -> Array:
     """`x @ weight.T`: (..., in) with (out, in) -> (..., out)."""
+    if isinstance(weight, Packed):
+        return linear(x, weight)
     flat = x.reshape(-1, x.shape[-1])
     kernels = fast.kernels()
     made: Array | None = None if kernels is None else kernels.inner(flat, weight)
@@ -65,12 +69,12 @@ def inner(x: Array, weight: Array) -> Array:
 
 def _product(x: Array, weight: Array) -> Array:
     """(rows, in) @ (in, out), summed up in blocks."""
-    (rows, n), columns = x.shape, weight.shape[1]
-    if (rows == 1 or rows * columns < WORTH_A_CALL) and (parts := _equal_parts(len(weight))) is not None:
-        blocks: Array = x.reshape(rows, parts, n // parts).swapaxes(0, 1) @ weight.reshape(parts, -1, columns)
+    (rows, n), width = x.shape, weight.shape[1]
+    if (rows == 1 or rows * width < WORTH_A_CALL) and (parts := _equal_parts(len(weight))) is not None:
+        blocks: Array = x.reshape(rows, parts, n // parts).swapaxes(0, 1) @ weight.reshape(parts, -1, width)
         sums: Array = np.add.reduce(blocks)
         return sums
-    out = np.empty((rows, columns), np.float32)
+    out = np.empty((rows, width), np.float32)
     by_parts(lambda part: product(x[part], weight, SUM_BLOCK, out[part]), len(x))
     return out
 
@@ -89,6 +93,13 @@ def _product_by_halves(x: Array, words: Bfloat16) -> Array | None:
         out += even @ lower
         out += odd @ upper[: odd.shape[1]]
     return out
+
+
+def _product_by_columns(x: Array, weight: Packed) -> Array:
+    """(rows, in) @ a packed (in, out), so many columns at a time that what is widened stays small."""
+    starts = range(0, max(weight.shape[1], 1), TOGETHER)
+    parts = [_product(x, widened(columns(weight, slice(start, start + TOGETHER)))) for start in starts]
+    return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 @cache

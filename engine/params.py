@@ -1,9 +1,9 @@
 """The weights as the decoder reads them: `Linear`, `Joined`, `Norm`, one `LayerParams` per layer, and `Params`.
 
 An absent part is None and means the identity (a norm) or nothing to add (a bias). `Params.layer(i)` gives a
-layer's dense weights: kept in memory (`dense`), or made from the file when the layer runs (`scoped`), where a budget
-says how many layers stay dense. `in_bfloat16` rounds their matrices. What lies outside the layers (embedding,
-unembedding) is dense in all.
+layer's weights: kept in memory, or made from the file when the layer runs (`scoped`), where a budget says how many
+layers stay. `in_bfloat16` rounds their matrices; `packed_by` keeps them in the blocks of their file, and what lies
+outside the layers (embedding, unembedding), which is dense otherwise.
 """
 
 from collections import OrderedDict
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.matrices import Array, Bfloat16, Matrix, columns, panelled, rounded, widened
+from engine.matrices import Array, Bfloat16, Matrix, Packed, Table, columns, packed, panelled, rounded, rows_of, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,18 @@ class LayerParams:
                 parts[name] = replace(part, weight=change(part.weight))
         return LayerParams(**parts)
 
+    def packed_by(self, scales: "LayerParams", minima: "LayerParams") -> "LayerParams":
+        """The same with each matrix packed by the scales and minima that stand in its place in the others; as it is
+        where these do not give its numbers again.
+        """
+        parts: dict[str, Any] = {}
+        for at in fields(self):
+            kept, by, offset = (getattr(params, at.name) for params in (self, scales, minima))
+            if isinstance(kept, Linear):
+                dense = widened(kept.weight)
+                parts[at.name] = replace(kept, weight=packed(dense, by.weight, offset.weight) or dense)
+        return replace(self, **parts)
+
     def arrays(self) -> Iterator[tuple[str, Array | Bfloat16]]:
         """(name, array) of every weight by itself: views, of panels copies."""
         return ((name, columns(array, slice(None))) for name, array in self._named(SINGLE))
@@ -148,31 +160,56 @@ class LayerParams:
 class Ends(NamedTuple):
     """What lies before the first layer and after the last.
 
-    embed: W_E (d_vocab, d_model). unembed: W_U stored (d_vocab, d_model), the same array as `embed` when tied.
+    embed: W_E (d_vocab, d_model). unembed: W_U stored (d_vocab, d_model), the same as `embed` when tied.
     positions: learned position embeddings (n_ctx, d_model). unembed_bias: (d_vocab,).
     """
 
-    embed: Array
-    unembed: Array
+    embed: Table
+    unembed: Table
     final_norm: Norm | None
     positions: Array | None = None
     unembed_bias: Array | None = None
+
+    def with_tables(self, change: Callable[[Table], Table]) -> "Ends":
+        """The same with embedding and unembedding kept otherwise."""
+        embed = change(self.embed)
+        return self._replace(embed=embed, unembed=embed if self.unembed is self.embed else change(self.unembed))
+
+    def packed_by(self, scales: "Ends", minima: "Ends") -> "Ends":
+        """As `LayerParams.packed_by`."""
+
+        def made(table: Table, by: Table, offset: Table) -> Table:
+            return packed(rows_of(table).T, rows_of(by).T, rows_of(offset).T) or table
+
+        embed = made(self.embed, scales.embed, minima.embed)
+        tied = self.unembed is self.embed
+        return self._replace(embed=embed, unembed=embed if tied else made(self.unembed, scales.unembed, minima.unembed))
 
 
 class Params:
     """All the weights of a model: the fields of `Ends`, and the layers."""
 
     def __init__(self, ends: Ends, load_layer: Callable[[int], LayerParams], keep: int) -> None:
-        """At most `keep` layers are dense in memory, pinned ones aside; the least recently used go first."""
+        """At most `keep` layers are held in memory, pinned ones aside; the least recently used go first."""
         self.ends = ends
-        self.embed, self.unembed, self.final_norm, self.positions, self.unembed_bias = ends
+        self.final_norm, self.positions, self.unembed_bias = ends.final_norm, ends.positions, ends.unembed_bias
         self._load_layer = load_layer
         self.keep = keep
         self._dense: OrderedDict[int, LayerParams] = OrderedDict()
         self._pinned: dict[int, LayerParams] = {}
 
+    @property
+    def embed(self) -> Array:
+        """W_E (d_vocab, d_model), a copy if it is packed."""
+        return rows_of(self.ends.embed)
+
+    @property
+    def unembed(self) -> Array:
+        """W_U stored (d_vocab, d_model), the same array as `embed` when tied, a copy if it is packed."""
+        return rows_of(self.ends.unembed)
+
     def layer(self, index: int) -> LayerParams:
-        """The dense weights of one layer."""
+        """The weights of one layer."""
         if index in self._pinned:
             return self._pinned[index]
         if index in self._dense:
@@ -186,7 +223,7 @@ class Params:
         return params
 
     def take(self, index: int) -> LayerParams:
-        """The dense weights of one layer, which are not kept here any longer."""
+        """The weights of one layer, which are not kept here any longer."""
         return self._dense.pop(index, None) or self._load_layer(index)
 
     @contextmanager
@@ -202,10 +239,11 @@ class Params:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of dense weights in memory now."""
+        """Bytes of weights in memory now."""
         layers = {**self._dense, **self._pinned}.values()
         total = sum(array.nbytes for layer in layers for _, array in layer.stored())
-        total += self.embed.nbytes + (0 if self.unembed is self.embed else self.unembed.nbytes)
+        embed, unembed = self.ends.embed, self.ends.unembed
+        total += embed.nbytes + (0 if unembed is embed else unembed.nbytes)
         norm = () if self.final_norm is None else (self.final_norm.weight, self.final_norm.bias)
         total += sum(part.nbytes for part in (self.positions, self.unembed_bias, *norm) if part is not None)
         return int(total)
@@ -218,19 +256,20 @@ class Params:
 
 def in_bfloat16(params: Params, n_layers: int, told: Callable[[int], None] = lambda index: None) -> Params:
     """The same with the layers' matrices rounded to bfloat16: half the memory. What lies outside the layers stays."""
-    return _kept_otherwise(params, n_layers, lambda weight: rounded(widened(weight)), told)
+    return _kept_otherwise(params, params.ends, n_layers, lambda weight: rounded(widened(weight)), told)
 
 
 def in_panels(params: Params, n_layers: int, width: int, told: Callable[[int], None] = lambda index: None) -> Params:
-    """The same with the layers' matrices in panels of `width` columns, for compiled products."""
-    return _kept_otherwise(params, n_layers, lambda weight: panelled(weight, width), told)
+    """The same with the layers' matrices, and tables that are packed, in panels of `width` columns: for kernels."""
+    ends = params.ends.with_tables(lambda table: panelled(table, width) if isinstance(table, Packed) else table)
+    return _kept_otherwise(params, ends, n_layers, lambda weight: panelled(weight, width), told)
 
 
 def _kept_otherwise(
-    params: Params, n_layers: int, change: Callable[[Matrix], Matrix], told: Callable[[int], None]
+    params: Params, ends: Ends, n_layers: int, change: Callable[[Matrix], Matrix], told: Callable[[int], None]
 ) -> Params:
     """All layers with their matrices changed, taken from `params` one by one; `told` of each before."""
-    made = Params(params.ends, lambda index: params.take(index).with_matrices(change), n_layers)
+    made = Params(ends, lambda index: params.take(index).with_matrices(change), n_layers)
     for index in range(n_layers):
         told(index)
         made.layer(index)

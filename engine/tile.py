@@ -31,8 +31,11 @@ AHEAD = 32
 4 KiB.
 """
 
-_FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-_VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
+FEATURES = {t.float32: 1, t.uint32: 2, t.int8: 1, t.uint8: 2}
+"""Of a column in a number of a panel: float32, words of bfloat16, levels, and halves of bytes."""
+
+_FLOAT, _INT, _WORD, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
+_VECTOR, _WORDS, _BYTES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _WORD, _BYTE))
 
 
 class _Tile:
@@ -42,13 +45,14 @@ class _Tile:
     what the next does.
     """
 
-    def __init__(self, builder: Any, rows: int, arguments: Any, words: bool) -> None:
-        self.builder, self.rows, self.words = builder, rows, words
-        self.x, self.w, self.out, self.out_step, self.features, self.add, self.soon, self.soon_step = arguments
+    def __init__(self, builder: Any, rows: int, arguments: Any, kind: Any) -> None:
+        self.builder, self.rows, self.kind = builder, rows, kind
+        self.x, self.w, self.out, self.out_step, self.steps, self.add, self.soon, self.soon_step, *packed = arguments
+        self.scales, self.minima, self.first, self.group = packed
         self.fma = self._named(ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32")
 
     def emit(self) -> None:
-        """Sum up over the features, then write the sums or add them to what is there."""
+        """Sum up over the panel's rows, then write the sums or add them to what is there."""
         builder, start = self.builder, self.builder.block
         loop, end = builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
@@ -59,7 +63,7 @@ class _Tile:
         for phi, first, later in [(at, _int(0), step), *((y, _zeros(), z) for y, z in _pairs(sums, after))]:
             phi.add_incoming(first, start)
             phi.add_incoming(later, loop)
-        builder.cbranch(builder.icmp_signed("<", step, self.features), loop, end)
+        builder.cbranch(builder.icmp_signed("<", step, self.steps), loop, end)
         builder.position_at_end(end)
         with builder.if_else(self.add) as (adding, writing):
             with adding:
@@ -68,12 +72,12 @@ class _Tile:
                 self._store(after, add=False)
 
     def _step(self, at: Any, sums: list[list[Any]]) -> list[list[Any]]:
-        """The sums with one feature more, or with the two of a word."""
-        builder, per_step = self.builder, 2 if self.words else 1
+        """The sums with one row of the panel more: a feature, or two that share its numbers."""
+        builder, per_step = self.builder, FEATURES[self.kind]
         row_of_w = builder.gep(self.w, [builder.mul(at, _int(WIDTH))])
         self._prefetch(builder.gep(self.soon, [builder.mul(at, self.soon_step)]))
         for feature in range(per_step):  # one after the other: vectors of both beside the sums are too many for AVX2
-            panel = self._panel(row_of_w, feature)
+            panel = [self._widened(row_of_w, at, feature, LANES * v) for v in range(VECTORS)]
             after = []
             for row, before in enumerate(sums):
                 self._fence()
@@ -83,16 +87,25 @@ class _Tile:
             sums = after
         return sums
 
-    def _panel(self, row_of_w: Any, feature: int) -> list[Any]:
-        """The vectors of a feature: of words the lower halves are the first, the upper ones the second."""
-        builder = self.builder
-        kind = _WORDS if self.words else _VECTOR
-        loaded = [self._load(builder.gep(row_of_w, [_int(LANES * v)]), kind) for v in range(VECTORS)]
-        if not self.words:
-            return loaded
-        low, high = (ir.Constant(_WORDS, [ir.Constant(_WORD, n)] * LANES) for n in (16, 0xFFFF0000))
-        bits = [builder.and_(word, high) if feature else builder.shl(word, low) for word in loaded]
-        return [builder.bitcast(number, _VECTOR) for number in bits]
+    def _widened(self, row_of_w: Any, at: Any, feature: int, lane: int) -> Any:
+        """A vector of float32: of shared numbers the lower halves are the first feature, the upper ones the second."""
+        builder, place = self.builder, self.builder.gep(row_of_w, [_int(lane)])
+        if self.kind == t.float32:
+            return self._load(place, _VECTOR)
+        if self.kind == t.uint32:
+            word = self._load(place, _WORDS)
+            bits = builder.and_(word, _words(0xFFFF0000)) if feature else builder.shl(word, _words(16))
+            return builder.bitcast(bits, _VECTOR)
+        level = self._load(place, _BYTES)
+        if self.kind == t.uint8:
+            both = builder.zext(level, _WORDS)
+            whole = builder.lshr(both, _words(4)) if feature else builder.and_(both, _words(15))
+        else:
+            whole = builder.sext(level, _WORDS)
+        group = builder.lshr(builder.add(self.first, at), self.group)
+        of_group = builder.add(builder.mul(group, _int(WIDTH)), _int(lane))
+        scale, minimum = (self._load(builder.gep(part, [of_group]), _VECTOR) for part in (self.scales, self.minima))
+        return builder.call(self.fma, [builder.sitofp(whole, _VECTOR), scale, minimum])
 
     def _store(self, sums: list[list[Any]], add: bool) -> None:
         builder = self.builder
@@ -104,7 +117,7 @@ class _Tile:
 
     def _load(self, place: Any, kind: Any) -> Any:
         loaded = self.builder.load(self.builder.bitcast(place, kind.as_pointer()))
-        loaded.align = 4
+        loaded.align = 1 if kind == _BYTES else 4
         return loaded
 
     def _spread(self, number: Any) -> Any:
@@ -115,10 +128,10 @@ class _Tile:
         )
 
     def _prefetch(self, numbers: Any) -> None:
-        """As many as a feature has in a panel."""
-        byte = ir.IntType(8).as_pointer()
+        """As many as a panel has in a row."""
+        byte = _BYTE.as_pointer()
         fetch = self._named(ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD]), "llvm.prefetch.p0")
-        for line in range(0, WIDTH, 16):
+        for line in range(0, WIDTH, 64 * 8 // self.kind.bitwidth):
             place = self.builder.bitcast(self.builder.gep(numbers, [_int(line)]), byte)
             self.builder.call(fetch, [place, *(ir.Constant(_WORD, n) for n in (0, 3, 1))])
 
@@ -137,6 +150,10 @@ def _int(n: int) -> Any:
     return ir.Constant(_INT, n)
 
 
+def _words(n: int) -> Any:
+    return ir.Constant(_WORDS, [ir.Constant(_WORD, n)] * LANES)
+
+
 def _zeros() -> Any:
     return ir.Constant(_VECTOR, [0.0] * LANES)
 
@@ -153,37 +170,48 @@ def _tile(
     at: Any,
     out: Any,
     out_step: Any,
-    features: Any,
+    steps: Any,
     add: Any,
     soon: Any,
     soon_step: Any,
+    scales: Any,
+    minima: Any,
+    first: Any,
+    group: Any,
 ) -> Any:
-    """Out (rows, WIDTH) = or += x (features, rows).T @ the panels' numbers from number `at` on: (features, WIDTH).
+    """Out (rows, WIDTH) = or += x (features, rows).T @ `steps` rows of the panels from number `at` on.
 
-    x and out are addresses. Panels of words: `features` counts words. Each feature prefetches the panels' numbers from
-    number `soon` on, the next one `soon_step` later; they need not exist.
+    x and out are addresses. Each row of a panel prefetches the panels' numbers from number `soon` on, the next one
+    `soon_step` later; they need not exist. Levels have scales and minima in (groups, WIDTH) arrays: those of row r
+    here in group `(first + r) >> group`. Others read none.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        n, x, panels, at, out, out_step, features, add, soon, soon_step = arguments
-        numbers = context.make_array(signature.args[2])(context, builder, panels).data
+        n, x, panels, at, out, out_step, steps, add, soon, soon_step, scales, minima, first, group = arguments
+        kind = signature.args[2].dtype
+        numbers, scales, minima = (
+            context.make_array(signature.args[i])(context, builder, array).data
+            for i, array in ((2, panels), (10, scales), (11, minima))
+        )
+        unit = _FLOAT if kind.bitwidth == 32 else _BYTE
         from_x, to = (builder.inttoptr(place, _FLOAT.as_pointer()) for place in (x, out))
-        from_w, then = (builder.gep(builder.bitcast(numbers, _FLOAT.as_pointer()), [place]) for place in (at, soon))
-        given = (from_x, from_w, to, out_step, features, add, then, soon_step)
-        words = signature.args[2].dtype == t.uint32
+        from_w, then = (builder.gep(builder.bitcast(numbers, unit.as_pointer()), [place]) for place in (at, soon))
+        given = (from_x, from_w, to, out_step, steps, add, then, soon_step, scales, minima, first, group)
         done = builder.append_basic_block()
         switch = builder.switch(n, done)
         for count in range(1, ROWS + 1):
             case = builder.append_basic_block()
             switch.add_case(_int(count), case)
             builder.position_at_end(case)
-            _Tile(builder, count, given, words).emit()
+            _Tile(builder, count, given, kind).emit()
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
     whole, address = t.int64, t.uintp
-    signature = t.void(whole, address, panels, whole, address, whole, whole, t.boolean, whole, whole)
+    signature = t.void(
+        whole, address, panels, whole, address, whole, whole, t.boolean, whole, whole, scales, minima, whole, whole
+    )
     return signature, generate
 
 

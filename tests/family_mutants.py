@@ -96,7 +96,7 @@ FAMILY_MUTANTS = (
     _m("learned positions dropped", "decoder.py", "x + model.params.positions[pos]", "x", "learned positions"),
     _m("parallel blocks run in sequence", "decoder.py", "mid = x if cfg.parallel else", "mid = x if False else",
        "parallel blocks"),
-    _m("bias of the unembedding dropped", "decoder.py", "logits += model.params.unembed_bias[chosen]", "pass",
+    _m("bias of the unembedding dropped", "decoder.py", "if ends.unembed_bias is not None:", "if False:",
        "bias of the head"),
     _m("layer norm not centred", "ops.py", "centred = x - x.mean(-1, keepdims=True)", "centred = x", "layer norm"),
     _m("bias of layer norms dropped", "ops.py", "        out += bias\n    return out\n\n\ndef rotate",

@@ -205,4 +205,5 @@ def corpus(made: dict[str, Path]) -> Iterator[Case]:
         for index in range(count):
             how, original, file, content = _damaged(random.Random(f"{kind} {index}"), kind, made)
             label = f"{kind} {index} ({how})"
-            yield Case(label, kind, original, file, content, ("dense", "scoped")[index % 2])
+            ways = ("dense", "scoped", "packed") if kind == "gguf" else ("dense", "scoped")
+            yield Case(label, kind, original, file, content, ways[index % len(ways)])

@@ -1,12 +1,13 @@
 """Loads SmolLM2 and uses it, and prints what that took; run by test_memory.py.
 
-    python measure_memory.py dense|mapped|scoped DIRECTORY
+    python measure_memory.py dense|mapped|scoped|packed DIRECTORY
 
 "mapped" is dense weights from the conversion that "dense" leaves in DIRECTORY.
 
-Prints JSON in bytes: `peak`, the kernel's VmHWM: the largest resident set the process ever had, which is anonymous and
-file-backed pages together (RssAnon + RssFile + RssShmem), mapped files included; `before`, the same before the model is
-loaded (interpreter and imports); `anonymous` and `file` at the end; `weights`, all weights as float32.
+Prints JSON in bytes: `peak`, the kernel's VmHWM: the largest resident set the process ever had, which is anonymous
+and file-backed pages together (RssAnon + RssFile + RssShmem), mapped files included; `before`, the same before the
+model is loaded (interpreter and imports); `anonymous` and `file` at the end; `held`, the weights as they are kept;
+`weights`, all of them as float32.
 """
 
 import gc
@@ -28,7 +29,7 @@ def kilobytes(field: str) -> int:
 def weights(model: Model) -> int:
     layers = (model.params.layer(layer).arrays() for layer in range(model.config.n_layers))
     ends = model.params.embed.nbytes + model.params.final_norm.weight.nbytes
-    assert model.params.unembed is model.params.embed
+    assert model.params.ends.unembed is model.params.ends.embed
     return ends + sum(array.nbytes for layer in layers for _, array in layer)
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     gc.collect()
     before = kilobytes("VmHWM")
     model = load_model("smollm2-135m-instruct", weights={"mapped": "dense"}.get(sys.argv[1], sys.argv[1]))
-    assert model.conversion == {"dense": "made", "mapped": "used", "scoped": "none"}[sys.argv[1]], model.conversion
+    assert model.conversion == {"dense": "made", "mapped": "used"}.get(sys.argv[1], "none"), model.conversion
     ids = list(range(1000, 1032))
     forward(model, ids)
     record = RecordHook.for_layers(range(model.config.n_layers))
@@ -46,7 +47,7 @@ def main() -> None:
     assert len(record.post_layer) == model.config.n_layers
     figures = {"before": before, "peak": peak, "anonymous": anonymous, "file": file}
     figures = {name: 1024 * value for name, value in figures.items()}
-    print(json.dumps(figures | {"weights": weights(model)}))
+    print(json.dumps(figures | {"held": model.params.nbytes, "weights": weights(model)}))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def as_stored_in_gguf(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any,
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kept", ["dense", "scoped"])
+@pytest.mark.parametrize("kept", ["dense", "scoped", "packed"])
 def test_gguf_values_are_those_written_and_the_rotary_rows_are_back_in_place(
     tied: bool, kept: str, tmp_path: Path
 ) -> None:

@@ -306,7 +306,7 @@ llvmlite.binding.get_host_cpu_features = lambda: known
 import numpy as np
 from engine import tile
 from engine.fast import _compiled
-from engine.matrices import panelled, rounded, widened
+from engine.matrices import packed, panelled, rounded, widened
 kernels, noise = _compiled(), np.random.default_rng(0)
 print(tile.WIDTH, tile.ROWS)
 for rows, n, columns in ((1, 7, 1), (6, 50, 37), (7, 145, 64), (200, 40, 100)):
@@ -314,6 +314,12 @@ for rows, n, columns in ((1, 7, 1), (6, 50, 37), (7, 145, 64), (200, 40, 100)):
     for given, meant in ((w, w), (rounded(w), widened(rounded(w))[:n])):
         made = kernels.product(x, panelled(given, tile.WIDTH), 16)
         assert np.abs(made - x @ meant).max() < 1e-4, (rows, n, columns)
+for rows, columns, most in ((1, 37, 15), (7, 64, 15), (6, 40, 127), (200, 17, 127)):
+    x, levels = noise.standard_normal((rows, 160)).astype(np.float32), noise.integers(0, most + 1, (160, columns))
+    steps = noise.standard_normal((2, 10, columns)).astype(np.float16).astype(np.float32)
+    dense = levels.astype(np.float32) * steps[0].repeat(16, 0) + steps[1].repeat(16, 0)
+    made = kernels.product(x, panelled(packed(dense, *steps), tile.WIDTH), 48)
+    assert (made == kernels.product(x, panelled(dense, tile.WIDTH), 48)).all(), (rows, columns, most)
 print("agree")
 """
 

@@ -162,7 +162,7 @@ class Loads:
         inner = synthetic().params
         self.made: list[int] = []
         self.held: list[int] = []
-        self.params = Params((inner.embed, inner.unembed, inner.final_norm, None, None), self._load, keep)
+        self.params = Params(inner.ends, self._load, keep)
         self._layer = inner.layer
 
     def _load(self, layer: int):

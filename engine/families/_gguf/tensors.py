@@ -4,7 +4,7 @@ llama.cpp's converter interleaves the rotary pairs of llama's query and key rows
 GPT-2's matrices as (out, in); both are put back.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from engine.ops import Array
 class GgufTensors:
     """A source of tensors (`engine.weights.Tensors`)."""
 
-    def __init__(self, file: GgufFile, raw: dict[str, Any]) -> None:
-        """`raw` is what `config_json` made of the file."""
-        self._file, self._row = file, architecture(file)
+    def __init__(self, file: GgufFile, raw: dict[str, Any], read: Callable[[str], Array] | None = None) -> None:
+        """`raw` is what `config_json` made of the file; `read` gives something else of a tensor than its numbers."""
+        self._file, self._row, self._raw = file, architecture(file), raw
+        self._read = file.dense if read is None else read
         stored = [name for name in file.tensors if name not in self._row.settings]
         self._stored = {self._hugging_face_name(name): name for name in stored}
         if len(self._stored) < len(stored):
@@ -49,10 +50,18 @@ class GgufTensors:
         wanted = shape[::-1] if turned else shape
         if (found := self._file.tensors[stored].shape) != wanted:
             raise DamagedFile(f"{self._file.path.name}: {stored} has shape {found}, but the config implies {wanted}")
-        dense = self._file.dense(stored)
+        dense = self._read(stored)
         if part in self._heads:
             return _deinterleaved(dense, self._heads[part])
         return np.ascontiguousarray(dense.T) if turned else dense
+
+    def steps(self) -> tuple["GgufTensors", "GgufTensors"]:
+        """Sources of scales and of minima: of a matrix a column for each group of its features."""
+        ours, raw = self._file, self._raw
+        return (
+            GgufTensors(ours, raw, lambda name: ours.steps(name)[0]),
+            GgufTensors(ours, raw, lambda name: ours.steps(name)[1]),
+        )
 
     def _hugging_face_name(self, stored: str) -> str:
         """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; a name that is not known stays as it is."""
