@@ -4,7 +4,8 @@ Every contender runs in a process of its own with the same model, ids and thread
 so that a change of the machine's speed meets all of them. Prompts differ from repetition to repetition. After each the
 contenders must have computed the same thing. The table is run several times; the worst ratio counts.
 
-Writes table.md and raw.json in bench/results/, in a directory for the vectors that the processor has.
+Writes table.md and raw.json in bench/results/, in a directory for the vectors that the processor has; of some rows in
+one within it.
 """
 
 import argparse
@@ -273,10 +274,8 @@ def main() -> int:
 
 
 def keep(report: str, tables: list[Any], starts: dict[str, list[float]], options: argparse.Namespace) -> None:
-    """Write the results of a run of all rows."""
-    if options.only:
-        return
-    results = HERE / "results" / vectors()
+    """Write the results; those of some rows beside those of all."""
+    results = HERE / "results" / vectors() / options.only.replace(",", "-")
     results.mkdir(parents=True, exist_ok=True)
     (results / "table.md").write_text(report + "\n", "utf-8")
     raw = {"rows": tables, "start": starts, "machine": machine(options)}
