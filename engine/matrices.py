@@ -177,7 +177,7 @@ def columns(x: Matrix, at: slice | IntArray) -> Array | Bfloat16:
 def _some(x: npt.NDArray[Any] | Panels, at: slice | IntArray) -> npt.NDArray[Any]:
     if not isinstance(x, Panels):
         return x[..., at]
-    numbers, width = np.arange(x.shape[1])[at], x.numbers.shape[2]
+    numbers, width = np.arange(x.shape[1])[at] if isinstance(at, slice) else at, x.numbers.shape[2]
     return np.ascontiguousarray(x.numbers[numbers // width, :, numbers % width].T)
 
 
