@@ -25,8 +25,11 @@ CLIENTS, SECONDS, WARM_UP = 20, 60, 20
 SOAK, SAMPLES = 2_000, 4
 LATE = "0.1"
 """Seconds that the event loop may be late: a bucket of mechscope_loop_delay_seconds."""
-QUIET, CROWDED = 0.2, 0.01
-"""Processors that others may use while no timer may be late; the share of timers that may be, when they use more."""
+QUIET, STRAY, CROWDED = 0.2, 0.001, 0.01
+"""Processors that others may use on a quiet machine; the share of timers that may be late there, because virtual
+machines are stopped now and then without a trace, and elsewhere. A tool that blocks the loop makes one timer in twenty
+late: each of its calls does.
+"""
 LOAD_GROWTH, SOAK_GROWTH = 32 << 20, 16 << 20
 """Bytes of resident memory that the allocator may keep of its own, once the server was idle."""
 BUSY = ("mechscope is full: ", "of your calls and jobs run or wait, and no more may")
@@ -163,7 +166,7 @@ async def test_twenty_clients_meet_no_error_but_busy_and_leave_nothing_behind(se
     assert not clients.errors
     assert clients.answered == {tool for tool, _ in MIX}
     assert clients.outcomes["busy"], "the gate was never full: this was no load"
-    assert late <= (0 if others < QUIET else CROWDED * timers)
+    assert late <= (STRAY if others < QUIET else CROWDED) * timers
     assert memory < LOAD_GROWTH
     assert after['mechscope_bytes_held{what="records"}'] == 0
     assert after["mechscope_calls_inside"] == after["mechscope_faults_total"] == 0
