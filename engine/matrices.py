@@ -190,11 +190,11 @@ def rows_of(x: Table, at: IntArray | None = None) -> Array:
     return np.ascontiguousarray(some, np.float32).reshape(*tokens.shape, -1)
 
 
-TOGETHER = 8192
-"""Columns, or rows of a table, that are widened at a time where not all are needed at once."""
+WIDENED_AT_ONCE = 8192
+"""Columns of a packed matrix, or rows of a table, where not all are needed at once."""
 
 
 def stretches(x: Table) -> Iterator[Array]:
     """All rows in order, (some, d_model) at a time."""
-    size = x.shape[1] if isinstance(x, Packed) else len(x)
-    return (rows_of(x, np.arange(start, min(size, start + TOGETHER))) for start in range(0, size, TOGETHER))
+    size, step = x.shape[1] if isinstance(x, Packed) else len(x), WIDENED_AT_ONCE
+    return (rows_of(x, np.arange(start, min(size, start + step))) for start in range(0, size, step))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from engine import fast
 from engine.blas import WORTH_A_CALL, product
-from engine.matrices import TOGETHER, Bfloat16, Matrix, Packed, Table, columns, halves, is_rounded, widened
+from engine.matrices import WIDENED_AT_ONCE, Bfloat16, Matrix, Packed, Table, columns, halves, is_rounded, widened
 from engine.matrices import Array as Array
 from engine.matrices import IntArray as IntArray
 from engine.split import by_parts
@@ -97,8 +97,8 @@ def _product_by_halves(x: Array, words: Bfloat16) -> Array | None:
 
 def _product_by_columns(x: Array, weight: Packed) -> Array:
     """(rows, in) @ a packed (in, out), so many columns at a time that what is widened stays small."""
-    starts = range(0, max(weight.shape[1], 1), TOGETHER)
-    parts = [_product(x, widened(columns(weight, slice(start, start + TOGETHER)))) for start in starts]
+    starts = range(0, max(weight.shape[1], 1), WIDENED_AT_ONCE)
+    parts = [_product(x, widened(columns(weight, slice(start, start + WIDENED_AT_ONCE)))) for start in starts]
     return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 

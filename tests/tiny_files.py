@@ -41,6 +41,11 @@ CONFIG: dict[str, Any] = {
 Weights = dict[str, np.ndarray[Any, Any]]
 
 
+def small(tied: bool = True) -> Weights:
+    """`weights` of the size a trained model has, so that a few layers do not saturate."""
+    return {name: array * (0.3 if array.ndim == 2 else 1) for name, array in weights(tied=tied).items()}
+
+
 def weights(seed: int = 0, tied: bool = True) -> Weights:
     rng = np.random.default_rng(seed)
     width, kv_width, mlp = 32, 16, 64

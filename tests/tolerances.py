@@ -5,6 +5,7 @@ row_error       relative error of the worst row: |a - b| / |b| over the last axi
 assert_close    every row within a tolerance
 assert_moved    the positive control: some row differs by at least CONTROL times the tolerance
 assert_same     equal to the last bit
+assert_same_weights    that of every weight of two models
 """
 
 import numpy as np
@@ -74,3 +75,14 @@ def assert_same(a: np.ndarray, b: np.ndarray) -> None:
 
 KERNEL = 2e-6
 """Of the largest number, between a compiled kernel and its numpy function: both round a few times, elsewhere."""
+
+
+def assert_same_weights(ours: Model, theirs: Model) -> None:
+    for layer in range(theirs.config.n_layers):
+        arrays = (model.params.layer(layer).arrays() for model in (ours, theirs))
+        for (name, a), (other, b) in zip(*arrays, strict=True):
+            assert name == other
+            assert_same(a, b)
+    assert_same(ours.params.embed, theirs.params.embed)
+    assert_same(ours.params.unembed, theirs.params.unembed)
+    assert_same(ours.params.final_norm.weight, theirs.params.final_norm.weight)

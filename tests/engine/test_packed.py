@@ -12,9 +12,9 @@ import tiny_files
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf_quants import READ, blocks_of, packed_projections, wide_model, write
 from recording import everything
-from tolerances import KERNEL, SAME, assert_close, assert_moved, assert_same
+from tolerances import KERNEL, SAME, assert_close, assert_moved, assert_same, assert_same_weights
 
-from engine import Model, export_trace, fast, forward, generate, load_model, ops
+from engine import Model, fast, forward, generate, load_model, ops
 from engine.errors import InputError, UnknownModel
 from engine.gguf_blocks import KINDS
 from engine.levels import GROUP
@@ -135,14 +135,8 @@ def test_what_kernels_cannot_read_is_left_to_numpy() -> None:
 # --- whole models ---------------------------------------------------------------------------------------------
 
 
-def small(tied: bool = True) -> tiny_files.Weights:
-    """Weights of the size a trained model has, so that a few layers do not saturate."""
-    drawn = tiny_files.weights(tied=tied).items()
-    return {name: array * (0.3 if array.ndim == 2 else 1) for name, array in drawn}
-
-
 def tiny(path: Path) -> Path:
-    return tiny_files.gguf_file(path / "tiny.gguf", small())
+    return tiny_files.gguf_file(path / "tiny.gguf", tiny_files.small())
 
 
 def of_k_quants(path: Path) -> Path:
@@ -156,7 +150,7 @@ def mixed(row: str) -> Callable[[Path], Path]:
 def untied(path: Path) -> Path:
     """With an unembedding of its own, and embeddings by other blocks."""
     kinds = tiny_files.KINDS | {"token_embd": "Q4_0", "output": "Q8_0"}
-    return tiny_files.gguf_file(path / "untied.gguf", small(tied=False), kinds)
+    return tiny_files.gguf_file(path / "untied.gguf", tiny_files.small(tied=False), kinds)
 
 
 FILES = {"tiny": tiny, "untied": untied, "k-quants": of_k_quants} | {
@@ -190,13 +184,7 @@ def test_what_is_in_blocks_is_packed_and_every_weight_is_the_dense_one(pair) -> 
     found |= {"embed"} if isinstance(ends.embed, Packed) else set()
     found |= {"unembed"} if isinstance(ends.unembed, Packed) and ends.unembed is not ends.embed else set()
     assert found == PACKED[which]
-    for i in range(dense.config.n_layers):
-        ours, theirs = (model.params.layer(i).arrays() for model in (kept, dense))
-        for (name, a), (other, b) in zip(ours, theirs, strict=True):
-            assert name == other
-            assert_same(a, b)
-    assert_same(kept.params.embed, dense.params.embed)
-    assert_same(kept.params.unembed, dense.params.unembed)
+    assert_same_weights(kept, dense)
     assert (kept.params.ends.unembed is kept.params.ends.embed) == dense.config.tied
     assert (kept.weights, kept.fingerprint, kept.conversion) == ("packed", dense.fingerprint, "none")
 
@@ -268,9 +256,3 @@ def test_loading_asks_for_the_room_that_packed_weights_take(tmp_path: Path) -> N
     asked: list[int] = []
     kept = load_model(of_k_quants(tmp_path), weights="packed", room=asked.append)
     assert asked == [kept.params.nbytes]
-
-
-def test_a_trace_says_how_weights_were_kept(tmp_path: Path) -> None:
-    manifest = export_trace(load_model(tiny(tmp_path), weights="packed"), IDS, ["z"], tmp_path / "t", layers=[0])
-    assert manifest["model"]["weights"] == "packed"
-    assert isinstance(load_model(tiny(tmp_path)).params.layer(0).down.weight, np.ndarray | Panels)

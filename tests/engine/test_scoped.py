@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_files
 from recording import everything, uneven
-from tolerances import SCOPED, assert_close, assert_moved, assert_same
+from tolerances import SCOPED, assert_close, assert_moved, assert_same, assert_same_weights
 
 from engine import (
     Intervention,
@@ -32,17 +32,12 @@ from engine.synthetic import synthetic
 IDS, DONOR = [70, 3, 99, 5, 5, 180, 12], [9, 3, 41, 5, 77, 18, 12]
 
 
-def small() -> tiny_files.Weights:
-    """Weights of the size a trained model has, so that a few layers do not saturate."""
-    return {name: array * (0.3 if array.ndim == 2 else 1) for name, array in tiny_files.weights().items()}
-
-
 def in_bf16(path: Path) -> Path:
-    return tiny_files.hf_directory(path / "m", small(), dtype="BF16", shards=2)
+    return tiny_files.hf_directory(path / "m", tiny_files.small(), dtype="BF16", shards=2)
 
 
 def quantised(path: Path) -> Path:
-    return tiny_files.gguf_file(path / "m.gguf", small())
+    return tiny_files.gguf_file(path / "m.gguf", tiny_files.small())
 
 
 @pytest.fixture(scope="module", params=[quantised, in_bf16, pytest.param("smollm2", marks=pytest.mark.real)])
@@ -63,14 +58,7 @@ def logits(model: Model, ids: list[int] = IDS) -> np.ndarray:
 
 def test_scoped_tensors_are_identical_to_dense_ones(pair):
     dense, scoped = pair
-    for layer in range(dense.config.n_layers):
-        ours, theirs = (model.params.layer(layer).arrays() for model in (scoped, dense))
-        for (name, a), (other, b) in zip(ours, theirs, strict=True):
-            assert name == other
-            assert_same(a, b)
-    assert_same(dense.params.embed, scoped.params.embed)
-    assert_same(dense.params.unembed, scoped.params.unembed)
-    assert_same(dense.params.final_norm.weight, scoped.params.final_norm.weight)
+    assert_same_weights(scoped, dense)
 
 
 def test_scoped_logits_equal_dense_ones(pair):
@@ -280,14 +268,14 @@ def test_the_pages_of_a_file_are_given_back_after_every_tensor(tmp_path, monkeyp
 
 
 def test_dense_weights_of_a_gguf_file_are_copies_of_their_own(tmp_path):
-    path = tiny_files.gguf_file(tmp_path / "m.gguf", small(), kinds={})
+    path = tiny_files.gguf_file(tmp_path / "m.gguf", tiny_files.small(), kinds={})
     params = load_model(path).params
     arrays = [params.embed, params.final_norm.weight, *(array for _, array in params.layer(0).arrays())]
     assert all(array.flags.writeable and array.flags.aligned for array in arrays)
 
 
 def test_a_safetensors_file_that_changed_under_a_scoped_model_is_an_engine_error(tmp_path):
-    path = tiny_files.hf_directory(tmp_path / "m", small())
+    path = tiny_files.hf_directory(tmp_path / "m", tiny_files.small())
     model = load_model(path, weights="scoped")
     file = path / "model.safetensors"
     for damage in (lambda: file.write_bytes(file.read_bytes()[:500]), file.unlink):

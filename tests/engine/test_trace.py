@@ -7,13 +7,15 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import tiny_files
 from declared import points_of
 from recording import everything
 from safetensors.numpy import load_file, save_file
 from tolerances import assert_same
 
-from engine import export_trace, load_trace
+from engine import export_trace, load_model, load_trace
 from engine.errors import DamagedFile, InputError, LayerError, PointError
+from engine.load import WEIGHTS
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "trace-manifest.schema.json").read_text())
 
@@ -44,6 +46,14 @@ def test_the_manifest_follows_its_schema_and_says_what_was_run(synthetic, tmp_pa
         ("z.0", ["seq", "head", "d_head"]),
         ("final_norm", ["seq", "d_model"]),
     ]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_schema_knows_every_way_to_keep_weights(weights, tmp_path):
+    model = load_model(tiny_files.gguf_file(tmp_path / "tiny.gguf"), weights=weights)
+    manifest = export_trace(model, [1, 2], ["z"], tmp_path / "t", layers=[0])
+    jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+    assert (manifest["model"]["weights"], manifest["model"]["fingerprint"]) == (weights, model.fingerprint)
 
 
 def test_the_schema_refuses_what_the_format_does_not_have(trace):
