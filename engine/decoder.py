@@ -208,10 +208,12 @@ def norm(x: Array, p: Norm | None, cfg: Config) -> Array:
     """The config's norm over groups as wide as the weight; absent parameters are the identity."""
     if p is None:
         return x
-    grouped = x.reshape(*x.shape[:-1], -1, p.weight.shape[-1])
+    width = p.weight.shape[-1]
+    if width != x.shape[-1]:
+        return norm(x.reshape(*x.shape[:-1], -1, width), p, cfg).reshape(x.shape)
     if cfg.norm == "rms":
-        return rms_norm(grouped, p.weight, cfg.norm_eps).reshape(x.shape)
-    return layer_norm(grouped, p.weight, p.bias, cfg.norm_eps).reshape(x.shape)
+        return rms_norm(x, p.weight, cfg.norm_eps)
+    return layer_norm(x, p.weight, p.bias, cfg.norm_eps)
 
 
 def unembed(model: Network, x: Array, only: Sequence[int] | None = None) -> Array:

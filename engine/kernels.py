@@ -15,6 +15,7 @@ near. Importing compiles them, or takes them from numba's cache. While they are 
 need of it they call on threads of theirs: `_by_library`.
 """
 
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -98,8 +99,8 @@ def _compiled(signature: Any, flags: set[str]) -> Any:
     return njit(signature, parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=flags)
 
 
-matrix, vector = f32[:, ::1], f32[::1]
-seen, seen_vector = (t.Array(f32, axes, "C", readonly=True) for axes in (2, 1))  # mapped weights, say
+batch, matrix, vector = f32[:, :, ::1], f32[:, ::1], f32[::1]
+seen_batch, seen, seen_vector = (t.Array(f32, axes, "C", readonly=True) for axes in (3, 2, 1))  # mapped weights, say
 any_heads, heads = t.Array(f32, 4, "A", readonly=True), f32[:, :, :, ::1]
 places = t.Array(t.int64, 1, "C", readonly=True)
 
@@ -170,29 +171,30 @@ def _lay_out(x: Any, out: Any) -> None:
 
 
 _FEATURES = {np.dtype(str(kind)): features for kind, features in FEATURES.items()}
-_NONE = np.empty((0, 0, 0), np.float32)
+_NONE, _NOTHING = np.empty((0, 0, 0), np.float32), np.empty(0, np.float32)
 _in_panels = {kind: t.Array(kind, 3, "C", readonly=True) for kind in FEATURES}
 _steps = _in_panels[f32]
-_products = [t.void(seen, vector, panels, _steps, _steps, i64, matrix, i64) for panels in _in_panels.values()]
+_products = [t.void(seen_batch, vector, panels, _steps, _steps, i64, batch, i64) for panels in _in_panels.values()]
 
 
 @_compiled(_products, _STRICT)  # type: ignore[untyped-decorator]
 def _product(x: Any, laid: Any, panels: Any, scales: Any, minima: Any, group: Any, out: Any, block: Any) -> None:
     """Out = x @ w: each thread has some panels, and sums up `block` of their rows at a time.
 
-    `laid` is room for x: ROWS of its rows feature by feature, then the next ROWS. Of levels, 2 ** `group` rows of a
-    panel share a scale and a minimum; of other numbers `scales` and `minima` are not read.
+    `laid` is room for x: ROWS of its rows feature by feature, then the next ROWS; one row needs none. Of levels,
+    2 ** `group` rows of a panel share a scale and a minimum; of other numbers `scales` and `minima` are not read.
     """
-    (rows, n), width = x.shape, out.shape[1]
+    rows, n, width = x.shape[0] * x.shape[1], x.shape[2], out.shape[2]
     steps = panels.shape[1]
     features = n // steps  # in a row of a panel: 2 in words
-    if rows <= ROWS:
-        _lay_out(x, laid)
-    else:
+    flat = x.reshape(rows, n)
+    if 1 < rows <= ROWS:
+        _lay_out(flat, laid)
+    elif rows > ROWS:
         for group in prange((rows + ROWS - 1) // ROWS):
             some = slice(group * ROWS, min(rows, (group + 1) * ROWS))
-            _lay_out(x[some], laid[some.start * n : some.stop * n])
-    from_x, to = laid.ctypes.data, out.ctypes.data
+            _lay_out(flat[some], laid[some.start * n : some.stop * n])
+    from_x, to = laid.ctypes.data if rows > 1 else x.ctypes.data, out.ctypes.data
     for first in range(0, rows, TOGETHER):
         last = min(rows, first + TOGETHER)
         tiles = (last - first + ROWS - 1) // ROWS
@@ -212,38 +214,55 @@ def _product(x: Any, laid: Any, panels: Any, scales: Any, minima: Any, group: An
 
 
 def product(x: Array, w: Matrix, block: int) -> Array | None:
-    """The product x @ w of (rows, in) with (in, out), summing up at most `block` features at a time; None for arrays
+    """The product x @ w of (..., in) with (in, out), summing up at most `block` features at a time; None for arrays
     that numpy must do.
     """
-    if not x.flags.c_contiguous or not w.shape[0]:
-        return None
     if isinstance(w, Panels):
         return _by_panels(x, w, _NONE, _NONE, 2, block)
     if isinstance(w, Packed):
         if not (isinstance(w.levels, Panels) and isinstance(w.scales, Panels) and isinstance(w.minima, Panels)):
             return None
+        if x.shape[-1] != w.shape[0]:
+            return None
         return _by_panels(x, w.levels, w.scales.numbers, w.minima.numbers, w.group, block)
-    if _by_library is None or w.dtype == np.uint32 or not w.flags.c_contiguous or x.shape[1] != len(w):
+    if _by_library is None or w.dtype == np.uint32 or not w.flags.c_contiguous or x.shape[-1] != len(w) or not len(w):
         return None
-    out = np.empty((len(x), w.shape[1]), np.float32)
+    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    out = np.empty((len(flat), w.shape[1]), np.float32)
     with _ONE_AT_A_TIME:
-        _by_library(x, w, out, block, False, THREADS)
-    return out
+        _by_library(flat, w, out, block, False, THREADS)
+    return out.reshape(*x.shape[:-1], w.shape[1])
 
 
 def _by_panels(x: Array, w: Panels, scales: Array, minima: Array, group: int, block: int) -> Array | None:
     features = _FEATURES[w.numbers.dtype]
-    if w.numbers.shape[2] != WIDTH or -(-x.shape[1] // features) != w.shape[0]:
+    panels, steps, width = w.numbers.shape
+    if width != WIDTH or -(-x.shape[-1] // features) != steps or not steps:
         return None
-    if x.shape[1] % features:
-        x = np.pad(x, ((0, 0), (0, 1)))  # a word's second feature is read, too, though it is zero
-    out = np.empty((len(x), WIDTH * len(w.numbers)), np.float32)
+    if x.shape[-1] % features:
+        x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])  # a word's second feature is read, too, though it is zero
+    out = np.empty((*x.shape[:-1], WIDTH * panels), np.float32)
+    laid = np.empty(x.size, np.float32) if x.size > x.shape[-1] else _NOTHING
     rows = (group // features).bit_length() - 1
     with _ONE_AT_A_TIME:
-        _product(x, np.empty(x.size, np.float32), w.numbers, scales, minima, rows, out, block // features)
-    return out if out.shape[1] == w.shape[1] else np.ascontiguousarray(out[:, : w.shape[1]])
+        _product(_in_rows(x), laid, w.numbers, scales, minima, rows, _in_rows(out), block // features)
+    return out if out.shape[-1] == w.shape[1] else np.ascontiguousarray(out[..., : w.shape[1]])
 
 
+def _in_rows(x: Array) -> Array:
+    """(..., width) -> (batch, rows, width), in order in memory."""
+    x = np.ascontiguousarray(x)
+    return x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
+
+
+@njit(error_model="numpy")
+def _in_order(x: Any) -> Any:
+    """As `blas.rows_in_order`, of (batch, heads, rows, width)."""
+    step = x.strides[2]
+    return x.strides[3] == 4 and step >= 4 * x.shape[3] and step % 4 == 0
+
+
+_NO_PATTERN = np.empty((0, 0, 0, 0), np.float32)
 _BLAS = library()
 _by_library: Any = None
 _attend: Any = None
@@ -272,16 +291,18 @@ if _BLAS is not None and _BLAS.set_threads:
                         _ONE, from_x + 4 * k, n, w_at, w_step, _ONE if k else _ZERO, to + 4 * a, columns,
                     )  # fmt: skip
 
-    _to_attend = t.void(any_heads, any_heads, any_heads, places, places, f32, f32, i64, heads, heads)
+    _to_attend = t.boolean(any_heads, any_heads, any_heads, places, places, f32, f32, i64, heads, heads)
 
     @_compiled(_to_attend, _SUMS)  # type: ignore[untyped-decorator]
     def _attend(
         q: Any, k: Any, v: Any, pos: Any, key_pos: Any, scale: Any, cap: Any, window: Any, z: Any, pattern: Any
-    ) -> None:
+    ) -> bool:
         """Each unit of work is a block of one head's queries; weights go to `pattern` unless that is empty. A `cap` of
-        0 is none.
+        0 is none. False for arrays that calls for matrices cannot read.
         """
         batch, n_heads, queries, width = q.shape
+        if not (_in_order(q) and _in_order(k) and _in_order(v) and batch == len(k) == len(v)):
+            return False
         group, blocks = n_heads // k.shape[1], (queries + QUERIES - 1) // QUERIES
         starts = np.searchsorted(key_pos, pos - window, side="right")
         ends = np.searchsorted(key_pos, pos, side="right")
@@ -312,6 +333,7 @@ if _BLAS is not None and _BLAS.set_threads:
                 _ZERO, z[i, first:, h].ctypes.data, n_heads * v.shape[3],
             )  # fmt: skip
             weights[0, 0] = 0  # numba frees an array after its last use, and reading its address does not count as one
+        return True
 
 
 def attend(
@@ -326,13 +348,13 @@ def attend(
     pattern: Array | None,
 ) -> Array | None:
     """As `ops.attend`; fills `pattern` if there is one. None for arrays that numpy must do."""
-    if _attend is None or not all(map(rows_in_order, (q, k, v))) or not len(q) == len(k) == len(v):
+    if _attend is None:
         return None
     z = np.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), np.float32)
-    kept = np.empty((0, 0, 0, 0), np.float32) if pattern is None else pattern
+    kept = _NO_PATTERN if pattern is None else pattern
     with _ONE_AT_A_TIME:
-        _attend(q, k, v, pos, key_pos, scale, cap or 0, 1 << 40 if window is None else window, z, kept)
-    return z
+        done = _attend(q, k, v, pos, key_pos, scale, cap or 0, 1 << 40 if window is None else window, z, kept)
+    return z if done else None
 
 
 @_compiled(t.void(seen, seen_vector, vector), _SUMS)  # type: ignore[untyped-decorator]
@@ -433,17 +455,18 @@ def _softmax(x: Any) -> None:
         _softmax_between(x[row], 0, x.shape[1])
 
 
-@_compiled(t.void(seen, seen, f32, matrix), _SUMS)  # type: ignore[untyped-decorator]
+@_compiled(t.void(seen_batch, seen_vector, f32, batch), _SUMS)  # type: ignore[untyped-decorator]
 def _rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
-    width = x.shape[1]
-    for row in prange(len(x)):
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    given, ours, gains = x.reshape(rows, width), out.reshape(rows, width), weight.reshape(-1, width)
+    for row in prange(rows):
         total = _ZERO
         for j in range(width):
-            total += x[row, j] * x[row, j]
+            total += given[row, j] * given[row, j]
         root = np.sqrt(total / f32(width) + eps)
-        gain = weight[row % len(weight)]
+        gain = gains[row % len(gains)]
         for j in range(width):
-            out[row, j] = x[row, j] / root * gain[j]
+            ours[row, j] = given[row, j] / root * gain[j]
 
 
 @_compiled(t.void(seen, seen, seen, heads), _STRICT)  # type: ignore[untyped-decorator]
@@ -494,11 +517,9 @@ def softmax(x: Array) -> bool:
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """As `ops.rms_norm`."""
-    x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
     out = np.empty(x.shape, np.float32)
-    flat = (-1, x.shape[-1])
     with _ONE_AT_A_TIME:
-        _rms_norm(x.reshape(flat), weight.reshape(flat), eps, out.reshape(flat))
+        _rms_norm(_in_rows(x), weight.ravel(), eps, _in_rows(out))
     return out
 
 

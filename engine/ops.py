@@ -39,19 +39,14 @@ ROWS_ALONE = 2
 
 def linear(x: Array, weight: Matrix, bias: Array | None = None) -> Array:
     """`x @ weight + bias`: (..., in) with (in, out) -> (..., out); float32 sums, however the weight is kept."""
-    flat = x.reshape(-1, x.shape[-1])  # one 2-d product: numpy would loop over a batch axis
     kernels = fast.kernels()
-    made: Array | None = None if kernels is None else kernels.product(flat, weight, SUM_BLOCK)
-    if made is None and len(flat) <= ROWS_BY_HALVES and is_rounded(weight):
-        made = _product_by_halves(flat, weight)
-    if made is None and isinstance(weight, Packed):
-        made = _product_by_columns(flat, weight)
+    made: Array | None = None if kernels is None else kernels.product(x, weight, SUM_BLOCK)
     if made is None:
-        made = _product(flat, widened(weight, x.shape[-1]))
-    out = made.reshape(*x.shape[:-1], weight.shape[1])
+        flat = x.reshape(-1, x.shape[-1])  # one 2-d product: numpy would loop over a batch axis
+        made = _product_however_kept(flat, weight).reshape(*x.shape[:-1], weight.shape[1])
     if bias is not None:
-        out += bias
-    return out
+        made += bias
+    return made
 
 
 def inner(x: Array, weight: Table) -> Array:
@@ -65,6 +60,15 @@ def inner(x: Array, weight: Table) -> Array:
         few = 0 < len(flat) <= ROWS_ALONE
         made = np.stack([weight @ row for row in flat]) if few else flat @ weight.T
     return made.reshape(*x.shape[:-1], len(weight))
+
+
+def _product_however_kept(x: Array, weight: Matrix) -> Array:
+    """(rows, in) @ (in, out)."""
+    if len(x) <= ROWS_BY_HALVES and is_rounded(weight) and (made := _product_by_halves(x, weight)) is not None:
+        return made
+    if isinstance(weight, Packed):
+        return _product_by_columns(x, weight)
+    return _product(x, widened(weight, x.shape[-1]))
 
 
 def _product(x: Array, weight: Array) -> Array:

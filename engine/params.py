@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -61,9 +62,10 @@ class Joined(Linear):
         return [x[..., at] for at in _columns(self.widths)]
 
 
-def _columns(widths: tuple[int, ...]) -> list[slice]:
+@cache
+def _columns(widths: tuple[int, ...]) -> tuple[slice, ...]:
     """Where parts of these widths lie beside each other."""
-    return [slice(end - width, end) for width, end in zip(widths, accumulate(widths), strict=True)]
+    return tuple(slice(end - width, end) for width, end in zip(widths, accumulate(widths), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with panel
 were read.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import llvmlite.binding
@@ -37,6 +39,9 @@ FEATURES = {t.float32: 1, t.uint32: 2, t.int8: 1, t.uint8: 2}
 _FLOAT, _INT, _WORD, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 _VECTOR, _WORDS, _BYTES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _WORD, _BYTE))
 
+_Sums = list[list[Any]]
+"""Of each row, a vector for each of the panel's."""
+
 
 class _Tile:
     """Emits the loop for one number of rows.
@@ -53,31 +58,49 @@ class _Tile:
 
     def emit(self) -> None:
         """Sum up over the panel's rows, then write the sums or add them to what is there."""
-        builder, start = self.builder, self.builder.block
+        none = [[_zeros() for _ in range(VECTORS)] for _ in range(self.rows)]
+        has_levels = self.kind.bitwidth == 8
+        sums = self._loop(_int(0), self.steps, none, self._group if has_levels else self._step)
+        with self.builder.if_else(self.add) as (adding, writing):
+            with adding:
+                self._store(sums, add=True)
+            with writing:
+                self._store(sums, add=False)
+
+    def _loop(self, start: Any, stop: Any, given: _Sums, body: Callable[[Any, _Sums], tuple[Any, _Sums]]) -> _Sums:
+        """The sums after rows `start` to `stop`, at least one: `body` adds some and says where it came to."""
+        builder, before = self.builder, self.builder.block
         loop, end = builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
         builder.position_at_end(loop)
         at = builder.phi(_INT)
         sums = [[builder.phi(_VECTOR) for _ in range(VECTORS)] for _ in range(self.rows)]
-        after, step = self._step(at, sums), builder.add(at, _int(1))
-        for phi, first, later in [(at, _int(0), step), *((y, _zeros(), z) for y, z in _pairs(sums, after))]:
-            phi.add_incoming(first, start)
-            phi.add_incoming(later, loop)
-        builder.cbranch(builder.icmp_signed("<", step, self.steps), loop, end)
+        then, after = body(at, sums)
+        for phi, first, later in [(at, start, then), *zip(*map(_vectors, (sums, given, after)), strict=True)]:
+            phi.add_incoming(first, before)
+            phi.add_incoming(later, builder.block)
+        builder.cbranch(builder.icmp_signed("<", then, stop), loop, end)
         builder.position_at_end(end)
-        with builder.if_else(self.add) as (adding, writing):
-            with adding:
-                self._store(after, add=True)
-            with writing:
-                self._store(after, add=False)
+        return after
 
-    def _step(self, at: Any, sums: list[list[Any]]) -> list[list[Any]]:
+    def _group(self, at: Any, sums: _Sums) -> tuple[Any, _Sums]:
+        """The sums with the rest of a group more: its scales and minima stay in registers."""
+        builder = self.builder
+        group = builder.lshr(builder.add(self.first, at), self.group)
+        places = [builder.add(builder.mul(group, _int(WIDTH)), _int(LANES * v)) for v in range(VECTORS)]
+        steps = [[self._load(builder.gep(part, [x]), _VECTOR) for x in places] for part in (self.scales, self.minima)]
+        end = builder.sub(builder.shl(builder.add(group, _int(1)), self.group), self.first)
+        end = builder.select(builder.icmp_signed("<", end, self.steps), end, self.steps)
+        return end, self._loop(at, end, sums, partial(self._step, scales_and_minima=list(zip(*steps, strict=True))))
+
+    def _step(self, at: Any, sums: _Sums, scales_and_minima: Sequence[Any] = (None,) * VECTORS) -> tuple[Any, _Sums]:
         """The sums with one row of the panel more: a feature, or two that share its numbers."""
         builder, per_step = self.builder, FEATURES[self.kind]
         row_of_w = builder.gep(self.w, [builder.mul(at, _int(WIDTH))])
         self._prefetch(builder.gep(self.soon, [builder.mul(at, self.soon_step)]))
         for feature in range(per_step):  # one after the other: vectors of both beside the sums are too many for AVX2
-            panel = [self._widened(row_of_w, at, feature, LANES * v) for v in range(VECTORS)]
+            places = [builder.gep(row_of_w, [_int(LANES * v)]) for v in range(VECTORS)]
+            panel = [self._widened(x, feature, steps) for x, steps in zip(places, scales_and_minima, strict=True)]
             after = []
             for row, before in enumerate(sums):
                 self._fence()
@@ -85,11 +108,11 @@ class _Tile:
                 number = self._spread(builder.load(builder.gep(self.x, [place])))
                 after.append([builder.call(self.fma, [number, w, y]) for w, y in zip(panel, before, strict=True)])
             sums = after
-        return sums
+        return builder.add(at, _int(1)), sums
 
-    def _widened(self, row_of_w: Any, at: Any, feature: int, lane: int) -> Any:
+    def _widened(self, place: Any, feature: int, scale_and_minimum: Any) -> Any:
         """A vector of float32: of shared numbers the lower halves are the first feature, the upper ones the second."""
-        builder, place = self.builder, self.builder.gep(row_of_w, [_int(lane)])
+        builder = self.builder
         if self.kind == t.float32:
             return self._load(place, _VECTOR)
         if self.kind == t.uint32:
@@ -102,10 +125,7 @@ class _Tile:
             whole = builder.lshr(both, _words(4)) if feature else builder.and_(both, _words(15))
         else:
             whole = builder.sext(level, _WORDS)
-        group = builder.lshr(builder.add(self.first, at), self.group)
-        of_group = builder.add(builder.mul(group, _int(WIDTH)), _int(lane))
-        scale, minimum = (self._load(builder.gep(part, [of_group]), _VECTOR) for part in (self.scales, self.minima))
-        return builder.call(self.fma, [builder.sitofp(whole, _VECTOR), scale, minimum])
+        return builder.call(self.fma, [builder.sitofp(whole, _VECTOR), *scale_and_minimum])
 
     def _store(self, sums: list[list[Any]], add: bool) -> None:
         builder = self.builder
@@ -158,8 +178,8 @@ def _zeros() -> Any:
     return ir.Constant(_VECTOR, [0.0] * LANES)
 
 
-def _pairs(sums: list[list[Any]], after: list[list[Any]]) -> list[tuple[Any, Any]]:
-    return [pair for before, now in zip(sums, after, strict=True) for pair in zip(before, now, strict=True)]
+def _vectors(sums: _Sums) -> list[Any]:
+    return [vector for of_row in sums for vector in of_row]
 
 
 def _tile(

@@ -238,7 +238,8 @@ def test_a_query_that_sees_no_key_attends_to_nothing() -> None:
 
 def test_what_lies_otherwise_in_memory_is_copied_or_left_to_numpy() -> None:
     x, w = noise(9, 80)[:, ::2], noise(40, 30)
-    assert kernels.product(x, panelled(w, WIDTH), 16) is None
+    agree(kernels.product(x, panelled(w, WIDTH), 16), x @ w)
+    agree(kernels.product(x, w, 16), x @ w)
     assert kernels.product(x.copy(), w.T, 16) is None
     assert kernels.product(x.copy(), rounded(w), 16) is None
     agree(kernels.rms_norm(x, w[:, 0], 1e-5), ops._rms_norm(x, w[:, 0], 1e-5))
@@ -256,9 +257,10 @@ def test_rows_that_lie_upon_each_other_or_backwards_are_read_where_they_are() ->
     for q in (np.broadcast_to(noise(1, 3, 1, 16), (1, 3, 7, 16)), noise(1, 3, 7, 16)[:, :, ::-1]):
         agree(kernels.rotate(q, cos, sin), ops._rotate(q, cos, sin))
         k, pos = noise(1, 3, 7, 16), np.arange(7)
-        made = ops.attend(q, k, q, pos, pos, scale=1)
-        with fast.using(False):
-            agree(made, ops.attend(q, k, q, pos, pos, scale=1))
+        for given in ((q, k, k), (k, q, k), (k, k, q)):
+            made = ops.attend(*given, pos, pos, scale=1)
+            with fast.using(False):
+                agree(made, ops.attend(*given, pos, pos, scale=1))
     gate = np.broadcast_to(noise(1, 33), (7, 33))
     agree(kernels.activated("silu", gate, gate[::-1]), kernels.activated("silu", gate.copy(), gate.copy()))
 
