@@ -191,8 +191,8 @@ def _product(x: Any, laid: Any, panels: Any, scales: Any, minima: Any, group: An
     if 1 < rows <= ROWS:
         _lay_out(flat, laid)
     elif rows > ROWS:
-        for group in prange((rows + ROWS - 1) // ROWS):
-            some = slice(group * ROWS, min(rows, (group + 1) * ROWS))
+        for tile_of_x in prange((rows + ROWS - 1) // ROWS):
+            some = slice(tile_of_x * ROWS, min(rows, (tile_of_x + 1) * ROWS))
             _lay_out(flat[some], laid[some.start * n : some.stop * n])
     from_x, to = laid.ctypes.data if rows > 1 else x.ctypes.data, out.ctypes.data
     for first in range(0, rows, TOGETHER):
