@@ -255,14 +255,6 @@ def _in_rows(x: Array) -> Array:
     return x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
 
 
-@njit(error_model="numpy")
-def _in_order(x: Any) -> Any:
-    """As `blas.rows_in_order`, of (batch, heads, rows, width)."""
-    step = x.strides[2]
-    return x.strides[3] == 4 and step >= 4 * x.shape[3] and step % 4 == 0
-
-
-_NO_PATTERN = np.empty((0, 0, 0, 0), np.float32)
 _BLAS = library()
 _by_library: Any = None
 _attend: Any = None
@@ -291,18 +283,16 @@ if _BLAS is not None and _BLAS.set_threads:
                         _ONE, from_x + 4 * k, n, w_at, w_step, _ONE if k else _ZERO, to + 4 * a, columns,
                     )  # fmt: skip
 
-    _to_attend = t.boolean(any_heads, any_heads, any_heads, places, places, f32, f32, i64, heads, heads)
+    _to_attend = t.void(any_heads, any_heads, any_heads, places, places, f32, f32, i64, heads, heads)
 
     @_compiled(_to_attend, _SUMS)  # type: ignore[untyped-decorator]
     def _attend(
         q: Any, k: Any, v: Any, pos: Any, key_pos: Any, scale: Any, cap: Any, window: Any, z: Any, pattern: Any
-    ) -> bool:
+    ) -> None:
         """Each unit of work is a block of one head's queries; weights go to `pattern` unless that is empty. A `cap` of
-        0 is none. False for arrays that calls for matrices cannot read.
+        0 is none.
         """
         batch, n_heads, queries, width = q.shape
-        if not (_in_order(q) and _in_order(k) and _in_order(v) and batch == len(k) == len(v)):
-            return False
         group, blocks = n_heads // k.shape[1], (queries + QUERIES - 1) // QUERIES
         starts = np.searchsorted(key_pos, pos - window, side="right")
         ends = np.searchsorted(key_pos, pos, side="right")
@@ -333,7 +323,6 @@ if _BLAS is not None and _BLAS.set_threads:
                 _ZERO, z[i, first:, h].ctypes.data, n_heads * v.shape[3],
             )  # fmt: skip
             weights[0, 0] = 0  # numba frees an array after its last use, and reading its address does not count as one
-        return True
 
 
 def attend(
@@ -348,13 +337,13 @@ def attend(
     pattern: Array | None,
 ) -> Array | None:
     """As `ops.attend`; fills `pattern` if there is one. None for arrays that numpy must do."""
-    if _attend is None:
+    if _attend is None or not all(map(rows_in_order, (q, k, v))) or not len(q) == len(k) == len(v):
         return None
     z = np.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), np.float32)
-    kept = _NO_PATTERN if pattern is None else pattern
+    kept = np.empty((0, 0, 0, 0), np.float32) if pattern is None else pattern
     with _ONE_AT_A_TIME:
-        done = _attend(q, k, v, pos, key_pos, scale, cap or 0, 1 << 40 if window is None else window, z, kept)
-    return z if done else None
+        _attend(q, k, v, pos, key_pos, scale, cap or 0, 1 << 40 if window is None else window, z, kept)
+    return z
 
 
 @_compiled(t.void(seen, seen_vector, vector), _SUMS)  # type: ignore[untyped-decorator]
