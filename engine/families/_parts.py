@@ -8,11 +8,12 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from engine.activations import ACTIVATIONS
 from engine.config import Config, Rope
 from engine.errors import DamagedFile, clipped
 from engine.families._read import choice, flag, real, whole
 from engine.families._rope import rope_from
-from engine.ops import ACTIVATIONS, Array
+from engine.ops import Array
 from engine.params import Ends, Joined, Linear, Norm, transposed
 from engine.weights import Tensors
 

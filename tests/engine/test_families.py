@@ -27,11 +27,11 @@ from oracle.measure import CEILING, CONTROL, distance, row_errors
 from tolerances import assert_same
 
 from engine import POINTS, Model, PatchHook, ScaleHook, SteerHook, ZeroAblateHook, forward
+from engine.activations import ACTIVATIONS
 from engine.errors import DamagedFile, UnknownModel
 from engine.families import family, known
 from engine.families._rope import rope_from
 from engine.interventions import KINDS
-from engine.ops import ACTIVATIONS
 
 
 @pytest.fixture(scope="module")

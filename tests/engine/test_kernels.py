@@ -30,11 +30,12 @@ from engine import (
     ops,
     patching_grid,
 )
+from engine.activations import ACTIVATIONS
 from engine.matrices import Array, Panels, panelled, rounded, widened
 from engine.params import Ends, Joined, LayerParams, Linear, Params, in_bfloat16, in_panels
-from engine.tile import ROWS, WIDTH
 
 kernels = fast._compiled()
+ROWS, WIDTH = kernels.ROWS, kernels.WIDTH
 NOISE = np.random.default_rng(0)
 
 
@@ -178,7 +179,7 @@ def test_no_kernel_hides_a_nan(place: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-3, 1, 30, 90, 1e4, 1e15])
-@pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_an_activation_of_any_size_with_and_without_a_gate(activation: str, size: float) -> None:
     gate, up = np.float32(size) * noise(4, 333), noise(4, 333)
     beside = np.concatenate([gate, up], axis=1)
@@ -306,22 +307,21 @@ known = llvmlite.binding.get_host_cpu_features()
 known.update((name, False) for name in known if name.startswith("avx512"))
 llvmlite.binding.get_host_cpu_features = lambda: known
 import numpy as np
-from engine import tile
 from engine.fast import _compiled
 from engine.matrices import packed, panelled, rounded, widened
 kernels, noise = _compiled(), np.random.default_rng(0)
-print(tile.WIDTH, tile.ROWS)
+print(kernels.WIDTH, kernels.ROWS)
 for rows, n, columns in ((1, 7, 1), (6, 50, 37), (7, 145, 64), (200, 40, 100)):
     x, w = (noise.standard_normal(shape).astype(np.float32) for shape in ((rows, n), (n, columns)))
     for given, meant in ((w, w), (rounded(w), widened(rounded(w))[:n])):
-        made = kernels.product(x, panelled(given, tile.WIDTH), 16)
+        made = kernels.product(x, panelled(given, kernels.WIDTH), 16)
         assert np.abs(made - x @ meant).max() < 1e-4, (rows, n, columns)
 for rows, columns, most in ((1, 37, 15), (7, 64, 15), (6, 40, 127), (200, 17, 127)):
     x, levels = noise.standard_normal((rows, 160)).astype(np.float32), noise.integers(0, most + 1, (160, columns))
     steps = noise.standard_normal((2, 10, columns)).astype(np.float16).astype(np.float32)
     dense = levels.astype(np.float32) * steps[0].repeat(16, 0) + steps[1].repeat(16, 0)
-    made = kernels.product(x, panelled(packed(dense, *steps), tile.WIDTH), 48)
-    assert (made == kernels.product(x, panelled(dense, tile.WIDTH), 48)).all(), (rows, columns, most)
+    made = kernels.product(x, panelled(packed(dense, *steps), kernels.WIDTH), 48)
+    assert (made == kernels.product(x, panelled(dense, kernels.WIDTH), 48)).all(), (rows, columns, most)
 print("agree")
 """
 
@@ -388,7 +388,8 @@ AGAIN = f"""
 import sys
 sys.path[:0] = {sys.path!r}
 from engine.fast import _compiled
-compiled = {{name: x.stats for name, x in vars(_compiled()).items() if hasattr(x, "stats")}}
+modules = [module for name, module in vars(_compiled()).items() if hasattr(module, "__file__")]
+compiled = {{name: x.stats for module in modules for name, x in vars(module).items() if hasattr(x, "stats")}}
 print(len(compiled) > 5, [name for name, stats in compiled.items() if stats.cache_misses])
 """
 

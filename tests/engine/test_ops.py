@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from engine.ops import ACTIVATIONS, attend, inner, layer_norm, linear, rms_norm, rotate, softcap, softmax
+from engine.activations import ACTIVATIONS
+from engine.ops import attend, inner, layer_norm, linear, rms_norm, rotate, softcap, softmax
 
 
 def random(*shape: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 from tolerances import SAME
 
 from engine import Model, RecordHook, blas, fast, forward, ops, split
+from engine.activations import ACTIVATIONS
 from engine.cost import of_pass, working_bytes
 from engine.errors import InputError
 from engine.pools import pooled_rows_cost
@@ -79,7 +80,7 @@ def test_with_kernels_in_use_there_is_one_part_because_they_have_threads_of_thei
         assert parts_of(10 * ENOUGH) == 1
 
 
-@pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("gates", [True, False])
 def test_an_activation_in_parts_is_that_activation(activation: str, gates: bool) -> None:
     x, *up = np.random.default_rng(0).standard_normal((1 + gates, 3, 7, 40), np.float32)
@@ -88,7 +89,7 @@ def test_an_activation_in_parts_is_that_activation(activation: str, gates: bool)
         with in_parts(ENOUGH):
             together = ops.activated(activation, x, *up)
     assert (alone == together).all()
-    assert np.abs(alone - ops.ACTIVATIONS[activation](x) * (up[0] if up else 1)).max() == 0
+    assert np.abs(alone - ACTIVATIONS[activation](x) * (up[0] if up else 1)).max() == 0
 
 
 def test_passes_at_the_same_time_do_not_wait_for_each_other() -> None:
