@@ -143,8 +143,8 @@ def _function(model: Network, item: Intervention, prompt_length: int, new_tokens
             return resampled(_pool(model, item), item.seed)
         case "patch" if item.rows is not None:
             places = resolve_positions(item.rows, prompt_length)
-            return placed(dict(zip(places, [_vector(model, item, row) for row in item.rows.values()], strict=True)))
-    return _with_vector(item, _vector(model, item, item.vector))
+            return placed(dict(zip(places, _vectors(model, item, item.rows.values()), strict=True)))
+    return _with_vector(item, *_vectors(model, item, [item.vector]))
 
 
 def _with_vector(item: Intervention, vector: Array) -> EditFunction:
@@ -175,24 +175,25 @@ def _pool(model: Network, item: Intervention) -> Array:
     pool = np.asarray(() if item.vector is None else item.vector, np.float32)
     if pool.ndim < 2 or not len(pool):
         raise VectorError(f"resample needs rows to draw from, (n, width), not {pool.shape}")
-    _vector(model, item, pool[0])
-    if not np.isfinite(pool).all():
-        raise VectorError("resample: the rows hold NaN or infinity; every feature must be finite")
+    _vectors(model, item, pool)
     return pool
 
 
-def _vector(model: Network, item: Intervention, given: Array | None) -> Array:
-    """A vector as wide as a row of the point; kinds in `BY_HEAD` also take one for each of the heads."""
+def _vectors(model: Network, item: Intervention, given: Iterable[Array | None]) -> list[Array]:
+    """Vectors as wide as a row of the point; kinds in `BY_HEAD` also take one for each of the heads."""
     feature = point(item.point).axes[-1]
     if feature == "key":
         raise PointError(f"{item.kind} does not act at {item.point}; zero, scale and knockout do")
     width: int = getattr(model.config, feature)
-    vector: Array = np.asarray(() if given is None else given, np.float32)
     shapes: list[tuple[int, ...]] = [(width,)]
     if item.kind in BY_HEAD and point(item.point).head_axis is not None:
         all_heads = model.config.n_kv_heads if item.point in ("k", "v") else model.config.n_heads
         shapes.append((all_heads if item.heads is None else len(item.heads), width))
-    if vector.shape not in shapes or not np.isfinite(vector).all():
-        raise VectorError(f"{item.kind} at {item.point} needs a vector of {width} finite numbers, not {vector.shape}")
-    check_numbers(vector, f"the vector of {item.kind}")
-    return vector
+    vectors = [np.asarray(() if vector is None else vector, np.float32) for vector in given]
+    for vector in vectors:
+        if vector.shape not in shapes:
+            raise VectorError(
+                f"{item.kind} at {item.point} needs a vector of {width} finite numbers, not {vector.shape}"
+            )
+    check_numbers(np.concatenate([vector.ravel() for vector in vectors]), f"the vector of {item.kind}")
+    return vectors
