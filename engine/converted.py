@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from platformdirs import user_cache_path
@@ -59,8 +59,10 @@ class Conversion:
 
     def params(self, cfg: Config) -> Params:
         """The weights; reading them brings in their pages."""
-        layers = [_layer(self.arrays, f"{i}.", cfg) for i in range(cfg.n_layers)]
-        return Params(_ends(self.arrays), layers.__getitem__, cfg.n_layers)
+        params = Params(_ends(self.arrays), lambda i: _layer(self.arrays, f"{i}.", cfg), cfg.n_layers)
+        for layer in range(cfg.n_layers):
+            params.layer(layer)
+        return params
 
 
 def directory() -> Path:
@@ -84,10 +86,12 @@ def find(path: Path) -> Conversion | None:
     """The conversion of the model at `path`; None when there is none, or it is stale or damaged."""
     file = _place(path)
     try:
-        head, table, start = _read_head(file)
-        fits = head["stamp"] == stamp(path) and head["made_by"] == _code()
-        fits = fits and file.stat().st_size == start + max(row["data_offsets"][1] for row in table.values())
-        return Conversion(file, head["notes"], _mapped(file, table, start)) if fits else None
+        with file.open("rb") as opened:  # once: another process may put its own in its place
+            head, table, start = _read_head(opened)
+            fits = head["stamp"] == stamp(path) and head["made_by"] == _code()
+            size = os.fstat(opened.fileno()).st_size
+            fits = fits and size == start + max(row["data_offsets"][1] for row in table.values())
+            return Conversion(file, head["notes"], _mapped(opened, table, start)) if fits else None
     except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is no conversion
         return None
 
@@ -113,8 +117,8 @@ def keep(path: Path, before: Stamp, notes: Notes, params: Params, n_layers: int)
 def damage(file: Path) -> str | None:
     """What is wrong with a conversion's contents; None when they are as they were written."""
     try:
-        head, _, start = _read_head(file)
         with file.open("rb") as opened:
+            head, _, start = _read_head(opened)
             opened.seek(start)
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except (OSError, ValueError, KeyError, TypeError):
@@ -190,21 +194,20 @@ def _head_digest(text: str, table: Mapping[str, Any]) -> str:
     return hashlib.sha256((text + json.dumps(table)).encode()).hexdigest()
 
 
-def _read_head(file: Path) -> tuple[Notes, dict[str, Any], int]:
+def _read_head(opened: BinaryIO) -> tuple[Notes, dict[str, Any], int]:
     """What was noted, the table of arrays, and where they begin. Raises what a damaged header makes of it."""
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        if size > _HEADER_LIMIT:
-            raise ValueError("the header is too long")
-        table = json.loads(opened.read(size))
+    size = int.from_bytes(opened.read(8), "little")
+    if size > _HEADER_LIMIT:
+        raise ValueError("the header is too long")
+    table = json.loads(opened.read(size))
     metadata = table.pop("__metadata__")
     if metadata["digest"] != _head_digest(metadata["mechscope"], table):
         raise ValueError("the header is damaged")
     return json.loads(metadata["mechscope"]), table, 8 + size
 
 
-def _mapped(file: Path, table: Mapping[str, Any], start: int) -> dict[str, Array]:
-    whole = np.memmap(file, np.float32, "r", offset=start).view(np.ndarray)
+def _mapped(opened: BinaryIO, table: Mapping[str, Any], start: int) -> dict[str, Array]:
+    whole = np.memmap(opened, np.float32, "r", offset=start).view(np.ndarray)
     return {name: _part(whole, row["data_offsets"][0] // 4, row["shape"]) for name, row in table.items()}
 
 

@@ -48,19 +48,19 @@ def load_model(
     of "scoped": how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers.
     `converted` lets a dense model's weights be kept as float32 in the cache directory, so that the next start maps them
     and reads nothing (`converted.py`); `Model.conversion` says what came of it. `room` is asked for the bytes of dense
-    weights before most are read. Raises `ModelError`s, and `InputError` for arguments.
+    weights before most are read, or any of mapped ones. Raises `ModelError`s, and `InputError` for arguments.
     """
     keep_freed_memory()
     fast.prepare(None if tick is None else partial(tick, 0, 1))
     try:
-        return _laid_out(_loaded(model, weights, tick, progress, dense_layers, converted, room), weights, tick, room)
+        return _laid_out(_loaded(model, weights, tick, progress, dense_layers, converted, room), weights, tick)
     except MemoryError:
         hint = 'load it with weights="packed" (a .gguf file) or "scoped", or choose a smaller model'
         hint = "choose a smaller one" if weights in ("scoped", "packed") else hint
         raise ModelError(f"there is not enough memory for {_name(str(model), Path(model))}; {hint}") from None
 
 
-def _laid_out(made: Model, weights: str, tick: Tick | None, room: Room | None) -> Model:
+def _laid_out(made: Model, weights: str, tick: Tick | None) -> Model:
     """Rounded if that is asked for; in panels if kernels are in use. A scoped layer is not worth it for one pass."""
     n, kernels = made.config.n_layers, fast.kernels()
 
@@ -69,8 +69,6 @@ def _laid_out(made: Model, weights: str, tick: Tick | None, room: Room | None) -
 
     if weights == "scoped" or (kernels is None and weights != "bf16"):
         return made
-    if room is not None and made.conversion == "used":  # mapped until now
-        room(sum(array.nbytes for layer in range(n) for _, array in made.params.layer(layer).stored()))
     if weights == "bf16":
         params = in_bfloat16(made.params, n, told("rounding"))
         made = replace(made, params=params, weights="bf16", fingerprint=f"{made.fingerprint}{ROUNDED}")
@@ -103,7 +101,7 @@ def _loaded(
     name = _name(str(model), path)
     try:
         if conversion is not None:
-            return _from_conversion(conversion, path, name, tick)
+            return _from_conversion(conversion, path, name, tick, room)
         before = stamp(path)
         read = (_from_directory if path.is_dir() else _from_gguf)(path, name, weights, budget, tick, room)
         return _kept(read, path, before, tick) if converted else read.model
@@ -180,7 +178,7 @@ def _kept(read: _Read, path: Path, before: Stamp, tick: Tick | None) -> Model:
     return replace(model, conversion="made" if why_not is None else f"not kept: {why_not}")
 
 
-def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick | None) -> Model:
+def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick | None, room: Room | None) -> Model:
     notes = conversion.notes
     raw, known = notes["config"], stamp(path)
     cfg = family(raw["model_type"]).config(raw)
@@ -194,7 +192,10 @@ def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick |
 
     backend = tokenizer.Deferred(words, notes["vocabulary"])
     told = tokenizer.Tokenizer(backend, notes["bos"], notes["eos"], lambda: backend.words.chat_template)
-    return Model(name, cfg, conversion.params(cfg), told, notes["fingerprint"], "dense", conversion="used")
+    params = conversion.params(cfg)
+    if room is not None:
+        room(params.nbytes)
+    return Model(name, cfg, params, told, notes["fingerprint"], "dense", conversion="used")
 
 
 def _from_directory(

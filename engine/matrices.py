@@ -167,11 +167,11 @@ def widened(x: Matrix, features: int | None = None) -> Array:
     return made[:features] if features == len(made) - 1 else made
 
 
-def columns(x: Matrix, at: slice | IntArray) -> Array | Bfloat16:
-    """Some columns by themselves: a view of an array in order, or a copy in float32 of panels and of what is packed."""
+def columns(x: Matrix, at: slice | IntArray) -> Array:
+    """Some columns by themselves in float32: a view of an array that is, a copy of what is kept otherwise."""
     if isinstance(x, Packed):
         return numbers_of(*(_some(part, at) for part in (x.levels, x.scales, x.minima)))
-    return widened(_some(x, at)) if isinstance(x, Panels) else x[..., at]
+    return widened(_some(x, at))
 
 
 def _some(x: npt.NDArray[Any] | Panels, at: slice | IntArray) -> npt.NDArray[Any]:

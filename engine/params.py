@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.matrices import Array, Bfloat16, Matrix, Packed, Table, columns, packed, panelled, rounded, rows_of, widened
+from engine.matrices import Array, Matrix, Packed, Table, columns, packed, panelled, rounded, rows_of, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Joined(Linear):
         return cls(whole.weight, whole.bias, widths=widths)
 
     def parts(self) -> list[Linear]:
-        """The matrices by themselves: views, of panels copies."""
+        """The matrices by themselves, in float32: views, or copies of what is kept otherwise."""
         biases = [None if self.bias is None else self.bias[at] for at in _columns(self.widths)]
         return [Linear(columns(self.weight, at), b) for at, b in zip(_columns(self.widths), biases, strict=True)]
 
@@ -88,7 +88,7 @@ SINGLE = ("q", "k", "v", "o", "up", "down", "gate", *_NORMS)
 class LayerParams:
     """One layer. `qkv` joins queries, keys and values; `gate_up` gate and up, in an MLP without gating up alone.
 
-    `q`, `k`, `v`, `gate` (or None) and `up` are these by themselves: views, where matrices are in panels copies.
+    `q`, `k`, `v`, `gate` (or None) and `up` are these by themselves, in float32.
     """
 
     qkv: Joined
@@ -142,8 +142,8 @@ class LayerParams:
                 parts[at.name] = replace(kept, weight=packed(dense, by.weight, offset.weight) or dense)
         return replace(self, **parts)
 
-    def arrays(self) -> Iterator[tuple[str, Array | Bfloat16]]:
-        """(name, array) of every weight by itself: views, of panels copies."""
+    def arrays(self) -> Iterator[tuple[str, Array]]:
+        """(name, array) of every weight by itself, in float32: views, or copies of what is kept otherwise."""
         return ((name, columns(array, slice(None))) for name, array in self._named(SINGLE))
 
     def stored(self) -> Iterator[tuple[str, Matrix]]:

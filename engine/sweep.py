@@ -375,8 +375,10 @@ class _Slice:
         cfg, gain = self._model.config, self._model.params.final_norm
         last = norm(x[:, -1], gain, cfg)
         for place, fork in enumerate(forks):
-            for edit in (e for e in fork.edits if e.point == "final_norm"):
+            if edits := [edit for edit in fork.edits if edit.point == "final_norm"]:
                 rows = norm(x[place : place + 1], gain, cfg)
-                changed = edit(rows, self._base.pos[fork.start :], None, len(self._base.pos))
-                last[place] = rows[0, -1] if changed is None else changed[0, -1]
+                for edit in edits:
+                    changed = edit(rows, self._base.pos[fork.start :], None, len(self._base.pos))
+                    rows = rows if changed is None else changed
+                last[place] = rows[0, -1]
         return last

@@ -1,5 +1,7 @@
 """Variants of all sorts for a sweep: `everywhere`, `kinds`."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from engine import POINTS, Intervention, Variant
@@ -46,6 +48,7 @@ def kinds(model):
         Variant((steer,)),
         Variant((steer, Intervention("zero", (2,), "mlp_out", (-1,)), Intervention("scale", (1,), "q", value=0.5))),
         Variant((Intervention("scale", (0,), "embed", (2,), value=2.0), Intervention("zero", (1,), positions=(-2,)))),
+        Variant((Intervention("project_out", (0,), "final_norm", vector=wide), replace(steer, point="final_norm"))),
     ]
 
 

@@ -87,13 +87,21 @@ def test_the_model_says_what_it_is(rounded: Model, synthetic: Model) -> None:
 
 def test_matrices_take_half_the_memory_and_norms_and_ends_stay(rounded: Model, synthetic: Model) -> None:
     for (name, now), (_, before) in zip(
-        rounded.params.layer(0).arrays(), synthetic.params.layer(0).arrays(), strict=True
+        rounded.params.layer(0).stored(), synthetic.params.layer(0).stored(), strict=True
     ):
-        halved = name in ("q", "k", "v", "o", "up", "gate", "down")
+        halved = name in ("qkv", "o", "gate_up", "down")
         assert now.nbytes == before.nbytes // (2 if halved else 1), name
     assert rounded.params.embed is synthetic.params.embed or (rounded.params.embed == synthetic.params.embed).all()
     again = in_bfloat16(rounded.params, rounded.config.n_layers)
-    assert (again.layer(0).q.weight == rounded.params.layer(0).q.weight).all(), "rounding twice changes nothing"
+    assert (again.layer(0).qkv.weight == rounded.params.layer(0).qkv.weight).all(), "rounding twice changes nothing"
+
+
+def test_a_matrix_by_itself_is_in_float32_however_it_is_kept(rounded: Model, synthetic: Model) -> None:
+    for model in (rounded, replace(rounded, params=in_panels(rounded.params, rounded.config.n_layers, 32))):
+        for name, array in model.params.layer(1).arrays():
+            assert array.dtype == np.float32, name
+        expected = widened(to_bfloat16(synthetic.params.layer(1).q.weight))
+        assert (model.params.layer(1).q.weight == expected).all()
 
 
 @pytest.mark.real

@@ -93,6 +93,29 @@ def test_a_mapped_model_reads_its_files_only_for_words_and_refuses_others_then(t
     assert read.encode(WORDS) == ids, "what was read stays"
 
 
+def test_a_mapped_model_counts_all_its_weights_and_asks_for_their_room(source):
+    whole, asked = load_model(source).params.nbytes, []
+    mapped = load_model(source, room=asked.append)
+    assert (mapped.conversion, asked, mapped.params.nbytes) == ("used", [whole], whole)
+
+
+def test_a_conversion_that_another_process_replaces_meanwhile_is_not_mixed_with_its_own(source, monkeypatch):
+    expected = arrays(load_model(source))
+    other = only_file().with_suffix(".other")
+    other.write_bytes(bytes(only_file().stat().st_size))
+
+    def and_then(*given):
+        found = read_head(*given)
+        other.replace(only_file())
+        return found
+
+    read_head = converted._read_head
+    monkeypatch.setattr(converted, "_read_head", and_then)
+    found = converted.find(source)
+    assert not other.exists()
+    assert all((found.arrays[name] == array).all() for name, array in expected.items())
+
+
 def test_mapped_weights_cannot_be_written(source):
     load_model(source)
     weight = load_model(source).params.layer(0).q.weight

@@ -131,6 +131,7 @@ def test_neurons_are_changed_alone(model, ids, clean):
             Intervention("resample", (1,), vector=np.array([[0.0] * 64, [np.inf] * 64])),
             "of resample holds NaN or infinity",
         ),
+        (Intervention("patch", (1,), rows={-1: np.ones(64, "f4"), 2: np.ones(64, "f4")}), "gives position 2 two rows"),
         (Intervention("patch", (1,), rows={}), "this run computes positions 0 to 2"),
         (Intervention("patch", (1,), rows={3: np.ones(64, "f4")}), "this run computes positions 0 to 2"),
         (Intervention("patch", (1,), rows={0: np.ones(64, "f4"), 1: np.ones(63, "f4")}), "vector of 64 finite numbers"),
