@@ -5,6 +5,7 @@ pass has to add. The call is the library's C interface (Netlib's cblas_sgemm), f
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,12 +93,21 @@ class _Single:
         with self._lock:
             if self._wanted == 0:
                 self._before = found.get_threads()
-            self._wanted += change
+            self._wanted = max(0, self._wanted + change)
             found.set_threads(1 if self._wanted else self._before)
+
+    def forget(self) -> None:
+        """In a forked process: whoever wanted it is not there, and whoever held the lock neither."""
+        wanted, self._wanted, self._lock = self._wanted, 0, Lock()
+        found = library()
+        if wanted and found is not None and found.set_threads is not None:
+            found.set_threads(self._before)
 
 
 _single = _Single()
 want_single_threaded = _single.want
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_single.forget)
 
 
 def most_threads() -> int:

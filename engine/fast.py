@@ -15,7 +15,10 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from engine.blas import library, want_single_threaded
+from engine.matrices import panelled
 
 VARIABLE = "MECHSCOPE_FAST"
 SPINS = "20000"
@@ -65,7 +68,9 @@ def _prepare(say: Callable[[str], None] | None) -> None:
         if say is not None:
             say("preparing compiled kernels (half a minute the first time)")
         try:
-            _use(_compiled())
+            compiled = _compiled()
+            _check(compiled)
+            _use(compiled)
         except Exception as error:  # numba and LLVM raise many; numpy can do everything
             reason = str(error).partition("\n")[0] or type(error).__name__
             _why_not = f"cannot be compiled here: {reason}; the next process tries again"
@@ -90,6 +95,27 @@ def _use(kernels: ModuleType | None) -> None:
     if (change := (kernels is not None) - (_kernels is not None)) != 0:
         want_single_threaded(change)
     _kernels = kernels
+
+
+def _check(kernels: ModuleType) -> None:
+    """Raise unless a small product comes out right: what numba is told by its environment may break it at first use."""
+    made = kernels.product(np.ones((2, 3), np.float32), panelled(np.ones((3, 5), np.float32), kernels.WIDTH), 2)
+    if made is None or not (made == 3).all():
+        raise RuntimeError("a product comes out wrong")
+
+
+def _after_fork() -> None:
+    """GNU OpenMP ends a forked process that calls kernels: numpy does everything there, with threads of its own."""
+    global _kernels, _preparing, _why_not
+    _preparing = Lock()
+    if _kernels is not None:
+        _kernels = None
+        switch_off("not used in a forked process")
+        _why_not = _off
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _compiled() -> ModuleType:

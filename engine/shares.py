@@ -83,8 +83,8 @@ def side_by_side(shares: Sequence[Share], tick: Tick) -> None:
     with blas.single_threaded():
         others = _Others()
         try:
-            others.start(shares[1:])
-            shares[0](others.ticking(tick))
+            for share in (shares[0], *others.start(shares[1:])):
+                share(others.ticking(tick))
             others.follow(tick)
         finally:
             others.stop()
@@ -104,12 +104,17 @@ class _Others:
         self._running = 0
         self._stopping = False
 
-    def start(self, shares: Sequence[Share]) -> None:
-        for share in shares:
+    def start(self, shares: Sequence[Share]) -> Sequence[Share]:
+        """Returns those that got no thread: the process may have no more."""
+        for i, share in enumerate(shares):
             thread = Thread(target=copy_context().run, args=(self._work, share))  # numpy's errstate is in the context
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                return shares[i:]
             self._threads.append(thread)
             self._running += 1
+        return ()
 
     def ticking(self, tick: Tick) -> Tick:
         """`tick` for the calling thread's own share: it tells of the others' layers, too."""
@@ -131,6 +136,7 @@ class _Others:
         self._stopping = True
         for thread in self._threads:
             thread.join()
+        self._heard = SimpleQueue()  # an error's traceback leads here: a circle that would keep the share's arrays
 
     def _work(self, share: Share) -> None:
         try:

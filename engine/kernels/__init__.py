@@ -9,10 +9,11 @@ softmax         over the last axis
 rms_norm        over the last axis
 rotate          rotary embedding
 
-Each computes what the numpy function of the same name in `ops` does, in float32; tests/engine/test_kernels.py says how
-near. Importing compiles them, or takes them from numba's cache. While they are in use the BLAS has one thread
-(`engine.fast`): its own threads spin long after a product, on the processors that the kernels need. What kernels
-need of it they call on threads of theirs: `library`.
+Each computes in float32 what `ops` does with numpy, whose `linear` asks for `product`; how near they come is told in
+tests/engine/test_kernels.py. They return None, or False if they work in place, for arrays that numpy must do.
+Importing compiles them, or takes them from numba's cache. While they are in use the BLAS has one thread
+(`engine.fast`): its own threads spin long after a product, on the processors that the kernels need. What kernels need
+of it they call on threads of theirs: `library`.
 """
 
 from engine.kernels.attention import attend

@@ -38,7 +38,7 @@ _TANH = tuple(
 
 @njit(inline="always")
 def exp(x: Any) -> Any:
-    """E to the x; 0 below -87.3, where float32 leaves its normal range. NaN stays NaN."""
+    """E to the x; 0 below -87.3, where float32 leaves its normal range, infinity above 88.3. NaN stays NaN."""
     small = x < _LOWEST
     x = _HIGHEST if x > _HIGHEST else (_LOWEST if small else x)
     n = np.floor(x * _LOG2E + HALF)

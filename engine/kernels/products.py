@@ -47,11 +47,11 @@ _products = [t.void(seen_batch, vector, panels, _steps, _steps, i64, batch, i64)
 
 
 @compiled(_products, STRICT)  # type: ignore[untyped-decorator]
-def _product(x: Any, laid: Any, panels: Any, scales: Any, minima: Any, group: Any, out: Any, block: Any) -> None:
+def _product(x: Any, laid: Any, panels: Any, scales: Any, minima: Any, shift: Any, out: Any, block: Any) -> None:
     """Out = x @ w: each thread has some panels, and sums up `block` of their rows at a time.
 
     `laid` is room for x: ROWS of its rows feature by feature, then the next ROWS; one row needs none. Of levels,
-    2 ** `group` rows of a panel share a scale and a minimum; of other numbers `scales` and `minima` are not read.
+    2 ** `shift` rows of a panel share a scale and a minimum; of other numbers `scales` and `minima` are not read.
     """
     rows, n, width = x.shape[0] * x.shape[1], x.shape[2], out.shape[2]
     steps = panels.shape[1]
@@ -77,7 +77,7 @@ def _product(x: Any, laid: Any, panels: Any, scales: Any, minima: Any, group: An
                     x_at, at = from_x + 4 * (row * n + features * k * count), to + 4 * (row * width + panel * WIDTH)
                     tile(
                         count, x_at, panels, w, at, width, min(block, steps - k), k > 0, soon, soon_step,
-                        scales, minima, (panel * scales.shape[1] << group) + k, group,
+                        scales, minima, (panel * scales.shape[1] << shift) + k, shift,
                     )  # fmt: skip
                     soon += soon_step * block
 
@@ -87,13 +87,14 @@ def product(x: Array, w: Matrix, block: int) -> Array | None:
     that numpy must do.
     """
     if isinstance(w, Panels):
-        return _by_panels(x, w, _NONE, _NONE, 2, block)
+        return _by_panels(x, w, _NONE, _NONE, 0, block)
     if isinstance(w, Packed):
         if not (isinstance(w.levels, Panels) and isinstance(w.scales, Panels) and isinstance(w.minima, Panels)):
             return None
         if x.shape[-1] != w.shape[0]:
             return None
-        return _by_panels(x, w.levels, w.scales.numbers, w.minima.numbers, w.group, block)
+        shift = (w.group // _FEATURES[w.levels.numbers.dtype]).bit_length() - 1
+        return _by_panels(x, w.levels, w.scales.numbers, w.minima.numbers, shift, block)
     if by_library is None or w.dtype == np.uint32 or not w.flags.c_contiguous or x.shape[-1] != len(w) or not len(w):
         return None
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
@@ -103,7 +104,7 @@ def product(x: Array, w: Matrix, block: int) -> Array | None:
     return out.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _by_panels(x: Array, w: Panels, scales: Array, minima: Array, group: int, block: int) -> Array | None:
+def _by_panels(x: Array, w: Panels, scales: Array, minima: Array, shift: int, block: int) -> Array | None:
     features = _FEATURES[w.numbers.dtype]
     panels, steps, width = w.numbers.shape
     if width != WIDTH or -(-x.shape[-1] // features) != steps or not steps:
@@ -112,9 +113,8 @@ def _by_panels(x: Array, w: Panels, scales: Array, minima: Array, group: int, bl
         x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])  # a word's second feature is read, too, though it is zero
     out = np.empty((*x.shape[:-1], WIDTH * panels), np.float32)
     laid = np.empty(x.size, np.float32) if x.size > x.shape[-1] else _NOTHING
-    rows = (group // features).bit_length() - 1
     with ONE_AT_A_TIME:
-        _product(in_rows(x), laid, w.numbers, scales, minima, rows, in_rows(out), block // features)
+        _product(in_rows(x), laid, w.numbers, scales, minima, shift, in_rows(out), block // features)
     return out if out.shape[-1] == w.shape[1] else np.ascontiguousarray(out[..., : w.shape[1]])
 
 

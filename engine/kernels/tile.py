@@ -53,7 +53,7 @@ class _Tile:
     def __init__(self, builder: Any, rows: int, arguments: Any, kind: Any) -> None:
         self.builder, self.rows, self.kind = builder, rows, kind
         self.x, self.w, self.out, self.out_step, self.steps, self.add, self.soon, self.soon_step, *packed = arguments
-        self.scales, self.minima, self.first, self.group = packed
+        self.scales, self.minima, self.first, self.shift = packed
         self.fma = self._named(ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32")
 
     def emit(self) -> None:
@@ -86,10 +86,10 @@ class _Tile:
     def _group(self, at: Any, sums: _Sums) -> tuple[Any, _Sums]:
         """The sums with the rest of a group more: its scales and minima stay in registers."""
         builder = self.builder
-        group = builder.lshr(builder.add(self.first, at), self.group)
+        group = builder.lshr(builder.add(self.first, at), self.shift)
         places = [builder.add(builder.mul(group, _int(WIDTH)), _int(LANES * v)) for v in range(VECTORS)]
         steps = [[self._load(builder.gep(part, [x]), _VECTOR) for x in places] for part in (self.scales, self.minima)]
-        end = builder.sub(builder.shl(builder.add(group, _int(1)), self.group), self.first)
+        end = builder.sub(builder.shl(builder.add(group, _int(1)), self.shift), self.first)
         end = builder.select(builder.icmp_signed("<", end, self.steps), end, self.steps)
         return end, self._loop(at, end, sums, partial(self._step, scales_and_minima=list(zip(*steps, strict=True))))
 
@@ -197,17 +197,17 @@ def _tile(
     scales: Any,
     minima: Any,
     first: Any,
-    group: Any,
+    shift: Any,
 ) -> Any:
     """Out (rows, WIDTH) = or += x (features, rows).T @ `steps` rows of the panels from number `at` on.
 
     x and out are addresses. Each row of a panel prefetches the panels' numbers from number `soon` on, the next one
     `soon_step` later; they need not exist. Levels have scales and minima in (groups, WIDTH) arrays: those of row r
-    here in group `(first + r) >> group`. Others read none.
+    here in group `(first + r) >> shift`. Others read none.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        n, x, panels, at, out, out_step, steps, add, soon, soon_step, scales, minima, first, group = arguments
+        n, x, panels, at, out, out_step, steps, add, soon, soon_step, scales, minima, first, shift = arguments
         kind = signature.args[2].dtype
         numbers, scales, minima = (
             context.make_array(signature.args[i])(context, builder, array).data
@@ -216,7 +216,7 @@ def _tile(
         unit = _FLOAT if kind.bitwidth == 32 else _BYTE
         from_x, to = (builder.inttoptr(place, _FLOAT.as_pointer()) for place in (x, out))
         from_w, then = (builder.gep(builder.bitcast(numbers, unit.as_pointer()), [place]) for place in (at, soon))
-        given = (from_x, from_w, to, out_step, steps, add, then, soon_step, scales, minima, first, group)
+        given = (from_x, from_w, to, out_step, steps, add, then, soon_step, scales, minima, first, shift)
         done = builder.append_basic_block()
         switch = builder.switch(n, done)
         for count in range(1, ROWS + 1):

@@ -478,3 +478,43 @@ def test_kernels_that_cannot_be_compiled_are_not_used_and_a_warning_says_why(mon
         assert tried == [1], "the next load does not wait for the same failure"
         assert fast.kernels() is None
         assert fast.state() == "cannot be compiled here: no place for the cache; the next process tries again"
+
+
+JIT_OFF = f"""
+import sys, warnings
+sys.path[:0] = {sys.path!r}
+warnings.simplefilter("ignore")
+from engine import fast, forward, load_model
+print(forward(load_model("synthetic"), [1, 2]).logits.shape, fast.state())
+"""
+
+
+def test_kernels_that_fail_at_first_use_are_not_used() -> None:
+    child = os.environ | {"MECHSCOPE_FAST": "yes", "NUMBA_DISABLE_JIT": "1"}
+    ran = subprocess.run([sys.executable, "-c", JIT_OFF], capture_output=True, text=True, env=child)
+    assert ran.stdout.startswith("(1, 1, 257) cannot be compiled here: "), ran.stderr
+
+
+FORKING = f"""
+import os, signal, sys, warnings
+sys.path[:0] = {sys.path!r}
+warnings.simplefilter("ignore")
+import numpy as np
+from engine import blas, fast, forward, load_model
+threads, model = blas.most_threads(), load_model("synthetic")
+expected = forward(model, [1, 2, 3]).logits
+if (child := os.fork()) == 0:
+    signal.alarm(60)
+    same = np.abs(forward(model, [1, 2, 3]).logits - expected).max() < 1e-4
+    fast.prepare()
+    print(same, blas.threads_now() == threads, fast.state(), flush=True)
+    os._exit(0)
+print(os.waitpid(child, 0)[1], fast.state())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_computes_with_numpy_and_all_its_threads() -> None:
+    child = os.environ | {"MECHSCOPE_FAST": "yes", "OPENBLAS_NUM_THREADS": "2"}
+    ran = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, env=child)
+    assert ran.stdout.split("\n")[:2] == ["True True not used in a forked process", "0 in use"], ran.stderr

@@ -1,7 +1,9 @@
 """Threads share a sweep's variants: nothing of what a caller sees depends on how many there are, and none is left."""
 
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from tolerances import SAME, assert_close, assert_same, far_out
 from variants import everywhere, kinds, puts_in_noise
 
 from engine import Intervention, blas, fast, forks
+from engine.errors import InputError
 from engine.forks import Variant
 from engine.shares import side_by_side
 from engine.sweep import sweep, sweep_cost
@@ -181,6 +184,43 @@ def test_an_error_in_any_share_reaches_the_caller(synthetic, threads):
 
     with pytest.raises(ZeroDivisionError):
         sweep(synthetic, IDS, zeroing(range(4)), read)
+
+
+def test_shares_without_a_thread_are_done_by_the_caller(synthetic, threads, monkeypatch):
+    expected = sweep(synthetic, IDS, everywhere(synthetic)).values
+    started = threading.Thread.start
+    left = [1]
+
+    def start(thread):
+        if not left.pop():
+            raise RuntimeError("can't start new thread")
+        left.append(0)
+        started(thread)
+
+    monkeypatch.setattr("engine.shares.Thread.start", start)
+    assert_same(sweep(synthetic, IDS, everywhere(synthetic)).values, expected)
+
+
+def test_an_error_that_came_after_another_keeps_no_arrays():
+    held = np.ones(3)
+    gone, second = weakref.ref(held), threading.Event()
+
+    def fails(tick, held=held):
+        second.wait(WAIT)
+        raise InputError("of another thread")
+
+    def first(tick):
+        second.set()
+        raise InputError("of the caller")
+
+    gc.disable()
+    try:
+        with pytest.raises(InputError, match="of the caller"):
+            side_by_side([first, fails], lambda *told: None)
+        del fails, held
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_other_threads_handle_floating_point_errors_as_the_callers(synthetic, threads):
