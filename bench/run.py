@@ -92,11 +92,13 @@ ROWS = (
     Row("patching grid 30 x 16, batched by hand", "grid", 16, 2, (HAND,), 0.6),
     Row("head patching 30 x 9, 16 tokens, documented helper", "heads", 16, 3, (LENS,), 0.08),
     Row("head patching 30 x 9, 16 tokens, batched by hand", "heads", 16, 3, (HAND,), 0.6),
-    Row("KV scan, 30 layers, both ways, 16 tokens", "kv_scan", 16, 3, (HAND,), 0.2),
-    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, ALL, 0.65, None, 0.3, 0.3),
+    Row("KV scan, 30 layers, 16 tokens, run by run by hand", "kv_scan", 16, 3, (HAND,), 0.2),
+    Row("KV scan, 30 layers, 16 tokens, batched by hand", "kv_batch", 16, 9, (HAND,), 0.6),
+    Row("greedy decode of 60 tokens, steered every step", "decode", 8, 3, ALL, 0.65, None, 0.3, 0.3, tolerance=0),
     Row("60 given tokens, one after the other, without hooks", "steps", 8, 9, (LLAMA,), None, None, None, 1.0, 0.1),
     Row("100 prompts x 20 tokens, last residuals of 30 layers", "batch", 20, 2, ALL, 0.5),
 )
+STARTED = Row("process start to the first lens, second start", "lens", 5, 3, ALL, 0.25)
 _PUBLIC = "import {0} as p; print([n for n in dir(p) if any(w in n.lower() for w in {1})])"
 DASHES = {
     HAND: (
@@ -115,6 +117,11 @@ DASHES = {
     SIGHT: (
         "no helper that patches, moves a key-value cache or records every point",
         _PUBLIC.format("nnsight", ("patch", "transplant", "kv", "inject", "cache")),
+    ),
+    LLAMA: (
+        "decodes the GGUF file: what lies between layers is to be had node by node through ggml's callback in C, and no "
+        "helper captures or patches",
+        _PUBLIC.format("llama_cpp", ("hook", "patch", "resid", "hidden")),
     ),
 }
 """Why a contender has no time in a row: the reason, and what prints the helpers there are, in the peers' Python."""
@@ -186,6 +193,13 @@ def distance(ours: list[float], theirs: list[float]) -> float:
     return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-9)) if a.shape == b.shape else np.inf
 
 
+def check_same(row: Row, name: str, ours: list[float], theirs: list[float]) -> None:
+    """End the benchmark unless they agree. Of tokens each must: the decoded row allows no distance."""
+    gap = distance(ours, theirs)
+    if not gap <= row.tolerance:  # nor NaN
+        raise SystemExit(f"{row.name}: {name} computed something else (relative distance {gap:.1e})")
+
+
 def measure(row: Row, contenders: dict[str, Contender], table: int) -> dict[str, list[float]]:
     """{contender: seconds of each repetition}; a different one starts each round. A first round is not counted.
 
@@ -198,26 +212,27 @@ def measure(row: Row, contenders: dict[str, Contender], table: int) -> dict[str,
         first = repetition % len(names)
         done = {name: contenders[name].do(asked) for name in (*names[first:], *names[:first])}
         for name in set(names) - {OURS, BF16}:
-            if (gap := distance(done[OURS][1], done[name][1])) > row.tolerance:
-                raise SystemExit(f"{row.name}: {name} computed something else (relative distance {gap:.1e})")
+            check_same(row, name, done[OURS][1], done[name][1])
         if repetition >= 0:
             for name in names:
                 times[name].append(done[name][0])
     return times
 
 
-def first_answer(python: dict[str, str], model: Path, threads: int, runs: int) -> dict[str, list[float]]:
+def first_answer(python: dict[str, str], model: Path, threads: int, table: int) -> dict[str, list[float]]:
     """Seconds from the start of a process to the lens of the last row: second start, files cached by the system."""
-    row = Row("", "lens", 5, 1, (), 0)
-    times: dict[str, list[float]] = {}
-    for repetition in range(-1, runs):
-        for name in (OURS, FAST, HAND, LENS, ENGINE):
+    times: dict[str, list[float]] = {name: [] for name in (*STARTED.limits, *STARTED.against)}
+    for repetition in range(-1, STARTED.repeats):
+        found: list[float] = []
+        for name in times:
             began = time.perf_counter()
             contender = Contender.start(name, python[name], model, threads)
-            contender.do(request(row, repetition, 0))
+            _, results = contender.do(request(STARTED, repetition, table))
             if repetition >= 0:
-                times.setdefault(name, []).append(time.perf_counter() - began - REST)
+                times[name].append(time.perf_counter() - began - REST)
             contender.stop()
+            found = found or results
+            check_same(STARTED, name, found, results)
     return times
 
 
@@ -226,7 +241,7 @@ def first_start(model: Path, threads: int) -> float:
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
         contender = Contender.start(OURS, sys.executable, model, threads, XDG_CACHE_HOME=cache)
-        contender.do(request(Row("", "lens", 5, 1, (), 0), 0, 0))
+        contender.do(request(STARTED, 0, 0))
         took = time.perf_counter() - began - REST
         contender.stop()
     return took
@@ -249,8 +264,10 @@ def main() -> int:
     python = {name: sys.executable if name in MECHSCOPE else options.peers for name in CONTENDERS}
     python[LLAMA] = options.llama
     needed = {name for row in rows for name in (*row.limits, *row.against)}
+    with_start = not options.only or START in options.only.split(",")
+    told = [*rows, STARTED] if with_start else rows
     tables: list[dict[str, dict[str, list[float]]]] = []
-    for table in range(options.tables if rows else 0):
+    for table in range(options.tables):
         contenders = {
             name: Contender.start(name, python[name], options.model, options.threads)
             for name in CONTENDERS
@@ -259,26 +276,24 @@ def main() -> int:
         tables.append({row.name: measure(row, contenders, table) for row in track(rows, f"table {table + 1}")})
         for contender in contenders.values():
             contender.stop()
-        report = written(rows, tables, {}, options)
+        if with_start:
+            tables[-1][STARTED.name] = first_answer(python, options.model, options.threads, table)
+        report = written(told, tables, options)
         console.print(report, markup=False)
-        keep(report, tables, {}, options)  # an hour's work: what is done stays if the rest is not
-    with_start = not options.only or START in options.only.split(",")
-    starts = first_answer(python, options.model, options.threads, 3) if with_start else {}
-    report = written(rows, tables, starts, options)
+        keep(report, tables, options)  # an hour's work: what is done stays if the rest is not
     if with_start:
         first = first_start(options.model, options.threads)
         report += f"\n\nThe first start, which converts the weights: {1000 * first:.0f} ms."
-    console.print(report, markup=False)
-    keep(report, tables, starts, options)
+        keep(report, tables, options)
     return 0
 
 
-def keep(report: str, tables: list[Any], starts: dict[str, list[float]], options: argparse.Namespace) -> None:
+def keep(report: str, tables: list[Any], options: argparse.Namespace) -> None:
     """Write the results; those of some rows beside those of all."""
     results = HERE / "results" / vectors() / options.only.replace(",", "-")
     results.mkdir(parents=True, exist_ok=True)
     (results / "table.md").write_text(report + "\n", "utf-8")
-    raw = {"rows": tables, "start": starts, "machine": machine(options)}
+    raw = {"rows": tables, "machine": machine(options)}
     (results / "raw.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
 
 
@@ -313,7 +328,7 @@ def processor() -> str:
     return next(names, platform.processor())
 
 
-def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], options: argparse.Namespace) -> str:
+def written(rows: list[Row], tables: list[Any], options: argparse.Namespace) -> str:
     """The table: medians of all runs, and the worst table's ratio to the best peer of the row."""
     lines = [f"| work | {' | '.join([*CONTENDERS, *(f'ratio: {who}' for who in MECHSCOPE)])} |"]
     lines.append("|---" * (1 + len(CONTENDERS) + len(MECHSCOPE)) + "|")
@@ -322,12 +337,6 @@ def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], 
         over_tables = {name: statistics.median(m[name] for m in medians) for name in medians[0]}
         ratios = {who: max(m[who] / min(m[name] for name in row.against) for m in medians) for who in row.limits}
         lines.append(_line(row.name, over_tables, ratios, row.limits))
-    if starts:
-        medians_of = {name: statistics.median(times) for name, times in starts.items()}
-        best = min(t for name, t in medians_of.items() if name in ALL)
-        ratios = {who: medians_of[who] / best for who in (OURS, FAST)}
-        name = f"process start to the first lens, second start (medians of {len(starts[OURS])})"
-        lines.append(_line(name, medians_of, ratios, {OURS: 0.25}))
     told = machine(options)
     lines += ["", f"Milliseconds, medians; ratios to the best peer, in the worst of {len(tables)} tables, and in "
               "brackets the most they should be; what is more is bold. "
@@ -336,7 +345,8 @@ def written(rows: list[Row], tables: list[Any], starts: dict[str, list[float]], 
               f"llama-cpp-python {told['llama-cpp-python']}."]  # fmt: skip
     lines += ["", "A dash, and what shows it (helpers found by the command, in the peers' Python):", ""]
     lines += [
-        f"- {name}: {why}: `{shows}` prints {_printed(options.peers, shows)}" for name, (why, shows) in DASHES.items()
+        f"- {name}: {why}: `{shows}` prints {_printed(options.llama if name == LLAMA else options.peers, shows)}"
+        for name, (why, shows) in DASHES.items()
     ]
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from engine.generate import Generation, generate
 from engine.metrics import Metric
 from engine.network import Network
 from engine.ops import Array
-from engine.sweep import Read, sweep, sweep_cost
+from engine.sweep import Base, Read, base_run, sweep, sweep_cost
 
 LEAST_GAP = 0.05
 """`recovered` is not reported when donor and baseline probabilities differ by less."""
@@ -49,11 +49,15 @@ class Injection:
 
 def prefilled(model: Network, tokens: Sequence[int], tick: Tick | None = None) -> KVCache:
     """The cache of all tokens but the last; raises `PromptError` for a prompt of one token."""
-    if len(tokens) < 2:
-        raise PromptError("a one-token prompt has no cache to edit: give a prompt of at least two tokens")
+    _check_prompt(tokens)
     cache = KVCache.with_layers(model.config.n_layers)
     forward(model, tokens[:-1], cache=cache, logits_at="none", prompt_length=len(tokens), tick=tick)
     return cache
+
+
+def _check_prompt(tokens: Sequence[int]) -> None:
+    if len(tokens) < 2:
+        raise PromptError("a one-token prompt has no cache to edit: give a prompt of at least two tokens")
 
 
 def prefill_inject(
@@ -169,17 +173,16 @@ def kv_inject_test(
     """
     token = model.check_token(target)
     chosen = sorted(model.resolve_layers(range(model.config.n_layers) if layers is None else layers))
-    mine, theirs = prefilled(model, recipient, tick), prefilled(model, donor, tick)
+    _check_prompt(recipient)
+    _check_prompt(donor)
     random = [int(i) for i in np.random.default_rng(seed).integers(0, model.config.d_vocab, len(donor))]
-    rows = (0, min(mine.length, theirs.length))
-    mine.grow_to(len(recipient))
-    moved, own, unrelated = (
-        _transplanted(mine, cache, chosen, rows) for cache in (theirs, mine, prefilled(model, random, tick))
-    )
-    carried = float(softmax_of(next_logits(model, theirs, donor[-1], tick))[token])
+    base, logits, others = _runs(model, recipient, [donor, random], chosen[0], tick)
+    rows = (0, min(len(recipient), len(donor)) - 1)
+    moved, unrelated, own = (_transplanted(base.cache, cache, chosen, rows) for cache in (*others, base.cache))
+    carried = float(softmax_of(logits)[token])
     spans = _spans(chosen)
-    variants = [Variant(kv={layer: moved[layer] for layer in span}) for span in spans]
-    run = sweep(model, recipient, [*variants, Variant(kv=own), Variant(kv=unrelated)], _read(token), tick=tick)
+    variants = [*(Variant(kv={i: moved[i] for i in span}) for span in spans), Variant(kv=own), Variant(kv=unrelated)]
+    run = sweep(model, recipient, variants, _read(token), base=base, tick=tick)
     baseline = float(run.baseline[0])
 
     def cell(span: list[int], values: Array) -> InjectionCell:
@@ -195,6 +198,24 @@ def kv_inject_test(
     )
 
 
+def _runs(
+    model: Network, recipient: Sequence[int], others: list[Sequence[int]], first: int, tick: Tick | None
+) -> tuple[Base, Array, list[KVCache]]:
+    """The recipient's base run, the logits after the first of the others, and the others' caches.
+
+    Prompts of one length are one batch.
+    """
+    cache = KVCache.with_layers(model.config.n_layers)
+    if len(others[0]) == len(recipient):
+        base = base_run(model, recipient, first, beside=others, cache=cache, tick=tick)
+        logits = base.beside_logits[0]
+    else:
+        base, run = base_run(model, recipient, first, tick=tick), forward(model, others, cache=cache, tick=tick)
+        assert run.logits is not None
+        logits = run.logits[0, -1]
+    return base, logits, [cache.sequence(i) for i in range(len(others))]
+
+
 def kv_inject_cost(
     model: Network, recipient: Sequence[int], donor: Sequence[int], layers: Iterable[int] | None = None
 ) -> Cost:
@@ -203,9 +224,11 @@ def kv_inject_cost(
     chosen = sorted(model.resolve_layers(range(cfg.n_layers) if layers is None else layers))
     blank = np.broadcast_to(np.float32(0), (cfg.n_kv_heads, n - 1, cfg.d_head))
     variants = [Variant(kv=dict.fromkeys(span, (blank, blank))) for span in [*_spans(chosen), chosen, chosen]]
-    prefills = of_pass(cfg, n - 1) + of_pass(cfg, len(donor) - 1) * 2
     caches = 8 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * (4 * n + 2 * len(donor))
-    return (prefills + of_pass(cfg, 1) + sweep_cost(model, recipient, variants)).holding(caches)
+    if len(donor) == n:
+        return sweep_cost(model, recipient, variants, prompts=3).holding(caches)
+    others = Cost(cfg.n_layers, 2 * cfg.n_layers * len(donor), 0, 2 * of_pass(cfg, len(donor)).nbytes)
+    return (others + sweep_cost(model, recipient, variants)).holding(caches)
 
 
 def _spans(layers: list[int]) -> list[list[int]]:
@@ -218,8 +241,11 @@ def _spans(layers: list[int]) -> list[list[int]]:
 def _transplanted(
     recipient: KVCache, donor: KVCache, layers: Iterable[int], rows: tuple[int, int]
 ) -> dict[int, tuple[Array, Array]]:
-    """{layer: (keys, values)} of the recipient with the donor's rows in their place, from position 0 on."""
+    """{layer: (keys, values)} that the recipient's last row reads with the donor's rows in place of its own, from
+    position 0 on.
+    """
     edited = recipient.fork()
+    edited.crop(recipient.length - 1)
     edited.transplant(donor, layers, rows, 0)
     filled = {layer: edited.layer(layer).filled() for layer in layers}
     return {layer: (k[0], v[0]) for layer, (k, v, _) in filled.items()}

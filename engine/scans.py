@@ -101,14 +101,14 @@ def patching_grid(
     record = RecordHook.for_layers(axes["layer"], points=[point])
     beside = _beside(model, donor, recipient)
     base = base_run(model, recipient, min(axes["layer"]), beside=beside, hook=record, tick=tick)
-    rows = {} if beside is None else {i: by_position(x[0], point).copy() for i, x in record.get(point).items()}
+    rows = {i: by_position(x[0], point).copy() for i, x in record.get(point).items()} if beside else {}
     return _scan(model, recipient, metric, axes, cells(rows), budget, tick, base)
 
 
-def _beside(model: Network, donor: Tokens, recipient: Tokens) -> Tokens | None:
+def _beside(model: Network, donor: Tokens, recipient: Tokens) -> list[Tokens]:
     """The donor, if it needs a run: rows of one batch may differ in their last bits even where the tokens are equal."""
     same = np.array_equal(model.token_batch(donor), model.token_batch(recipient))
-    return None if same else donor
+    return [] if same else [donor]
 
 
 def patching_grid_cost(
@@ -126,7 +126,7 @@ def patching_grid_cost(
     length = model.token_batch(donor).shape[1]
     blank = np.broadcast_to(np.float32(0), (length, *row_shape(model.config, point, length)))
     variants = [cell for cell in cells(dict.fromkeys(axes["layer"], blank)) if cell is not None]
-    cost = sweep_cost(model, recipient, variants, budget, _beside(model, donor, recipient))
+    cost = sweep_cost(model, recipient, variants, budget, 1 + len(_beside(model, donor, recipient)))
     return cost.holding(4 * 2 * len(axes["layer"]) * blank.size)
 
 
@@ -281,7 +281,7 @@ def _scan(
     values = np.full(len(cells), run.baseline, np.float32)
     values[~identical] = run.values
     shape = [len(labels) for labels in axes.values()]
-    donor = None if base is None else base.logits if base.beside_logits is None else base.beside_logits
+    donor = None if base is None else (*base.beside_logits, base.logits)[0]
     return Scan(
         axes={name: tuple(labels) for name, labels in axes.items()},
         values=values.reshape(shape),

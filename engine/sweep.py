@@ -8,7 +8,7 @@ a layer go through it as one batch of rows, or one of each thread's.
 sweep       base run and variants -> what `read` takes from each one's next-token logits
 sweep_cost  what that will take
 Sweep       the result
-base_run    the base run by itself, with another prompt beside it
+base_run    the base run by itself, with other prompts beside it
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -106,14 +106,15 @@ def sweep(
 
 
 def sweep_cost(
-    model: Network, tokens: Tokens, variants: Sequence[Variant], budget: int = BUDGET, beside: Tokens | None = None
+    model: Network, tokens: Tokens, variants: Sequence[Variant], budget: int = BUDGET, prompts: int = 1
 ) -> Cost:
-    """What base run and `sweep` will take. Nothing is run; of vectors, rows, keys and values only the shapes matter."""
+    """What base run and `sweep` will take; `prompts` are in the base run. Nothing is run; of vectors, rows, keys and
+    values only the shapes matter.
+    """
     cfg = model.config
     length, forks = forks_of(model, tokens, variants)
     shares = shares_of(model, forks, length, budget)
     kept = 4 * cfg.n_layers * length * (cfg.d_model + 2 * cfg.n_kv_heads * cfg.d_head)
-    prompts = 1 if beside is None else 2
     base = Cost(cfg.n_layers, prompts * cfg.n_layers * length, 0, prompts * (kept + of_pass(cfg, length).nbytes))
     return base + Cost(layers_entered(cfg, shares), rows_of(cfg, forks, length), 0, kept + held_by(cfg, shares, length))
 
@@ -126,15 +127,15 @@ class Base:
     """A prompt's unchanged run.
 
     ids: (seq,). inputs: {layer: (seq, d_model)}, and under n_layers the last layer's output. cache: keys and values of
-    this prompt alone. logits: (d_vocab,) after the last token; `beside_logits`: those of the prompt that ran with it.
-    tables: of every position.
+    this prompt alone. logits: (d_vocab,) after the last token; `beside_logits`: (n, d_vocab) those of the prompts that
+    ran with it. tables: of every position.
     """
 
     ids: IntArray
     inputs: dict[int, Array]
     cache: KVCache
     logits: Array
-    beside_logits: Array | None
+    beside_logits: Array
     pos: IntArray
     tables: dict[Rope, tuple[Array, Array]]
 
@@ -144,38 +145,37 @@ def base_run(
     tokens: Tokens,
     first: int = 0,
     *,
-    beside: Tokens | None = None,
+    beside: Sequence[Tokens] = (),
     hook: LayerHook | None = None,
+    cache: KVCache | None = None,
     tick: Tick | None = None,
 ) -> Base:
     """Run `tokens`, one prompt, for variants that leave it at layer `first` or later.
 
-    `beside` is another prompt: both in one batch take less time than one after the other. `hook` sees the batch, that
-    prompt first. Raises `InputError` unless both have as many tokens.
+    `beside` are other prompts: one batch takes less time than one after the other. `hook` sees the batch, this prompt
+    last; `cache`, an empty one, is filled with all of it. Raises `InputError` unless all have as many tokens.
     """
-    n, batch = model.config.n_layers, _batch(model, tokens, beside)
+    n, batch = model.config.n_layers, _batch(model, [*beside, tokens])
     record = RecordHook(range(first, n), ["resid_pre"])
-    cache = KVCache.with_layers(n)
+    cache = KVCache.with_layers(n) if cache is None else cache
     both = record if hook is None else CompositeHook([hook, record])
     result = forward(model, batch.tolist(), hook=both, cache=cache, tick=tick)
     assert result.logits is not None
     inputs = record.get("resid_pre") | {n: result.residual if len(batch) > 1 else result.residual[0]}
-    beside_logits = None
     if len(batch) > 1:
         inputs, cache = {layer: x[-1].copy() for layer, x in inputs.items()}, cache.sequence(-1)
-        beside_logits = result.logits[0, -1]
     pos = np.arange(batch.shape[1])
     tables = {rope: rope.table(pos, len(pos)) for rope in {*model.config.ropes} if rope is not None}
-    return Base(batch[-1], inputs, cache, result.logits[-1, -1], beside_logits, pos, tables)
+    return Base(batch[-1], inputs, cache, result.logits[-1, -1], result.logits[:-1, -1], pos, tables)
 
 
-def _batch(model: Network, tokens: Tokens, beside: Tokens | None) -> IntArray:
-    """(1 or 2, seq): the prompt, last."""
-    prompts = [model.token_batch(prompt) for prompt in (beside, tokens) if prompt is not None]
-    shapes = [prompt.shape for prompt in prompts]
+def _batch(model: Network, prompts: Iterable[Tokens]) -> IntArray:
+    """(n, seq)."""
+    batches = [model.token_batch(prompt) for prompt in prompts]
+    shapes = [batch.shape for batch in batches]
     if {*shapes} != {(1, shapes[0][1])}:
-        raise InputError(f"a base run takes one prompt, and one of the same length beside it; these are {shapes}")
-    return np.concatenate(prompts)
+        raise InputError(f"a base run takes one prompt, and others of the same length beside it; these are {shapes}")
+    return np.concatenate(batches)
 
 
 def _check_base(base: Base, ids: IntArray, first: int) -> None:

@@ -136,8 +136,12 @@ def heads(model: Any, r: Request) -> list[float]:
     return values
 
 
+SPANS = [*([i] for i in range(30)), *(range(i, 30) for i in reversed(range(30))), *(range(i + 1) for i in range(30))]
+"""Layer by layer, from the last down, from the first up: what kv_inject_test moves, beside two controls."""
+
+
 def kv_scan(model: Any, r: Request) -> list[float]:
-    """Per layer, from the last down, from the first up, and two controls: what kv_inject_test computes."""
+    """One run for each transplant."""
     mine, theirs, other = DynamicCache(), DynamicCache(), DynamicCache()
     generator = torch.Generator().manual_seed(0)
     unrelated = torch.randint(0, 49152, (1, len(r["ids"]) - 1), generator=generator)
@@ -157,11 +161,25 @@ def kv_scan(model: Any, r: Request) -> list[float]:
         logits = model(torch.tensor([r["corrupt"][-1:]]), past_key_values=cache).logits[0, -1]
         return float(logits.softmax(-1)[r["token"]])
 
-    per_layer = [decoded([layer], theirs) for layer in range(30)]
-    [decoded(range(layer, 30), theirs) for layer in reversed(range(30))]
-    [decoded(range(layer + 1), theirs) for layer in range(30)]
+    found = [decoded(span, theirs) for span in SPANS]
     decoded(range(30), mine), decoded(range(30), other), decoded([], mine)
-    return per_layer
+    return found
+
+
+def kv_batch(model: Any, r: Request) -> list[float]:
+    """The prompts as one batch, then all transplants, controls and the donor's last token as one."""
+    mine, theirs = torch.tensor(r["corrupt"]), torch.tensor(r["ids"])
+    unrelated = torch.randint(0, 49152, (len(theirs) - 1,), generator=torch.Generator().manual_seed(0))
+    prompts, cells = DynamicCache(), DynamicCache()
+    model.model(torch.stack([mine[:-1], theirs[:-1], unrelated]), past_key_values=prompts)
+    for layer, kept in enumerate(prompts.layers):
+        which = [*(int(layer in span) for span in SPANS), 0, 2, 0, 1]
+        cells.update(kept.keys[which], kept.values[which], layer)
+    last = mine[-1:].repeat(len(SPANS) + 4, 1)
+    last[-1] = theirs[-1]
+    logits = model(last, past_key_values=cells).logits[:, -1].log_softmax(-1)
+    (logits.exp() * (logits - logits[-2])).sum(-1)  # KL from the baseline, which is the last cell but one
+    return logits[: len(SPANS), r["token"]].exp().tolist()
 
 
 def decode(model: Any, r: Request) -> list[float]:
@@ -198,6 +216,7 @@ WORKS = {
     "grid": grid,
     "heads": heads,
     "kv_scan": kv_scan,
+    "kv_batch": kv_batch,
     "decode": decode,
     "batch": batch,
 }

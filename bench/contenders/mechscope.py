@@ -61,7 +61,7 @@ def heads(model: Any, r: Request) -> list[float]:
 
 def kv_scan(model: Any, r: Request) -> list[float]:
     scan = kv_inject_test(model, r["corrupt"], r["ids"], r["token"])
-    return [cell.probability for cell in scan.per_layer]
+    return [cell.probability for cell in (*scan.per_layer, *scan.from_last, *scan.from_first)]
 
 
 def decode(model: Any, r: Request) -> list[float]:
@@ -93,6 +93,7 @@ WORKS = {
     "grid": grid,
     "heads": heads,
     "kv_scan": kv_scan,
+    "kv_batch": kv_scan,
     "decode": decode,
     "steps": steps,
     "batch": batch,

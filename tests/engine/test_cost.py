@@ -81,8 +81,9 @@ def test_a_grid_takes_the_rows_it_is_said_to(
 
 @pytest.mark.parametrize("layers", [None, [1, 3]])
 def test_cache_surgery_takes_the_layers_it_is_said_to(model: Model, layers: list[int] | None) -> None:
-    scan = counted(lambda tick: kv_inject_test(model, RECIPIENT, DONOR, 7, layers, tick=tick))
-    assert kv_inject_cost(model, RECIPIENT, DONOR, layers).layers == scan
+    for donor in (DONOR, DONOR[1:]):
+        scan = counted(lambda tick, donor=donor: kv_inject_test(model, RECIPIENT, donor, 7, layers, tick=tick))
+        assert kv_inject_cost(model, RECIPIENT, donor, layers).layers == scan
     run = counted(lambda tick: injected(model, RECIPIENT, DONOR, layers, max_new_tokens=5, tick=tick))
     assert prefill_inject_cost(model, RECIPIENT, DONOR, 5).layers == run
 

@@ -138,10 +138,12 @@ def test_a_scan_finds_the_donors_answer_in_all_layers_together(model, ids, donor
     assert (scan.source, scan.dest) == ((0, len(ids) - 1), 0)
 
 
-def test_each_cell_of_a_scan_is_one_injection(model, ids, donor, donor_logits):
-    target = int(donor_logits[0].argmax())
+@pytest.mark.parametrize("fewer", [0, 1], ids=["as many tokens", "one token fewer"])
+def test_each_cell_of_a_scan_is_one_injection(model, ids, donor, donor_logits, fewer):
+    target, donor = int(donor_logits[0].argmax()), donor[fewer:]
     scan = kv_inject_test(model, ids, donor, target, layers=[1])
     alone = prefill_inject(model, ids, donor, layers=[1], max_new_tokens=1)
+    assert scan.donor == pytest.approx(float(softmax_of(forward(model, donor).logits[0, 0])[target]), rel=1e-4)
     assert scan.per_layer[0].probability == pytest.approx(float(softmax_of(alone.injected)[target]), rel=1e-4)
     assert scan.per_layer[0].kl == pytest.approx(alone.kl, rel=1e-3)
 

@@ -46,8 +46,8 @@ def test_a_variant_without_changes_is_the_base_run(model, ids):
 
 def test_a_base_run_beside_another_prompt_is_the_base_run(model, ids, donor):
     chosen, seen = everywhere(model), RecordHook([1], ["v"])
-    base = base_run(model, ids, beside=donor, hook=seen)
-    assert_close(base.beside_logits, forward(model, donor).logits[0, -1])
+    base = base_run(model, ids, beside=[donor], hook=seen)
+    assert_close(base.beside_logits[0], forward(model, donor).logits[0, -1])
     assert_close(seen.get("v")[1][1], base.cache.layer(1).filled()[1][0])
     alone, beside = sweep(model, ids, chosen), sweep(model, ids, chosen, base=base)
     assert_close(beside.logits, alone.logits)
@@ -56,7 +56,7 @@ def test_a_base_run_beside_another_prompt_is_the_base_run(model, ids, donor):
 
 
 def test_a_base_run_keeps_nothing_of_the_prompt_beside(synthetic):
-    base = base_run(synthetic, [1, 2, 3], beside=[4, 5, 6])
+    base = base_run(synthetic, [1, 2, 3], beside=[[4, 5, 6], [7, 8, 9]])
     assert base.cache.layer(0).k.shape[0] == 1
     assert all(x.base is None and x.shape == (3, synthetic.config.d_model) for x in base.inputs.values())
 
@@ -67,7 +67,7 @@ def test_a_base_run_keeps_nothing_of_the_prompt_beside(synthetic):
         ([1, 2, 4], {}, "another prompt"),
         ([1, 2], {}, "another prompt"),
         ([1, 2, 3], {"first": 2}, "leaves the base run at layer 1, which was kept from 2 on"),
-        ([1, 2, 3], {"beside": [1, 2]}, "same length beside it"),
+        ([1, 2, 3], {"beside": [[1, 2]]}, "same length beside it"),
         ([[1, 2, 3], [1, 2, 3]], {}, "one prompt"),
     ],
 )
