@@ -119,7 +119,7 @@ DASHES = {
         _PUBLIC.format("nnsight", ("patch", "transplant", "kv", "inject", "cache")),
     ),
     LLAMA: (
-        "decodes the GGUF file: what lies between layers is to be had node by node through ggml's callback in C, and no "
+        "decodes the GGUF file: what lies between layers is to be had through ggml's callback in C alone, and no "
         "helper captures or patches",
         _PUBLIC.format("llama_cpp", ("hook", "patch", "resid", "hidden")),
     ),

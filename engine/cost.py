@@ -19,8 +19,10 @@ from engine.ops import QUERY_BLOCK
 from engine.points import point as point_named
 from engine.split import parts_of
 
-MOST_TIMED = 256
-"""Rows of the pass that is timed; longer ones take about as long by the row."""
+MOST_TIMED, LONG = 256, 1024
+"""Rows of the pass that is timed, at most: in larger batches a row takes about as long. In prompts beyond LONG it takes
+longer by what attention adds, as much for each token as it adds from the one to the other.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,18 @@ def row_size(cfg: Config, point: str, length: int) -> int:
     return math.prod(row_shape(cfg, point, length))
 
 
-def seconds(model: Network, cost: Cost) -> float:
-    """About how long the work will take: passes of its kind are timed now, on this machine, and scaled."""
+def seconds(model: Network, cost: Cost, length: int = 1) -> float:
+    """About how long the work on prompts of `length` tokens will take: passes of its kind are timed now, on this
+    machine, and scaled.
+    """
     layers, total = model.config.n_layers, 0.0
     if cost.rows:
         together = max(2, min(cost.rows // max(cost.layers, 1), MOST_TIMED, model.config.n_ctx))
-        total += cost.rows * _timed(model, together) / (layers * together)
+        by_row = _timed(model, together) / together
+        if length > LONG:
+            more = _timed(model, LONG) / LONG - _timed(model, MOST_TIMED) / MOST_TIMED
+            by_row += max(more, 0.0) * (length - together) / (LONG - MOST_TIMED)
+        total += cost.rows * by_row / layers
     if cost.steps:
         total += cost.steps * _timed(model, 1) / layers
     return total

@@ -1,6 +1,7 @@
-"""Next-token distributions: `softmax_of`, `log_softmax`, `kl_divergence`, `kl_rows`, `top_k`, `rank_of`."""
+"""Next-token distributions: `softmax_of`, `kl_divergence`, `kl_rows`, `top_k`, `rank_of`."""
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.ops import Array, softmax
 
@@ -12,13 +13,6 @@ def softmax_of(logits: Array) -> Array:
     return softmax(logits.copy())
 
 
-def log_softmax(logits: Array) -> Array:
-    """Natural-log probabilities over the last axis."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    out: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return out
-
-
 def kl_divergence(p_logits: Array, q_logits: Array) -> float:
     """KL(p || q) in nats for two (d_vocab,) rows of logits; rounding below zero reads as zero."""
     return float(kl_rows(p_logits[None], q_logits)[0])
@@ -26,9 +20,22 @@ def kl_divergence(p_logits: Array, q_logits: Array) -> float:
 
 def kl_rows(p_logits: Array, q_logits: Array) -> Array:
     """KL of each (n, d_vocab) row from one (d_vocab,) row of logits: (n,), computed in float64."""
-    log_p, log_q = (log_softmax(x.astype(np.float64)) for x in (p_logits, q_logits))
-    divergence: Array = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    p, q = (x.astype(np.float64) for x in (p_logits, q_logits))
+    apart = p - q
+    p_total, q_total = _exponentials(p), _exponentials(q)  # p and q are shares of these now
+    divergence: Array = np.vecdot(p, apart) / p.sum(-1) - (p_total - q_total)
     return np.maximum(divergence, 0).astype(np.float32)
+
+
+def _exponentials(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Turn rows of logits, in place, into their exponentials, of which the largest is 1; returns the log of each row's
+    sum of exponentials as they were.
+    """
+    peak = logits.max(-1)
+    logits -= peak[..., None]
+    np.exp(logits, out=logits)
+    out: npt.NDArray[np.float64] = peak + np.log(logits.sum(-1))
+    return out
 
 
 def top_k(scores: Array, k: int) -> list[tuple[int, float]]:

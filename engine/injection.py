@@ -5,9 +5,9 @@ So both prompts are prefilled up to their last token, the caches are edited, and
 token is decoded.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def prefill_inject(
     donor: Sequence[int] | KVCache,
     layers: Iterable[int] | None = None,
     source: tuple[int, int] | None = None,
-    dest: int = 0,
+    dest: int | None = None,
     what: Literal["kv", "k", "v"] = "kv",
     rope: Literal["realign", "keep"] = "realign",
     heads: Sequence[int] | None = None,
@@ -76,12 +76,13 @@ def prefill_inject(
     """Decode the recipient with part of the donor's cache in place of its own.
 
     By default all layers, and all donor positions that fit. `source` is [start, end) in the donor's n-1 cached
-    positions, `dest` where it goes in the recipient's. `heads` are key-value heads.
+    positions, `dest` where it goes in the recipient's: the same positions if left out. `heads` are key-value heads.
     """
     mine = prefilled(model, recipient, tick)
     theirs = donor if isinstance(donor, KVCache) else prefilled(model, donor, tick)
     theirs.bind(model.config)
     chosen = model.resolve_layers(range(model.config.n_layers) if layers is None else layers)
+    dest = dest if dest is not None else 0 if source is None else source[0]
     rows = (0, min(theirs.length, mine.length - dest)) if source is None else source
     edited = mine.fork()
     replaced = edited.transplant(theirs, chosen, rows, dest, what, heads, rope)
@@ -181,21 +182,19 @@ def kv_inject_test(
     moved, unrelated, own = (_transplanted(base.cache, cache, chosen, rows) for cache in (*others, base.cache))
     carried = float(softmax_of(logits)[token])
     spans = _spans(chosen)
-    variants = [*(Variant(kv={i: moved[i] for i in span}) for span in spans), Variant(kv=own), Variant(kv=unrelated)]
-    run = sweep(model, recipient, variants, _read(token), base=base, tick=tick)
+    moves = [*({i: moved[i] for i in span} for span in spans), own, unrelated]
+    run = sweep(model, recipient, [Variant(kv=kv) for kv in moves], _read(token), base=base, tick=tick)
     baseline = float(run.baseline[0])
 
-    def cell(span: list[int], values: Array) -> InjectionCell:
+    def cell(kv: Mapping[int, Any], values: Array) -> InjectionCell:
         probability, kl = map(float, values)
         gap = carried - baseline
         recovered = (probability - baseline) / gap if abs(gap) >= LEAST_GAP else None
-        return InjectionCell(span, probability, recovered, kl)
+        return InjectionCell(list(kv), probability, recovered, kl)
 
-    cells = [cell(span, values) for span, values in zip([*spans, chosen, chosen], run.values, strict=True)]
-    n = len(chosen)
-    return InjectionScan(
-        baseline, carried, rows, 0, cells[:n], cells[n : 2 * n], cells[2 * n : 3 * n], cells[-2], cells[-1]
-    )
+    cells = list(map(cell, moves, run.values))
+    each, from_last, from_first = ([cells[spans.index(span)] for span in kind] for kind in _kinds(chosen))
+    return InjectionScan(baseline, carried, rows, 0, each, from_last, from_first, cells[-2], cells[-1])
 
 
 def _runs(
@@ -231,11 +230,15 @@ def kv_inject_cost(
     return (others + sweep_cost(model, recipient, variants)).holding(caches)
 
 
-def _spans(layers: list[int]) -> list[list[int]]:
+def _kinds(layers: list[int]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     """Layer by layer, from the last downwards, from the first upwards."""
     n = len(layers)
-    from_last = [layers[i:] for i in reversed(range(n))]
-    return [[layer] for layer in layers] + from_last + [layers[: i + 1] for i in range(n)]
+    return [[i] for i in layers], [layers[i:] for i in reversed(range(n))], [layers[: i + 1] for i in range(n)]
+
+
+def _spans(layers: list[int]) -> list[list[int]]:
+    """The layers of every transplant of a scan, each once."""
+    return [list(span) for span in dict.fromkeys(tuple(span) for kind in _kinds(layers) for span in kind)]
 
 
 def _transplanted(

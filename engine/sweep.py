@@ -36,8 +36,8 @@ Read = Callable[[Array, Array], Array]
 BUDGET = 128 * 2**20
 """Bytes that the variants of one slice may need together, about: as much as `heap` keeps from one layer to the next."""
 
-READ_AT_ONCE = 64
-"""Variants whose logits exist at one time."""
+READ_AT_ONCE = 32 * 2**20
+"""Bytes of logits that exist at one time, about: the unembedding is read once for all variants that fit."""
 
 
 @dataclass(frozen=True)
@@ -319,9 +319,10 @@ class _Slice:
             self._join(layer)
             rows += self._layer(layer)
         self._join(n)
+        together = max(1, READ_AT_ONCE // self._base.logits.nbytes)
         for group in self._groups.values():
-            for start in range(0, len(group.members), READ_AT_ONCE):
-                some = slice(start, start + READ_AT_ONCE)
+            for start in range(0, len(group.members), together):
+                some = slice(start, start + together)
                 logits = unembed(self._model, self._normed(group.members[some], group.x[some]), self._only)
                 values[[fork.index for fork in group.members[some]]] = read(
                     logits, chosen(self._base.logits, self._only)

@@ -1,8 +1,8 @@
 """Arguments that several tools share. Names of points and interventions repeat the engine's; a test compares them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
 from schemas.base import Integers, Number, Strict
 
@@ -62,11 +62,12 @@ TopK = Annotated[int, Field(ge=1, le=50, description="tokens listed")]
 
 
 class HandleVector(Strict):
-    """A stored vector: a vec: handle, or one row of an act: capture."""
+    """One row of an act: capture."""
 
     handle: str
     layer: int | None = None
     position: int | None = None
+    point: str | None = None
 
 
 class TokenVector(Strict):
@@ -88,7 +89,33 @@ class RandomVector(Strict):
     random_seed: Annotated[int, Field(ge=0)]
 
 
-PlainVector = HandleVector | TokenVector | ValuesVector | RandomVector
+_FORMS = ("handle", "token", "values", "random_seed", "minus")
+_VECTOR = (
+    "{handle, layer?, position?, point?} | {token, space: embed|unembed} | {values: [numbers]} | {random_seed} "
+    "| {minus: [vector, vector]}"
+)
+
+
+def _form(value: Any) -> str | None:
+    """Which form of a vector is meant: the first that has one of its keys."""
+    keys = value if isinstance(value, dict) else vars(value) if isinstance(value, Strict) else ()
+    return next((_tag(form) for form in _FORMS if form in keys), None)
+
+
+def _tag(form: str) -> str:
+    """No field's name: complaints tell both."""
+    return f"by {form}"
+
+
+_BY_FORM = Discriminator(_form, "vector", f"a vector is {_VECTOR}")
+
+PlainVector = Annotated[
+    Annotated[HandleVector, Tag(_tag("handle"))]
+    | Annotated[TokenVector, Tag(_tag("token"))]
+    | Annotated[ValuesVector, Tag(_tag("values"))]
+    | Annotated[RandomVector, Tag(_tag("random_seed"))],
+    _BY_FORM,
+]
 
 
 class DifferenceVector(Strict):
@@ -97,13 +124,13 @@ class DifferenceVector(Strict):
     minus: Annotated[list[PlainVector], Field(min_length=2, max_length=2)]
 
 
-_VECTOR = (
-    "{handle, layer?, position?} or {token, space: embed|unembed} or {values: [numbers]} or {random_seed} "
-    "or {minus: [vector, vector]}"
-)
-
 Vector = Annotated[
-    PlainVector | DifferenceVector,
+    Annotated[HandleVector, Tag(_tag("handle"))]
+    | Annotated[TokenVector, Tag(_tag("token"))]
+    | Annotated[ValuesVector, Tag(_tag("values"))]
+    | Annotated[RandomVector, Tag(_tag("random_seed"))]
+    | Annotated[DifferenceVector, Tag(_tag("minus"))],
+    _BY_FORM,
     Field(description=_VECTOR),
     WithJsonSchema({"type": "object", "description": _VECTOR}),
 ]

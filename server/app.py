@@ -23,7 +23,7 @@ INSTRUCTIONS = """\
 A microscope for language models. Load a model with load_model, then look inside it: tokenize shows positions,
 logit_lens and track_token read the residual stream, forward_ablate, forward_steer and patch_activations change a run
 and report the effect, generate_with_hooks writes text under interventions, prefill_inject and kv_inject_test move
-key-value cache from one prompt into another. Results hold handles (act:, vec:, kv:, model:) that other tools take.
+key-value cache from one prompt into another. Results hold handles (act:, kv:, run:, model:) that other tools take.
 Work that may take longer than 30 seconds runs as a job: start_job returns a run: handle at once, get_job its progress
 and result, cancel_job stops it. The prompts are protocols with controls: recalling a fact, locating a computation,
 induction heads, steering, comparing prompts, transplanting a cache. The resources mechscope://models and

@@ -17,7 +17,7 @@ from mcp.server.mcpserver import Context
 from engine import Model
 from engine.cost import Cost
 from engine.distribution import softmax_of, top_k
-from engine.errors import InputError, LayerError, PositionError, VectorError, clipped
+from engine.errors import InputError, LayerError, PointError, PositionError, VectorError, clipped
 from engine.lens import embedding_row, unembedding_row
 from engine.network import Tokens, check_numbers
 from engine.ops import Array
@@ -26,7 +26,7 @@ from schemas.base import Token, TokenProbability
 from server.jobs import Jobs
 from server.lab import Lab, LoadedModel
 from server.metrics import count_tokens
-from server.store import Record
+from server.store import Record, is_handle
 
 LOCAL = "local"
 """The principal of stdio and of an unauthenticated localhost server."""
@@ -108,6 +108,8 @@ class Call:
         """The ids of a prompt argument, checked."""
         if not isinstance(prompt, str):
             return self._checked(model, prompt)
+        if is_handle(prompt):
+            raise InputError(f"{clipped(prompt)} is a handle, which this argument does not take: give a prompt")
         if (model, prompt) not in self._read:
             encode = model.encode_chat if self.chat else model.encode
             self._read[model, prompt] = self._checked(model, encode(prompt))
@@ -152,16 +154,22 @@ class Call:
 
     def _stored_vector(self, model: Model, spec: HandleVector) -> Array:
         record = self.record(spec.handle, model=model)
-        if spec.handle.startswith("vec:"):
-            return record.tensors["vector"]
-        if not spec.handle.startswith("act:") or "rows" not in record.provenance:
-            raise VectorError(f"{spec.handle!r} holds no vectors; give a vec: handle, or the act: handle of a capture")
+        if "rows" not in record.provenance:
+            raise VectorError(f"{spec.handle!r} holds no vectors; give the act: handle of a capture")
         rows = record.provenance["rows"]
-        point = "resid_post" if "resid_post" in rows["points"] else rows["points"][0]
+        point = _point_of(spec.point, rows["points"])
         layer = _one_of(spec.layer, rows["layers"], model.config.n_layers, "layer", LayerError)
         position = _one_of(spec.position, rows["positions"], rows["prompt_length"], "position", PositionError)
         stored: Array = record.tensors[f"{point}.{layer}"][rows["positions"].index(position)]
         return stored
+
+
+def _point_of(asked: str | None, held: Sequence[str]) -> str:
+    """The point of a capture that is meant; the only one when left out."""
+    if asked in held or (asked is None and len(held) == 1):
+        return asked or held[0]
+    told = "say which point" if asked is None else f"point {clipped(asked)} is not in the capture"
+    raise PointError(f"{told}; the capture holds {', '.join(held)}")
 
 
 def _one_of(asked: int | None, held: Sequence[int], length: int, what: str, error: type[InputError]) -> int:
@@ -195,6 +203,9 @@ def layer_list(model: Model, layers: Sequence[int] | str) -> list[int]:
     if isinstance(layers, str):
         if layers == "all":
             return list(range(n))
+        first, dash, last = layers.partition("-")
+        if dash and first.isdecimal() and last.isdecimal():  # as results tell a span
+            layers = f"{first}:{int(last) + 1}"
         parts = layers.split(":")
         try:
             numbers = [int(part) if part.strip() else None for part in parts]

@@ -57,6 +57,11 @@ class Slot:
         """What it takes in memory now."""
         return 0 if self.loaded is None else self.loaded.model.params.nbytes
 
+    @property
+    def taken(self) -> bool:
+        """Whether a call or job has its turn now, so that the next one waits."""
+        return self.limiter.statistics().borrowed_tokens > 0
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Wait for the model; for the length of the `async with` block it is this call's, and stays in memory."""

@@ -57,6 +57,8 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
         try:
             async with AsyncExitStack() as turns:
                 for slot in _worked_with(lab, arguments) if uses_model else ():
+                    if slot.taken and not call.dry:
+                        await ctx.report_progress(0, None, f"waiting for {slot.known.name}: another call or job has it")
                     await turns.enter_async_context(slot.turn())
                 if call.dry:
                     return await anyio.to_thread.run_sync(_estimated, work)
@@ -98,7 +100,7 @@ def _estimated(work: Callable[[], Any]) -> Estimate:
     except Costed as end:
         return Estimate(
             forwards=end.cost.passes(end.model.config, end.length),
-            seconds=seconds(end.model, end.cost),
+            seconds=seconds(end.model, end.cost, end.length),
             bytes=end.cost.nbytes,
         )
     return Estimate(forwards=0, seconds=0, bytes=0)

@@ -1,7 +1,7 @@
 """`Workspace`: the folder of what sessions keep, and the locks of those who use it.
 
 index.sqlite    what there is (`server.index`)
-records/        a safetensors file for each act:, vec: and kv: handle (`server.records`)
+records/        a safetensors file for each act: and kv: handle (`server.records`)
 servers/        a file for each server process, which holds a lock on it as long as it lives
 lock            held while the folder is made, brought up to date, joined or repaired
 """

@@ -22,7 +22,7 @@ from server.tools.reading import residuals_at
 DIVERGED = 0.1
 """Nats of KL between two lenses from which layers count as different."""
 
-Side = Annotated[Prompt, Field(description="a prompt, an act: handle or a model: handle")]
+Side = Annotated[Prompt, Field(description="a prompt, act: handle or model: handle")]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def compare(
     position: Annotated[int, Field(description="-1 is each one's last")] = -1,
     model: ModelRef = None,
 ) -> Comparison:
-    """Compare two runs layer by layer: cosine and distance of the residuals, and KL of what the lens reads.
+    """Compare two runs layer by layer: residuals' cosine and distance over a's norm, KL of b's lens from a's.
 
     Two prompts on one model, two captures, or two models on one prompt. What makes the difference? Patch one into the
     other with causal_trace.

@@ -88,6 +88,8 @@ def _ablations(
     at = partial(
         Intervention, mode, point=point, positions=scope(positions), heads=None if heads is None else tuple(heads)
     )
+    if mode == "zero" and prompts:
+        raise InputError("mode zero takes no mean_over: leave it out, or choose mode mean or resample")
     if mode == "zero":
         return [at(layers=tuple(chosen))]
     if not prompts:
@@ -175,7 +177,8 @@ def _pair(model: Model, target: Target, donor_length: int, length: int) -> tuple
     """(layer, donor position, recipient position), resolved."""
     source = target.position if target.donor_position is None else target.donor_position
     dest = target.position if target.recipient_position is None else target.recipient_position
-    if source is None or dest is None:
+    both = target.donor_position is not None and target.recipient_position is not None
+    if source is None or dest is None or (both and target.position is not None):
         raise InputError(
             "a target is {layer, position}, or {layer, donor_position, recipient_position} when they differ"
         )

@@ -8,7 +8,6 @@ from pydantic import Field
 from engine import KVCache, Model
 from engine import kv_inject_test as scanned
 from engine import prefill_inject as injected
-from engine.errors import InputError
 from engine.injection import Injection, InjectionCell, kv_inject_cost, prefill_inject_cost
 from schemas import effects
 from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
@@ -27,7 +26,7 @@ def prefill_inject(
     donor: Annotated[Prompt, Field(description="a prompt, or the kv: handle of a kept cache")],
     layers: Layers = "all",
     source: Annotated[Span | None, Field(description="[start, end) of the donor; left out: all that fit")] = None,
-    dest: Annotated[int, Field(ge=0, description="start in the recipient")] = 0,
+    dest: Annotated[int | None, Field(ge=0, description="in the recipient; default as source")] = None,
     what: Literal["kv", "k", "v"] = "kv",
     rope: Annotated[
         Literal["realign", "keep"], Field(description="realign turns keys to their new positions")
@@ -131,8 +130,6 @@ def kv_inject_test(
     loaded = call.loaded(model)
     engine = loaded.model
     ids, donor_ids = call.ids(engine, recipient), call.ids(engine, donor)
-    if isinstance(donor, str) and donor.startswith("kv:"):
-        raise InputError("kv_inject_test runs the donor itself: give its prompt, not a kv: handle")
     chosen, wanted = layer_list(engine, layers), token_id(engine, target)
     call.expect(engine, kv_inject_cost(engine, ids, donor_ids, chosen), len(ids))
     scan = scanned(engine, ids, donor_ids, wanted, chosen, tick=call.tick)

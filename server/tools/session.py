@@ -1,6 +1,7 @@
 """Models, handles and tokens: load_model, list_session, release, tokenize, read_tensor."""
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from server.lab import Lab, LoadedModel
 from server.store import RememberedModel
 
 HANDLES_SHOWN = 50
+MOST_NAMED = 40
 """In one answer; agents pay for each."""
 
 
@@ -104,7 +106,7 @@ def _held_model(known: RememberedModel, model: Model | None) -> Held:
 
 
 def release(call: Call, handle: Annotated[str, Field(description="any handle; list_session shows them")]) -> Released:
-    """Free a capture, vector, cache or ended job for good; a model leaves memory, and its handle brings it back."""
+    """Free a capture, cache or ended job for good; a model leaves memory, and its handle brings it back."""
     if handle.startswith("run:") and call.lab.store.run(handle, call.owner).state == "running":
         raise InputError(f"{handle} is running; cancel_job stops it")
     freed = (
@@ -127,7 +129,7 @@ def tokenize(
 
 def read_tensor(
     call: Call,
-    handle: Annotated[str, Field(description="an act:, vec: or kv: handle")],
+    handle: Annotated[str, Field(description="an act: or kv: handle")],
     tensor: Annotated[str | None, Field(description="as in resid_post.3; default the first")] = None,
     start: Annotated[int, Field(ge=0)] = 0,
     count: Annotated[int, Field(ge=1, le=500)] = 64,
@@ -137,7 +139,7 @@ def read_tensor(
     names = list(record.tensors)
     name = names[0] if tensor is None else tensor
     if name not in record.tensors:
-        raise InputError(f"{handle} has no tensor {clipped(name)}; it has {', '.join(names[:40])}")
+        raise InputError(f"{handle} has no tensor {clipped(name)}; it has {_named(names)}")
     array = record.tensors[name]
     flat = array.reshape(-1)
     if start >= flat.size:
@@ -146,7 +148,7 @@ def read_tensor(
     return TensorPage(
         handle=handle,
         tensor=name,
-        tensors=names[:40],
+        tensors=names[:MOST_NAMED],
         tensor_count=len(names),
         shape=list(array.shape),
         start=start,
@@ -154,6 +156,11 @@ def read_tensor(
         next_start=stop if stop < flat.size else None,
         **statistics(array),
     )
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more, by point and layer" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def statistics(array: Array) -> dict[str, float]:

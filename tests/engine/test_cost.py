@@ -125,6 +125,16 @@ def test_passes_are_counted_in_prompts_and_decoded_tokens(model: Model) -> None:
     assert sweep_cost(model, DONOR, [Variant()]).passes(model.config, 6) == 1
 
 
+def test_a_long_prompt_takes_what_attention_adds_to_each_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.cost._timed", lambda model, length: length * (3.0 + length / 1000))
+    layers = model.config.n_layers
+    for length, batch in ((100, 1), (1024, 1), (8000, 1), (10, 300)):
+        rows = length * batch
+        found = seconds(model, Cost(layers, layers * rows), length)
+        seen = length if length > 1024 else min(rows, 256)
+        assert found == pytest.approx(rows * (3.0 + seen / 1000))
+
+
 def test_more_work_is_said_to_take_longer(model: Model) -> None:
     once = of_pass(model.config, 64)
     assert 0 < seconds(model, once) < seconds(model, once * 50)

@@ -81,6 +81,38 @@ CASES = {
     "vector of a stale handle": ("forward_steer", steers(vector={"handle": "act:gone-00"}), ["no such handle"]),
     "vector of no kind": ("forward_steer", steers(vector={"color": 1}), ["vector"]),
     "unknown field in a vector": ("forward_steer", steers(vector={"random_seed": 1, "x": 2}), ["vector.x"]),
+    "vector of no form": ("embedding_neighbors", {"vector": {}}, ["a vector is {handle", "random_seed"]),
+    "vector that is text": ("embedding_neighbors", {"vector": "act:gone-00"}, ["a vector is {handle"]),
+    "token's vector of no space": (
+        "forward_steer",
+        steers(vector={"minus": [{"token": "a"}, {"random_seed": 1}]}),
+        ["was not run. steers.0.vector.minus.0.space: Field required"],
+    ),
+    "difference of differences": (
+        "embedding_neighbors",
+        {"vector": {"minus": [{"minus": []}, {"random_seed": 1}]}},
+        ["vector.minus.0", "a vector is"],
+    ),
+    "handle for a prompt": ("logit_lens", {"prompt": f"act:hello-{'0' * 32}"}, ["is a handle", "give a prompt"]),
+    "handle for a scan's donor": (
+        "kv_inject_test",
+        {"recipient": "hello", "donor": f"kv:hello-{'0' * 32}", "target": "d"},
+        ["is a handle", "give a prompt"],
+    ),
+    "prompts that nothing is taken from": (
+        "forward_ablate",
+        P | {"layers": [1], "mode": "zero", "mean_over": ["other"]},
+        ["mode zero takes no mean_over"],
+    ),
+    "target with a position too many": (
+        "patch_activations",
+        {
+            "donor": "hello",
+            "recipient": "world",
+            "targets": [{"layer": 1, "position": 2, "donor_position": 1, "recipient_position": 3}],
+        },
+        ["{layer, position}, or {layer, donor_position, recipient_position}"],
+    ),
     "unknown field in a steer": ("forward_steer", steers(norm=True), ["steers.0.norm", "unknown"]),
     "text for a number": ("forward_steer", steers(layer="1"), ["steers.0.layer", "integer"]),
     "true for a number": ("forward_steer", steers(layer=True), ["steers.0.layer", "integer"]),

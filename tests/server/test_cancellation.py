@@ -55,7 +55,7 @@ async def test_progress_rises_to_a_known_total(lab: Lab, slow: Entered) -> None:
         await client.call_tool("kv_inject_test", LONG["kv_inject_test"], progress_callback=follow)
     done = [progress for progress, _ in seen]
     totals = {total for _, total in seen}
-    assert len(seen) >= 5
+    assert len(seen) >= 3
     assert done == sorted(set(done))
     assert len(totals) == 1
     assert slow.count == totals.pop()

@@ -1,6 +1,7 @@
 """Jobs: the same call as a direct one, by itself, within the limits."""
 
 from collections import Counter
+from functools import partial
 
 import anyio
 import pytest
@@ -103,6 +104,24 @@ async def test_a_job_runs_only_what_the_server_offers(lab: Lab) -> None:
         assert "keep: unknown argument" in await refused(
             client, "start_job", tool="prefill_inject", arguments=arguments
         )
+
+
+async def test_a_call_that_waits_for_its_turn_hears_so(lab: Lab, slow: Entered) -> None:
+    heard: list[str | None] = []
+
+    async def hear(done: float, total: float | None, what: str | None) -> None:
+        heard.append(what)
+
+    async with connected(build_server(lab)) as client:
+        run = await started(client, "generate_with_hooks", **LONG)
+        await anyio.sleep(2 * LAYER_SECONDS)
+        async with anyio.create_task_group() as calls:
+            calls.start_soon(partial(client.call_tool, "logit_lens", {"prompt": "hello"}, progress_callback=hear))
+            with anyio.fail_after(10):
+                while not heard:
+                    await anyio.sleep(LAYER_SECONDS)
+            await ask(client, "cancel_job", run=run)
+    assert heard[0] == "waiting for synthetic: another call or job has it"
 
 
 @pytest.mark.parametrize("mode", ERAS)

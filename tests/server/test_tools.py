@@ -114,6 +114,38 @@ async def test_the_lens_of_the_last_layer_is_the_models_distribution(lab: Lab, s
     assert all(close(t["probability"], own[t["id"]]) for t in answer["rows"][-1]["top"])
 
 
+async def test_a_vector_of_a_capture_of_several_points_says_which(lab: Lab, synthetic: Model) -> None:
+    async with connected(build_server(lab)) as client:
+        held = await ask(client, "capture_residuals", prompt=PROMPT, layers=[2], points=["mlp_out", "attn_out"])
+        unsaid = await refused(client, "embedding_neighbors", vector={"handle": held["handle"]})
+        other = await refused(client, "embedding_neighbors", vector={"handle": held["handle"], "point": "z"})
+        norms = [
+            (await ask(client, "project_through_unembed", vector={"handle": held["handle"], "point": point}))["norm"]
+            for point in ("attn_out", "mlp_out")
+        ]
+    assert "say which point; the capture holds mlp_out, attn_out" in unsaid
+    assert "point 'z' is not in the capture; the capture holds mlp_out, attn_out" in other
+    told = {norm["point"]: norm["mean_norm"] for norm in held["norms"]}
+    assert close(norms[0], told["attn_out"])
+    assert close(norms[1], told["mlp_out"])
+
+
+async def test_layers_as_a_result_tells_them_are_layers(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        told, sliced = [
+            await ask(client, "track_token", prompt=PROMPT, token="a", layers=layers) for layers in ("1-2", "1:3")
+        ]
+    assert [row["layer"] for row in told["rows"]] == [row["layer"] for row in sliced["rows"]] == [1, 2]
+
+
+async def test_a_part_of_a_donor_goes_to_where_it_was_unless_told_otherwise(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        pair = {"recipient": "hello", "donor": "world", "max_new_tokens": 1}
+        same, told = [await ask(client, "prefill_inject", **pair, source=[2, 4], **to) for to in ({}, {"dest": 0})]
+    assert (same["dest"], told["dest"]) == ([2, 4], [0, 2])
+    assert (same["replaced_text"], same["donor_text"]) == ("ll", "rl")
+
+
 async def test_the_lens_reads_a_capture_as_it_reads_a_prompt(lab: Lab) -> None:
     async with connected(build_server(lab)) as client:
         held = await ask(client, "capture_residuals", prompt=PROMPT, positions="all")
