@@ -41,11 +41,16 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[.?])\s", text.strip().replace("\n", " "), maxsplit=1)[0]
 
 
+def _cell(text: str) -> str:
+    """As it stands in a table."""
+    return text.replace("|", r"\|")
+
+
 def table(tools: list[Any]) -> str:
     """The README's table: name, arguments, first sentence."""
     rows = [
         f"| `{tool.name}` | {', '.join(f'`{name}`' for name in tool.input_schema['properties'])} "
-        f"| {_first_sentence(tool.description)} |"
+        f"| {_cell(_first_sentence(tool.description))} |"
         for tool in tools
     ]
     return "\n".join(["| tool | arguments | does |", "|---|---|---|", *rows])
@@ -73,7 +78,7 @@ def _fields(heading: str, schema: dict[str, Any]) -> str:
             notes += (
                 ["required"] if name in required else [f"default `{field['default']}`"] if "default" in field else []
             )
-        rows.append(f"| `{name}` | {_type(field)} | {'; '.join(filter(None, notes))} |".replace("  ", " "))
+        rows.append(f"| `{name}` | {_type(field)} | {_cell('; '.join(filter(None, notes)))} |".replace("  ", " "))
     return "\n".join(rows)
 
 

@@ -341,7 +341,7 @@ PLAIN_MUTANTS = (
     Mutant("top k in the wrong order", "distribution.py", "argsort(-scores[candidates]", "argsort(scores[candidates]",
            "test_distribution.py::test_top_k_is_sorted_with_ties_by_index"),
     Mutant("KL the other way round", "distribution.py", "(x.astype(np.float64) for x in (p_logits, q_logits))",
-           "np.broadcast_arrays(q_logits.astype(np.float64), p_logits.astype(np.float64))\n    p, q = p.copy(), q.copy()",
+           "np.broadcast_arrays(q_logits * 1.0, p_logits * 1.0)\n    p, q = p.astype(np.float64), q.astype(np.float64)",
            "test_distribution.py::test_kl_is_the_expectation_under_its_first_argument"),
     Mutant("patch reads the wrong row", "patching.py", "np.take(kept[layer], pos, axis)",
            "np.take(kept[layer], pos - 1, axis)", "test_patching.py::test_a_donor_state_holds_the_rows_asked_for"),
