@@ -1,6 +1,7 @@
 """Write the parts of the documentation that come from the code: `make docs`, or `--check` to fail when they are stale.
 
 docs/tools.md           every tool with its arguments and result fields
+docs/python.md          every public name of the engine
 README.md               the table of tools, between its two markers
 docs/operate.md         the table of settings, between its two markers
 deploy/manifest.json    version and tools of the desktop bundle
@@ -16,6 +17,7 @@ from typing import Any
 
 import anyio
 from deployment import manifest, registry_entry, settings_table
+from library import cell, python_page
 from mcp import Client
 
 from server.app import build_server
@@ -41,16 +43,11 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[.?])\s", text.strip().replace("\n", " "), maxsplit=1)[0]
 
 
-def _cell(text: str) -> str:
-    """As it stands in a table."""
-    return text.replace("|", r"\|")
-
-
 def table(tools: list[Any]) -> str:
     """The README's table: name, arguments, first sentence."""
     rows = [
         f"| `{tool.name}` | {', '.join(f'`{name}`' for name in tool.input_schema['properties'])} "
-        f"| {_cell(_first_sentence(tool.description))} |"
+        f"| {cell(_first_sentence(tool.description))} |"
         for tool in tools
     ]
     return "\n".join(["| tool | arguments | does |", "|---|---|---|", *rows])
@@ -78,7 +75,7 @@ def _fields(heading: str, schema: dict[str, Any]) -> str:
             notes += (
                 ["required"] if name in required else [f"default `{field['default']}`"] if "default" in field else []
             )
-        rows.append(f"| `{name}` | {_type(field)} | {_cell('; '.join(filter(None, notes)))} |".replace("  ", " "))
+        rows.append(f"| `{name}` | {_type(field)} | {cell('; '.join(filter(None, notes)))} |".replace("  ", " "))
     return "\n".join(rows)
 
 
@@ -110,6 +107,7 @@ def _wanted() -> dict[Path, str]:
     now = version("mechscope")
     return {
         HERE / "tools.md": page(tools),
+        HERE / "python.md": python_page(),
         readme: _between(readme, "tools", table(tools)),
         operate: _between(operate, "settings", settings_table()),
         bundle: manifest(bundle.read_text("utf-8"), now, summaries, prompts),
