@@ -4,7 +4,7 @@ Variant         what one variant changes: interventions, or keys and values that
 Fork            a variant with its first layer and first row
 forks_of        where each variant forks from a prompt's run
 shares_of       forks by thread, in slices that fit the budget
-layers_entered, rows_of, held_by    what the slices take
+layers_entered, rows_entered, held_by    what the slices take
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,9 +74,9 @@ def shares_of(model: Network, forks: Sequence[Fork], length: int, budget: int) -
     """Each thread's slices; one share where threads would not pay, or must not be."""
     cfg, threads = model.config, most_shares(model)
     if threads > 1:
-        parts = dealt(_in_order(forks), lambda fork: 1 + rows_of(cfg, [fork], length), threads)
+        parts = dealt(_in_order(forks), lambda fork: 1 + rows_entered(cfg, [fork], length), threads)
         shares = [_slices(cfg, part, length, budget // threads) for part in parts]
-        if pays([rows_of(cfg, part, length) for part in parts], layers_entered(cfg, shares)):
+        if pays([rows_entered(cfg, part, length) for part in parts], layers_entered(cfg, shares)):
             return shares
     return [_slices(cfg, forks, length, budget)]
 
@@ -86,7 +86,7 @@ def layers_entered(cfg: Config, shares: Sequence[Sequence[Slice]]) -> int:
     return sum(cfg.n_layers - forks[0].layer for share in shares for forks in share)
 
 
-def rows_of(cfg: Config, forks: Sequence[Fork], length: int) -> int:
+def rows_entered(cfg: Config, forks: Sequence[Fork], length: int) -> int:
     """Rows of forks that go through a layer."""
     return sum((cfg.n_layers - fork.layer) * (length - fork.start) for fork in forks)
 

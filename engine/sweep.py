@@ -23,7 +23,7 @@ from engine.cost import Cost, of_pass
 from engine.decoder import Pass, Tick, block, forward, masked_attention, norm, unembed
 from engine.edits import Edit
 from engine.errors import InputError
-from engine.forks import FEEDS_ROWS, Fork, Variant, forks_of, held_by, layers_entered, rows_of, shares_of
+from engine.forks import FEEDS_ROWS, Fork, Variant, forks_of, held_by, layers_entered, rows_entered, shares_of
 from engine.hooks import CompositeHook, LayerHook, Listeners, RecordHook
 from engine.network import Network, Tokens
 from engine.ops import Array, IntArray
@@ -116,7 +116,9 @@ def sweep_cost(
     shares = shares_of(model, forks, length, budget)
     kept = 4 * cfg.n_layers * length * (cfg.d_model + 2 * cfg.n_kv_heads * cfg.d_head)
     base = Cost(cfg.n_layers, prompts * cfg.n_layers * length, 0, prompts * (kept + of_pass(cfg, length).nbytes))
-    return base + Cost(layers_entered(cfg, shares), rows_of(cfg, forks, length), 0, kept + held_by(cfg, shares, length))
+    return base + Cost(
+        layers_entered(cfg, shares), rows_entered(cfg, forks, length), 0, kept + held_by(cfg, shares, length)
+    )
 
 
 # --- the base run ---------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ class _Group:
         self.members += forks
         self.x = np.concatenate([self.x, *rows])
 
-    def rows_of(self, place: int, at: slice) -> slice:
+    def rows_at(self, place: int, at: slice) -> slice:
         """The rows of one member among those of the group, which are `at`."""
         n = (at.stop - at.start) // len(self.members)
         return slice(at.start + place * n, at.start + (place + 1) * n)
@@ -296,7 +298,7 @@ class _VariantEdits(LayerHook):
         for fork, edit in self._edits[point, layer]:
             if fork.index in self.places:
                 group, place = self.places[fork.index]
-                rows = group.rows_of(place, group.at if point in FEEDS_ROWS else group.on)
+                rows = group.rows_at(place, group.at if point in FEEDS_ROWS else group.on)
                 mine = (*[slice(None)] * POINTS[point].seq_axis, rows)
                 changed = edit(out[mine], np.arange(fork.start, self._length), key_pos, self._length)
                 out[mine] = out[mine] if changed is None else changed

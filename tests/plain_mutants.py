@@ -273,7 +273,7 @@ PLAIN_MUTANTS = (
            "test_sweep.py::test_variants_equal_runs_one_by_one"),
     Mutant("knock-outs hit the variant beside", "sweep.py", "one = slice(place, place + 1)", "one = slice(0, 1)",
            "test_sweep.py::test_variants_equal_runs_one_by_one"),
-    Mutant("threads get variants of unequal sizes", "forks.py", "1 + rows_of(cfg, [fork], length), threads",
+    Mutant("threads get variants of unequal sizes", "forks.py", "1 + rows_entered(cfg, [fork], length), threads",
            "1, threads", "test_shares.py::test_every_thread_has_its_part_of_the_rows"),
     Mutant("a thread waits for another's variants", "shares.py", "return even and", "return",
            "test_shares.py::test_variants_that_cannot_be_dealt_out_evenly_are_one_threads"),
