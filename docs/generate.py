@@ -9,7 +9,6 @@ server.json             version and variables of the registry's entry
 """
 
 import inspect
-import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import anyio
 from deployment import manifest, registry_entry, settings_table
-from library import cell, python_page
+from library import cell, first_sentence, python_page
 from mcp import Client
 
 from server.app import build_server
@@ -39,15 +38,11 @@ async def _listed() -> tuple[list[Any], bool]:
         return list((await client.list_tools()).tools), bool(prompts)
 
 
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=[.?])\s", text.strip().replace("\n", " "), maxsplit=1)[0]
-
-
 def table(tools: list[Any]) -> str:
     """The README's table: name, arguments, first sentence."""
     rows = [
         f"| `{tool.name}` | {', '.join(f'`{name}`' for name in tool.input_schema['properties'])} "
-        f"| {cell(_first_sentence(tool.description))} |"
+        f"| {cell(first_sentence(tool.description))} |"
         for tool in tools
     ]
     return "\n".join(["| tool | arguments | does |", "|---|---|---|", *rows])
@@ -103,7 +98,7 @@ def _wanted() -> dict[Path, str]:
     tools, prompts = anyio.run(_listed)
     readme, operate = ROOT / "README.md", HERE / "operate.md"
     bundle, entry = ROOT / "deploy" / "manifest.json", ROOT / "server.json"
-    summaries = [(tool.name, _first_sentence(tool.description)) for tool in tools]
+    summaries = [(tool.name, first_sentence(tool.description)) for tool in tools]
     now = version("mechscope")
     return {
         HERE / "tools.md": page(tools),

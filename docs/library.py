@@ -41,7 +41,10 @@ def _methods(kind: type) -> list[tuple[str, Any]]:
 
 
 def _rows(members: Iterable[tuple[str, Any]]) -> str:
-    rows = [f"| `{name}{_arguments(member)}` | {cell(_first_sentence(member))} |" for name, member in members]
+    rows = [
+        f"| `{name}{_arguments(member)}` | {cell(first_sentence(inspect.getdoc(member) or ''))} |"
+        for name, member in members
+    ]
     return "\n".join(["| name | |", "|---|---|", *rows])
 
 
@@ -61,9 +64,9 @@ def _argument(parameter: inspect.Parameter) -> str:
     return f"{parameter.name}={'...' if isinstance(default, Callable) or '<' in repr(default) else repr(default)}"
 
 
-def _first_sentence(member: Any) -> str:
-    text = " ".join((inspect.getdoc(member) or "").split())
-    return re.split(r"(?<=[^.][.])\s(?=[A-Z`(])", text, maxsplit=1)[0].rstrip(".")
+def first_sentence(text: str) -> str:
+    """Dots within a range (`start .. stop`) end none."""
+    return re.split(r"(?<=[^.][.?])\s", " ".join(text.split()), maxsplit=1)[0]
 
 
 def cell(text: str) -> str:

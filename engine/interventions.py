@@ -143,8 +143,9 @@ def _function(model: Network, item: Intervention, prompt_length: int, new_tokens
             return resampled(_pool(model, item), item.seed)
         case "patch" if item.rows is not None:
             places = resolve_positions(item.rows, prompt_length)
-            if twice := sorted({p for p in places if places.count(p) > 1}):
-                raise InputError(f"patch gives position {twice[0]} two rows, as {list(item.rows)}; give one for each")
+            if len({*places}) < len(places):
+                twice = next(p for p in places if places.count(p) > 1)
+                raise InputError(f"patch gives position {twice} two rows, as {list(item.rows)}; give one for each")
             return placed(dict(zip(places, _vectors(model, item, item.rows.values()), strict=True)))
     return _with_vector(item, *_vectors(model, item, [item.vector]))
 

@@ -109,13 +109,13 @@ def _tag(form: str) -> str:
 
 _BY_FORM = Discriminator(_form, "vector", f"a vector is {_VECTOR}")
 
-PlainVector = Annotated[
+_Plain = (
     Annotated[HandleVector, Tag(_tag("handle"))]
     | Annotated[TokenVector, Tag(_tag("token"))]
     | Annotated[ValuesVector, Tag(_tag("values"))]
-    | Annotated[RandomVector, Tag(_tag("random_seed"))],
-    _BY_FORM,
-]
+    | Annotated[RandomVector, Tag(_tag("random_seed"))]
+)
+PlainVector = Annotated[_Plain, _BY_FORM]
 
 
 class DifferenceVector(Strict):
@@ -125,11 +125,7 @@ class DifferenceVector(Strict):
 
 
 Vector = Annotated[
-    Annotated[HandleVector, Tag(_tag("handle"))]
-    | Annotated[TokenVector, Tag(_tag("token"))]
-    | Annotated[ValuesVector, Tag(_tag("values"))]
-    | Annotated[RandomVector, Tag(_tag("random_seed"))]
-    | Annotated[DifferenceVector, Tag(_tag("minus"))],
+    _Plain | Annotated[DifferenceVector, Tag(_tag("minus"))],
     _BY_FORM,
     Field(description=_VECTOR),
     WithJsonSchema({"type": "object", "description": _VECTOR}),

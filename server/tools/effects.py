@@ -88,9 +88,9 @@ def _ablations(
     at = partial(
         Intervention, mode, point=point, positions=scope(positions), heads=None if heads is None else tuple(heads)
     )
-    if mode == "zero" and prompts:
-        raise InputError("mode zero takes no mean_over: leave it out, or choose mode mean or resample")
     if mode == "zero":
+        if prompts:
+            raise InputError("mode zero takes no mean_over: leave it out, or choose mode mean or resample")
         return [at(layers=tuple(chosen))]
     if not prompts:
         raise InputError(f"mode {mode} needs mean_over, the prompts to take rows from")

@@ -16,9 +16,8 @@ from server.call import Call
 from server.lab import Lab, LoadedModel
 from server.store import RememberedModel
 
-HANDLES_SHOWN = 50
-MOST_NAMED = 40
-"""In one answer; agents pay for each."""
+HANDLES_SHOWN, MOST_NAMED = 50, 40
+"""Handles, and tensors of one, in one answer; agents pay for each."""
 
 
 def load_model(
