@@ -148,6 +148,9 @@ class Pieces:
     def size(self) -> int:
         return len(self._tokens)
 
+    def has(self, token_id: int) -> bool:
+        return 0 <= token_id < len(self._tokens)
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in self._cut(text):

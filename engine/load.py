@@ -271,8 +271,6 @@ def _assembled(
 ) -> _Read:
     """The model; `sources` has its tensors, and for packed weights what has their scales and what their minima."""
     cfg = reader.config(raw)
-    if words.vocabulary > cfg.d_vocab:
-        raise DamagedFile(f"the tokenizer has {words.vocabulary} tokens, the model only {cfg.d_vocab} embeddings")
     keep = cfg.n_layers if budget is None else budget
     if keep > cfg.n_layers:
         raise InputError(f"dense_layers is {keep}, but {name} has {cfg.n_layers} layers; valid: 1 to {cfg.n_layers}")

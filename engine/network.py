@@ -92,7 +92,10 @@ class Network:
         if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
             raise TokenError(f"a token id is a whole number, not {token_id!r}")
         if not 0 <= token_id < self.config.d_vocab:
-            raise TokenError(f"token id {token_id} does not exist; valid: 0 to {self.config.d_vocab - 1}")
+            why, words = "does not exist", self.tokenizer
+            if words.backend.has(int(token_id)):
+                why = f"is the tokenizer's {words.piece(int(token_id))!r}, which the model has no embedding for"
+            raise TokenError(f"token id {token_id} {why}; valid: 0 to {self.config.d_vocab - 1}")
         return int(token_id)
 
     def check_vector(self, vector: Array) -> Array:

@@ -6,6 +6,7 @@ tokens.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,7 @@ class Backend(Protocol):
     """Text and ids, without any rule about BOS."""
 
     def size(self) -> int: ...
+    def has(self, token_id: int) -> bool: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -34,6 +36,9 @@ class Library:
 
     def size(self) -> int:
         return int(self._library.get_vocab_size())
+
+    def has(self, token_id: int) -> bool:
+        return 0 <= token_id < 1 << 32 and self._library.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=False).ids)
@@ -59,6 +64,9 @@ class Deferred:
 
     def size(self) -> int:
         return self._size
+
+    def has(self, token_id: int) -> bool:
+        return self.words.backend.has(token_id)
 
     def encode(self, text: str) -> list[int]:
         return self.words.backend.encode(text)
@@ -105,8 +113,11 @@ class Tokenizer:
         return self.backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
-        return self.backend.decode(ids)
+        """The text of ids, special tokens included; a row of the embedding without a token reads as [no token 7]."""
+        if all(map(self.backend.has, ids)):
+            return self.backend.decode(ids)
+        runs = groupby(ids, self.backend.has)
+        return "".join(self.backend.decode([*run]) if known else "".join(map(_no_token, run)) for known, run in runs)
 
     def piece(self, token_id: int) -> str:
         """The text of one token; bytes that are only part of a character show as U+FFFD."""
@@ -123,6 +134,10 @@ class Tokenizer:
                 f"{clipped(text)} is {len(ids)} tokens, not one: {pieces}; give one of them by text or id{hint}"
             )
         return ids[0]
+
+
+def _no_token(token_id: int) -> str:
+    return f"[no token {token_id}]"
 
 
 def from_directory(directory: Path, raw: dict[str, Any]) -> Tokenizer:

@@ -194,7 +194,7 @@ def label(model: Model, ids: Sequence[int], what: str) -> str:
 
 def token_id(model: Model, token: str | int) -> int:
     """The id of a token argument: an id, or text that is exactly one token."""
-    return model.tokenizer.single(token) if isinstance(token, str) else model.check_token(token)
+    return model.check_token(model.tokenizer.single(token) if isinstance(token, str) else token)
 
 
 def layer_list(model: Model, layers: Sequence[int] | str) -> list[int]:

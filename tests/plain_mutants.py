@@ -406,6 +406,8 @@ PLAIN_MUTANTS = (
     Mutant("a damaged header passes", "converted.py",
            'metadata["digest"] != _head_digest(metadata["mechscope"], table)', "False",
            "test_converted.py::test_a_damaged_conversion_is_made_again"),
+    Mutant("a row without a token shows as nothing", "tokenizer.py", "if all(map(self.backend.has, ids)):", "if True:",
+           "test_rows_and_tokens.py::test_a_row_without_a_token_shows_as_such"),
     Mutant("digits are not split off", "gguf_tokenizer.py", "[digits, pre_tokenizers.ByteLevel(",
            "[pre_tokenizers.ByteLevel(", "test_tokenizer.py::test_ids_equal_llama_cpps"),
 )  # fmt: skip

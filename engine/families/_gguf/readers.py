@@ -31,6 +31,8 @@ def sizes(names: Mapping[str, str], free_width: bool = True) -> Reader:
         if missing := [name for name, key in names.items() if key not in {*raw, "num_key_value_heads"}]:
             raise s.missing(missing[0])
         raw["vocab_size"] = s.get("vocab_size", s.tokens())
+        if (tokens := s.tokens()) is not None and tokens > (rows := whole(raw, "vocab_size")):  # as llama.cpp does
+            raise DamagedFile(f"the tokenizer has {tokens} tokens, the model only {rows} embeddings")
         for name, harmless in NO_CHANGE.items():
             s.expect(name, harmless)
         for name in IGNORED:
