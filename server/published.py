@@ -3,7 +3,8 @@
 Arguments: an option of null that is also the default goes, because leaving the argument out says the same (null is
 still accepted); so does a default of false. Results: descriptions go, they are in docs/tools.md; objects are open, so
 that a client with an older list accepts a field that came later; which fields are always there is said of the result
-itself, not of its parts. A definition that is used once stands where it is used.
+itself, not of its parts; a choice of plain types is a list of them. A definition that is used once stands where it is
+used.
 """
 
 from collections import Counter
@@ -29,7 +30,8 @@ def result(schema: Schema) -> Schema:
     """The output schema to publish."""
     short = _rewritten(schema, frozenset({"title", "description", "additionalProperties", "required"}))
     always = {"required": schema["required"]} if "required" in schema else {}
-    return _inlined(short | always)
+    made: Schema = _listed(_inlined(short | always))
+    return made
 
 
 def content(result: BaseModel) -> Schema:
@@ -65,6 +67,20 @@ def _without_null(node: Schema) -> Schema:
         del rest["default"]
         flat = [option for option in flat if option != NULL]
     return {**flat[0], **rest} if len(flat) == 1 else {"anyOf": flat, **rest}
+
+
+def _listed(node: Any) -> Any:
+    """Options that are a type and nothing else as one list of types."""
+    if isinstance(node, list):
+        return [_listed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    made = {key: _listed(value) for key, value in node.items()}
+    options = made.get("anyOf")
+    if isinstance(options, list) and all(set(option) == {"type"} for option in options):
+        del made["anyOf"]
+        made["type"] = [option["type"] for option in options]
+    return made
 
 
 def _options(item: Schema) -> list[Schema]:

@@ -125,7 +125,7 @@ def _annotations(function: ToolFunction) -> ToolAnnotations:
     return ToolAnnotations(
         read_only_hint=read_only,
         destructive_hint=None if read_only else ends,
-        idempotent_hint=not makes,
+        idempotent_hint=None if read_only else not makes,  # says something of a tool that writes only
         open_world_hint=name in ("load_model", "start_job"),
     )
 

@@ -100,7 +100,7 @@ async def test_annotations_say_what_a_tool_changes() -> None:
     hints = {tool["name"]: tool["annotations"] for tool in await listed("auto")}
     assert {name for name, hint in hints.items() if hint.get("destructiveHint")} == {"release", "cancel_job"}
     making = {"capture_residuals", "causal_trace", "prefill_inject", "start_job"}
-    assert {name for name, hint in hints.items() if not hint["idempotentHint"]} == making
+    assert {name for name, hint in hints.items() if hint.get("idempotentHint") is False} == making
     changing = making | {"load_model", "release", "cancel_job"}
     assert {name for name, hint in hints.items() if not hint["readOnlyHint"]} == changing
     assert {name for name, hint in hints.items() if hint["openWorldHint"]} == {"load_model", "start_job"}

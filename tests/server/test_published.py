@@ -42,6 +42,11 @@ def test_a_field_called_title_or_description_stays() -> None:
     assert RESULT["$defs"]["Leaf"]["properties"]["title"] == {"type": "string"}
 
 
+def test_a_choice_of_plain_types_is_a_list_of_types_in_results() -> None:
+    assert RESULT["properties"]["explicit"] == {"type": ["integer", "null"]}
+    assert len(RESULT["properties"]["way"]["anyOf"]) == 2
+
+
 def test_a_definition_used_once_stands_where_it_is_used() -> None:
     class Once(Strict):
         leaf: Leaf
