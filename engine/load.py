@@ -11,7 +11,7 @@ from engine import catalog, fast, gguf_tokenizer, tokenizer
 from engine.converted import LEAST, Conversion, Stamp, find, keep, stamp
 from engine.decoder import Tick
 from engine.errors import DamagedFile, EngineError, InputError, ModelError, TokenError, UnknownModel, clipped
-from engine.families import Family, family, part_read
+from engine.families import Family, family, part_read, prefix
 from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
 from engine.heap import keep_freed_memory
@@ -21,7 +21,8 @@ from engine.network import ROUNDED
 from engine.params import LayerParams, Params, in_bfloat16, in_panels
 from engine.planted import planted
 from engine.synthetic import synthetic
-from engine.weights import Counted, SafetensorsDir, Tensors, read_json
+from engine.weight_files import weight_files
+from engine.weights import Counted, Prefixed, Safetensors, Tensors, read_json
 
 WEIGHTS = ("dense", "scoped", "packed", "bf16")
 
@@ -195,23 +196,31 @@ def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick |
     params = conversion.params(cfg)
     if room is not None:
         room(params.nbytes)
-    return Model(name, cfg, params, told, notes["fingerprint"], "dense", conversion="used")
+    left = weight_files(path, raw).left_aside if path.is_dir() else ()
+    return Model(name, cfg, params, told, notes["fingerprint"], "dense", conversion="used", left_aside=left)
 
 
 def _from_directory(
     path: Path, name: str, weights: str, budget: int | None, tick: Tick | None, room: Room | None
 ) -> _Read:
     if not (path / "config.json").exists():
-        raise UnknownModel(f"{path} has no config.json; give a directory as Hugging Face writes it, or a .gguf file")
+        raise UnknownModel(f"{path} has no config.json; {_instead(path)}")
     raw = read_json(path / "config.json")
     raw.pop("gguf", None)  # readers take it for the mark of a GGUF file
     _refuse_code(path, "config.json", raw)
     if (path / "tokenizer_config.json").exists():
         _refuse_code(path, "tokenizer_config.json", read_json(path / "tokenizer_config.json"))
     reader = family(raw.get("model_type"))
-    tensors = SafetensorsDir(path)
-    words = _words(path, raw, None)
-    return _assembled(name, weights, reader, raw, [tensors], words, tensors.files, budget, tick, room)
+    files = weight_files(path, raw)
+    tensors, words = Safetensors(files.read), _words(path, raw, None)
+    read = _assembled(name, weights, reader, raw, [tensors], words, files.read, budget, tick, room)
+    return replace(read, model=replace(read.model, left_aside=files.left_aside))
+
+
+def _instead(path: Path) -> str:
+    if (path / "adapter_config.json").exists():
+        return "it holds an adapter: merge it into its model, and load what that saves"
+    return "give a directory as Hugging Face writes it, or a .gguf file"
 
 
 def _refuse_code(path: Path, file: str, settings: dict[str, Any]) -> None:
@@ -274,7 +283,8 @@ def _assembled(
     keep = cfg.n_layers if budget is None else budget
     if keep > cfg.n_layers:
         raise InputError(f"dense_layers is {keep}, but {name} has {cfg.n_layers} layers; valid: 1 to {cfg.n_layers}")
-    source, *steps = Counted(part_read(reader, sources[0])), *sources[1:]
+    counted, *steps = Counted(part_read(reader, sources[0])), *sources[1:]
+    source = Prefixed(counted, "" if raw.get("gguf") else prefix(reader))
 
     def layer_of(i: int) -> LayerParams:
         dense = reader.layer(source, i, cfg, raw)
@@ -290,7 +300,7 @@ def _assembled(
         params.layer(layer)
         if layer == 0 and room is not None:
             room(params.nbytes + (keep - 1) * sum(array.nbytes for _, array in params.layer(0).stored()))
-    source.check_all_read()
+    counted.check_all_read()
     if steps and not any(isinstance(part, Packed) for i in range(keep) for _, part in params.layer(i).stored()):
         raise InputError(f'no matrix of {name}\'s layers is in blocks that weights="packed" keeps; choose "dense"')
     kept = "dense" if weights == "bf16" else weights  # it is rounded afterwards

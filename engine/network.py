@@ -37,7 +37,7 @@ class Network:
     """A loaded model. `fingerprint` is the sha256 of its weights; `weights` says how they are kept: "dense", "scoped",
     "packed", or rounded as "bf16"; `synthetic` is True for random or hand-written weights. `conversion` says how a
     dense model came by its weights (see `converted.py`): "used" a conversion, "made" one for the next start,
-    "not kept: " and why, or "none".
+    "not kept: " and why, or "none". `left_aside` names the weight files beside the model's own, which were not read.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Network:
     weights: str
     synthetic: bool = False
     conversion: str = "none"
+    left_aside: tuple[str, ...] = ()
 
     def encode(self, prompt: str | Tokens) -> Tokens:
         """Token ids of a prompt; ids pass through."""

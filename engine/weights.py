@@ -1,4 +1,4 @@
-"""Lazy sources of tensors: `Tensors`, `Counted`, and `SafetensorsDir` for (sharded) safetensors in f32, f16 or bf16.
+"""Lazy sources of tensors: `Tensors`, `Counted`, `Prefixed`, and `Safetensors` for files in f32, f16 or bf16.
 
 A source gives float32 arrays in the shape files store them, (out, in) for matrices. Families ask for a name and the
 shape that the config implies; a missing tensor or another shape is a `DamagedFile`, never a guess.
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.errors import DamagedFile, UnknownModel, clipped
+from engine.errors import DamagedFile, clipped
 from engine.ops import Array
 
 
@@ -68,17 +68,44 @@ class Counted:
             )
 
 
-class SafetensorsDir:
-    """The safetensors files of a directory, memory-mapped; tensors are converted when asked for.
+class Prefixed:
+    """A source whose names may lack the prefix of the family's base model, or have it where it does not belong.
+
+    Checkpoints of the base model alone lack it, and transformers reads them so (core_model_loading.py,
+    `rename_source_key`). An empty prefix changes nothing.
+    """
+
+    def __init__(self, source: Tensors, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored(name) in self._source
+
+    def names(self) -> Iterable[str]:
+        return self._source.names()
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Array:
+        return self._source.get(self._stored(name), shape)
+
+    def _stored(self, name: str) -> str:
+        """What the source calls it; its own name if it is missing."""
+        forms = {name, self._prefix + name, name.removeprefix(self._prefix)}
+        held = sorted(form for form in forms if form in self._source)
+        if len(held) > 1:
+            raise DamagedFile(f"the weights hold {clipped(held[0])} twice, one of them as {clipped(held[1])}")
+        return held[0] if held else name
+
+
+class Safetensors:
+    """The tensors of some safetensors files, memory-mapped; they are converted when asked for.
 
     The `safetensors` library checks each header; it is not used for the data because its numpy loader
     refuses bf16.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, files: Iterable[Path]) -> None:
         self._entries: dict[str, tuple[Path, str, tuple[int, ...], int, int]] = {}
-        self.files = _weight_files(directory)
-        for path in self.files:
+        for path in files:
             for name, entry in _read_header(path):
                 if name in self._entries:
                     raise DamagedFile(f"{clipped(name)} is in both {self._entries[name][0].name} and {path.name}")
@@ -101,31 +128,6 @@ class SafetensorsDir:
         except (OSError, ValueError):
             raise DamagedFile(f"{path.name} has changed or gone since it was loaded; load the model again") from None
         return _to_float32(raw, dtype, name).reshape(shape)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
-        found = f" (there are pickles, {', '.join(pickles[:3])}: loading one can run any code)" if pickles else ""
-        raise UnknownModel(f"{directory} has no .safetensors file{found}; convert the weights to safetensors")
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        named = {directory / Path(str(name)).name for name in _weight_map(index).values()}
-        missing = sorted(path.name for path in named - set(files))
-        if missing:
-            raise DamagedFile(
-                f"{index.name} names files that are not there: {clipped(missing, 200)}; download the missing shards"
-            )
-        files = [path for path in files if path in named]
-    return files
-
-
-def _weight_map(index: Path) -> dict[str, Any]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise DamagedFile(f"{index.name} has no weight_map")
-    return weight_map
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, tuple[Path, str, tuple[int, ...], int, int]]]:

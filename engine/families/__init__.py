@@ -9,6 +9,10 @@
 and, if only a part of its checkpoints is read, on purpose,
 
     view(tensors)                 that part, under the names the others ask for
+
+and, where the names of its base model's tensors do not begin with model.,
+
+    PREFIX                        what they begin with (transformers' base_model_prefix)
 """
 
 import importlib
@@ -34,6 +38,11 @@ def part_read(reader: Family, tensors: Tensors) -> Tensors:
     """The tensors that a family reads: all, unless it has a view of its own."""
     view = getattr(reader, "view", None)
     return tensors if view is None else cast(Tensors, view(tensors))
+
+
+def prefix(reader: Family) -> str:
+    """What the names of the base model's tensors begin with; a checkpoint of that model alone leaves it out."""
+    return str(getattr(reader, "PREFIX", "model."))
 
 
 def known() -> tuple[str, ...]:

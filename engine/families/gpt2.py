@@ -11,6 +11,8 @@ from engine.families._read import flag, real, whole
 from engine.params import Ends, Joined, LayerParams
 from engine.weights import Tensors
 
+PREFIX = "transformer."
+
 
 def config(raw: Raw) -> Config:
     if flag(raw, "add_cross_attention", False):

@@ -13,6 +13,8 @@ from engine.families._read import flag, real, whole
 from engine.params import Ends, LayerParams
 from engine.weights import Tensors
 
+PREFIX = "transformer."
+
 
 def config(raw: Raw) -> Config:
     d_model, n_layers, n_heads = whole(raw, "hidden_size"), whole(raw, "num_layers"), whole(raw, "num_heads")

@@ -10,6 +10,8 @@ from engine.families._read import flag, real, whole
 from engine.params import Ends, Joined, LayerParams, transposed
 from engine.weights import Tensors
 
+PREFIX = "gpt_neox."
+
 
 def config(raw: Raw) -> Config:
     d_head = _parts.head_width(raw)

@@ -16,8 +16,8 @@ from server.call import Call
 from server.lab import Lab, LoadedModel
 from server.store import RememberedModel
 
-HANDLES_SHOWN, MOST_NAMED = 50, 40
-"""Handles, and tensors of one, in one answer; agents pay for each."""
+HANDLES_SHOWN, MOST_NAMED, LEFT_SHOWN = 50, 40, 12
+"""Handles, tensors of one, and files left aside in one answer; agents pay for each."""
 
 
 def load_model(
@@ -45,7 +45,7 @@ def described(loaded: LoadedModel) -> ModelCard:
     cfg, params = loaded.model.config, loaded.model.params
     return ModelCard(
         model=loaded.handle,
-        notice=loaded.notice,
+        notice="; ".join(filter(None, [loaded.notice, _left_aside(loaded.model)])) or None,
         name=loaded.model.name,
         family=cfg.family,
         fingerprint=loaded.model.fingerprint,
@@ -62,6 +62,12 @@ def described(loaded: LoadedModel) -> ModelCard:
         n_ctx=cfg.n_ctx,
         bytes_in_memory=params.nbytes,
     )
+
+
+def _left_aside(model: Model) -> str | None:
+    if not model.left_aside:
+        return None
+    return f"weight files beside the model's own were not read: {_named(model.left_aside, LEFT_SHOWN)}"
 
 
 def list_session(call: Call, start: Annotated[int, Field(ge=0)] = 0) -> SessionInfo:
@@ -138,7 +144,9 @@ def read_tensor(
     names = list(record.tensors)
     name = names[0] if tensor is None else tensor
     if name not in record.tensors:
-        raise InputError(f"{handle} has no tensor {clipped(name)}; it has {_named(names)}")
+        raise InputError(
+            f"{handle} has no tensor {clipped(name)}; it has {_named(names, MOST_NAMED, ', by point and layer')}"
+        )
     array = record.tensors[name]
     flat = array.reshape(-1)
     if start >= flat.size:
@@ -157,9 +165,9 @@ def read_tensor(
     )
 
 
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more, by point and layer" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+def _named(names: Sequence[str], most: int, by: str = "") -> str:
+    more = f" and {len(names) - most} more{by}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def statistics(array: Array) -> dict[str, float]:
