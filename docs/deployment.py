@@ -13,22 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from server.__main__ import app
-from server.settings import CONFIG, PREFIX, Settings
-
-OVER_HTTP = frozenset(
-    {
-        "http",
-        "host",
-        "port",
-        "token_file",
-        "allowed_hosts",
-        "allowed_origins",
-        "body_limit",
-        "rate_limit",
-        "max_connections",
-    }
-)
-"""Settings that a server over stdio has no use for."""
+from server.settings import CONFIG, OF_HTTP, PREFIX, Settings
 
 FORMATS = {bool: "boolean", int: "number", float: "number", Path: "filepath"}
 """How the registry calls the kinds of values; a list of folders is written as one text."""
@@ -71,7 +56,7 @@ def manifest(text: str, version: str, tools: list[tuple[str, str]], prompts: boo
 def registry_entry(text: str, version: str) -> str:
     """The registry's entry, brought up to date."""
     made = json.loads(text) | {"version": version}
-    fields = {name: field for name, field in Settings.model_fields.items() if name not in OVER_HTTP}
+    fields = {name: field for name, field in Settings.model_fields.items() if name not in {*OF_HTTP, "http"}}
     variables = [_variable(name, field) for name, field in fields.items()]
     made["packages"] = [
         package | {"version": version, "environmentVariables": variables} for package in made["packages"]

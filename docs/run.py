@@ -1,4 +1,4 @@
-"""Run the Python of the guides: `make docs` writes what it prints into them, `--check` fails where that changed.
+"""Run the guides' Python and the README's demo: `make docs` writes what they print, `--check` fails where that changed.
 
 A guide's blocks of python share one namespace and run in order, in an empty directory; a block of text right after one
 is what it prints.
@@ -13,7 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from demo import demo_block
+from library import between
+
 GUIDES = Path(__file__).resolve().parent / "guides"
+README = GUIDES.parents[1] / "README.md"
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<output>.*?)```\n)?", re.DOTALL)
 
 
@@ -39,11 +43,12 @@ def run(page: str) -> str:
 
 
 def main() -> int:
-    chosen = [Path(name) for name in sys.argv[1:] if name != "--check"] or sorted(GUIDES.glob("*.md"))
+    chosen = [Path(name) for name in sys.argv[1:] if name != "--check"] or [README, *sorted(GUIDES.glob("*.md"))]
     stale = []
     for path in chosen:
         before = path.read_text("utf-8")
-        if (after := run(before)) != before:
+        after = between(README, "demo", demo_block()) if path.name == README.name else run(before)
+        if after != before:
             stale.append(path.name)
             if "--check" not in sys.argv:
                 path.write_text(after, "utf-8")

@@ -1,6 +1,6 @@
 """`mechscope demo`: a real client starts the real server over stdio and makes one investigation.
 
-`STORIES` says what is asked of which model; `_investigate` makes the calls; `server.report` prints each answer.
+`FRANCE` and `BYTES` say what is asked of which model, `investigate` makes the calls, `server.report` prints answers.
 """
 
 import os
@@ -102,7 +102,7 @@ async def _drive(console: Console, model: str, workspace: str) -> None:
             report.show(console, tool, arguments, answer)
             return answer
 
-        await _investigate(call, BYTES if model == SYNTHETIC else FRANCE, info["n_layers"])
+        await investigate(call, BYTES if model == SYNTHETIC else FRANCE, info["n_layers"])
     console.print(f"\n[bold]{time.perf_counter() - started:.1f} s[/bold] from starting the server to the last answer")
 
 
@@ -113,7 +113,8 @@ def _answer(tool: str, result: Any) -> Answer:
     return answer
 
 
-async def _investigate(call: Callable[..., Any], story: Story, n_layers: int) -> None:
+async def investigate(call: Callable[..., Any], story: Story, n_layers: int) -> None:
+    """Make the calls of a story; `call` takes a tool and its arguments, and returns the answer."""
     prompt, donor = story.prompt, story.donor
     layers = sorted({*range(0, n_layers, 3), n_layers - 1})
     towards = {

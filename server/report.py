@@ -25,8 +25,9 @@ def _text(words: str) -> str:
     return escape(repr(words))
 
 
-def _percent(probability: float) -> str:
-    return f"{100 * probability:.1f}%" if probability >= 0.001 else f"{100 * probability:.1e}%"
+def _percent(share: float) -> str:
+    """What rounding decides is told as small: it differs between machines."""
+    return f"{100 * share:.1f}%" if abs(share) >= 0.001 else f"{100 * share:.2f}%" if abs(share) >= 1e-4 else "<0.01%"
 
 
 def _tops(entries: Sequence[Answer]) -> str:
@@ -174,7 +175,7 @@ def _scan(a: Answer) -> list[RenderableType]:
         table.add_row(cell["layers"], _percent(cell["probability"]), recovered, f"{cell['kl']:.3f}")
     target = f"{_text(a['target'])}: {_percent(a['baseline'])} in the recipient, {_percent(a['donor'])} in the donor"
     controls = (
-        f"own cache KL {a['self_control']['kl']:.1e}; unrelated donor {_percent(a['unrelated_control']['probability'])}"
+        f"own cache KL {a['self_control']['kl']:.3f}; unrelated donor {_percent(a['unrelated_control']['probability'])}"
     )
     return [target, table, f"controls: {controls}"]
 

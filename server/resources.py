@@ -55,7 +55,7 @@ class Resources:
         return held(self._lab, principal()).model_dump_json(exclude_defaults=True)
 
     def tensors(self, handle: str) -> str:
-        """How a captured tensor, cache or direction was made, and its tensors' shapes and statistics."""
+        """How captured tensors or a kept cache were made, and the tensors' shapes and statistics."""
         return _found(lambda handle, owner: _record(self._lab.store.get(handle, owner)), handle).model_dump_json()
 
     def runs(self, handle: str) -> str:

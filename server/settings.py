@@ -62,9 +62,9 @@ class Settings(BaseSettings):
         "HTTP from nowhere.",
     )
     workspace: Path = Field(
-        user_data_path("mechscope"), description="Folder of captures, vectors, caches and runs. Servers may share it."
+        user_data_path("mechscope"), description="Folder of captures, kept caches and jobs. Servers may share it."
     )
-    memory_budget: ByteSize = Field(ByteSize(2 << 30), description="Memory for captures, vectors and caches.")
+    memory_budget: ByteSize = Field(ByteSize(2 << 30), description="Memory for captures and kept caches.")
     disk_budget: ByteSize = Field(ByteSize(20 << 30), description="What the workspace may hold, in all its servers.")
     model_budget: ByteSize | None = Field(
         None, description="Memory for models; the least recently used go. Without one: 80% of the machine's."

@@ -2,8 +2,8 @@
 `server.disk_store.DiskStore` on disk.
 
 A handle is `kind:readable-part-<128 random bits>`; it belongs to the principal that made it, and to others it does
-not exist. Kinds: act (captured tensors), vec (directions), kv (caches), run (a tool call that was started as a job);
-and model, which all principals share.
+not exist. Kinds: act (captured tensors), kv (caches), run (a tool call that was started as a job); and model, which all
+principals share.
 
 StoreError          what a store cannot do; the message says what to do instead
     UnknownHandle   no such handle, or not this principal's
@@ -24,7 +24,6 @@ from pydantic import ByteSize
 from engine.errors import clipped
 from engine.ops import Array
 
-KINDS = ("act", "vec", "kv", "run")
 _HANDLE = re.compile(r"[a-z]+:[a-z0-9.-]*-[0-9a-f]{32}")
 
 
