@@ -48,6 +48,7 @@ from engine.patching import (
 )
 from engine.points import POINTS
 from engine.pools import pooled_rows
+from engine.replacements import replacements
 from engine.scans import Scan, ablation_scan, alpha_sweep, knockout_scan, patching_grid
 from engine.sweep import Sweep, sweep
 from engine.trace import StoredTrace, export_trace, load_trace
@@ -98,6 +99,7 @@ __all__ = [
     "pooled_rows",
     "prefill_inject",
     "project_through_unembed",
+    "replacements",
     "run_layer_with_mapped_pre_o_head",
     "scoped_layer",
     "sweep",

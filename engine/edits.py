@@ -2,10 +2,11 @@
 
 Scope, resolve_positions, rows_in_scope    which rows
 Edit                                       a point, a layer, rows, heads or neurons, and a function
-zeroed, times, plus, replaced_by, placed, resampled, component_set, knocked_out    what becomes of the rows
+zeroed, times, plus, replaced_by, placed, component_set, knocked_out    what becomes of the rows
+drawn                                      one of several rows for each position
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +17,10 @@ from engine.network import check_numbers
 from engine.ops import Array, IntArray
 from engine.points import POINTS, point
 
-Scope = Literal["last", "all", "prompt", "generated"] | Sequence[int]
-"""Which rows: `last` is every row that emits a token (the prompt's last, then each generated one), `prompt` and
-`generated` split at the prompt's end, a list holds absolute positions, negative ones from the prompt's end."""
+Scope = Literal["last", "all", "all_but_first", "prompt", "generated"] | Sequence[int]
+"""Which rows: `last` is every row that emits a token (the prompt's last, then each generated one), `all_but_first` all
+but position 0, `prompt` and `generated` split at the prompt's end, a list holds absolute positions, negative ones from
+the prompt's end."""
 
 
 def resolve_positions(positions: Iterable[int], length: int) -> list[int]:
@@ -36,6 +38,8 @@ def rows_in_scope(scope: Scope, pos: IntArray, prompt_length: int) -> IntArray:
     """The indices of the rows of `pos` that lie in `scope`."""
     if scope == "all":
         chosen = np.ones(len(pos), bool)
+    elif scope == "all_but_first":
+        chosen = pos > 0
     elif scope == "last":
         chosen = pos >= prompt_length - 1
     elif scope == "prompt":
@@ -43,7 +47,9 @@ def rows_in_scope(scope: Scope, pos: IntArray, prompt_length: int) -> IntArray:
     elif scope == "generated":
         chosen = pos >= prompt_length
     elif isinstance(scope, str):
-        raise PositionError(f"scope {scope!r} does not exist; use last, all, prompt, generated or a list of positions")
+        raise PositionError(
+            f"scope {scope!r} does not exist; use last, all, all_but_first, prompt, generated or a list"
+        )
     else:
         named = {*resolve_positions(scope, prompt_length)}
         chosen = np.array([p in named for p in pos.tolist()], bool)  # np.isin takes ten times as long for short prompts
@@ -167,31 +173,26 @@ def component_set(vec: Array, component: float) -> EditFunction:
     return function
 
 
-def placed(rows: Mapping[int, Array]) -> EditFunction:
-    """An edit function: the row at each position becomes `rows[position]`, ([heads,] width)."""
+def placed(row_of: Callable[[int], Array]) -> EditFunction:
+    """An edit function: the row at position p becomes `row_of(p)`, ([heads,] width)."""
 
     def function(x: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
         chosen = np.empty(x.shape[1:], np.float32)
         for place, p in enumerate(pos.tolist()):
-            chosen[place] = rows[p]
+            chosen[place] = row_of(p)
         return np.broadcast_to(chosen, x.shape)
 
     return function
 
 
-def resampled(pool: Array, seed: int) -> EditFunction:
-    """An edit function: every row becomes a row of `pool` (n, [heads,] width), drawn by the seed and its position.
+def drawn(pool: Array, seed: int, position: int) -> Array:
+    """One row of a pool (n, [heads,] width), by the seed and the position.
 
-    The draw does not depend on which rows come together, so decoding draws what one pass draws (resample ablation,
-    Chan et al. 2022, "Causal scrubbing").
+    It does not depend on which rows come together, so decoding draws what one pass draws (resample ablation, Chan et
+    al. 2022, "Causal scrubbing").
     """
-
-    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
-        drawn = [np.random.default_rng((seed, int(p))).integers(len(pool)) for p in pos]
-        chosen = pool[drawn]  # (rows, [heads,] width)
-        return np.broadcast_to(chosen if chosen.ndim == rows.ndim - 1 else chosen[:, None], rows.shape)
-
-    return function
+    row: Array = pool[np.random.default_rng((seed, position)).integers(len(pool))]
+    return row
 
 
 def unit_vector(vec: Array) -> Array:

@@ -3,8 +3,9 @@
 One description means the same in a forward pass, at every step of generation and in a sweep. Kinds:
 
     zero            rows become zeros
-    mean            rows become `vector`, a mean over other prompts (`pools.pooled_rows`)
-    resample        rows become rows of `vector` (n, ...), taken from other prompts, drawn by `seed` and position
+    mean            rows become a mean over other prompts (`replacements` makes it): `rows` {position: row}, and
+                    `vector` at positions that `rows` lacks
+    resample        the same with several rows (n, ...) in place of each, of which `seed` and position draw one
     scale           rows * value
     steer           rows + value * vector, in one of three units (`edits.Unit`)
     set_component   h += (value - h.u) u for the unit vector u along `vector`
@@ -13,7 +14,7 @@ One description means the same in a forward pass, at every step of generation an
     knockout        attention from the rows to `keys` is cut, the rest renormalised (point attn_pattern)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,16 +26,15 @@ from engine.edits import (
     Scope,
     Unit,
     component_set,
+    drawn,
     knocked_out,
     placed,
     plus,
-    replaced_by,
-    resampled,
     resolve_positions,
     times,
     zeroed,
 )
-from engine.errors import InputError, PointError, VectorError, clipped
+from engine.errors import HookError, InputError, PointError, VectorError, clipped
 from engine.hooks import EditHook
 from engine.network import Network, check_numbers
 from engine.ops import LARGEST, Array
@@ -54,8 +54,8 @@ class Intervention:
 
     `positions` is a `Scope`. `heads` limits it to some heads (key-value heads at k and v), `neurons` to some neurons
     (point mlp_act). `value` is the factor, alpha or component; `vector` the direction or replacement, as wide as a row
-    of the point; `rows` a patch's rows by absolute position, which then need no `positions`; `keys` the absolute
-    positions that a knockout hides.
+    of the point; `rows` what takes a row's place by absolute position (a patch then needs no `positions`); `keys` the
+    absolute positions that a knockout hides; `source` says in words where the rows come from.
     """
 
     kind: Kind
@@ -70,6 +70,7 @@ class Intervention:
     rows: Mapping[int, Array] | None = None
     keys: tuple[int, ...] = ()
     seed: int = 0
+    source: str = ""
 
 
 def compile_interventions(
@@ -85,7 +86,8 @@ def compile_interventions(
         model.check_point(name)
         heads = None if item.heads is None else _heads(model, name, item.heads)
         neurons = None if item.neurons is None else _neurons(model, item.neurons)
-        scope = _scope(item.positions if item.rows is None else list(item.rows), prompt_length, new_tokens)
+        positions = item.positions if item.kind != "patch" or item.rows is None else list(item.rows)
+        scope = _scope(positions, prompt_length, new_tokens)
         function = _function(model, item, prompt_length, new_tokens)
         layers = _layers(model, item, name)
         edits += [Edit(name, layer, function, scope, heads, neurons, kind=item.kind) for layer in layers]
@@ -139,14 +141,8 @@ def _function(model: Network, item: Intervention, prompt_length: int, new_tokens
             return times(item.value)
         case "knockout":
             return knocked_out(_hidden_keys(item, prompt_length, new_tokens))
-        case "resample":
-            return resampled(_pool(model, item), item.seed)
-        case "patch" if item.rows is not None:
-            places = resolve_positions(item.rows, prompt_length)
-            if len({*places}) < len(places):
-                twice = next(p for p in places if places.count(p) > 1)
-                raise InputError(f"patch gives position {twice} two rows, as {list(item.rows)}; give one for each")
-            return placed(dict(zip(places, _vectors(model, item, item.rows.values()), strict=True)))
+        case "mean" | "resample" | "patch":
+            return placed(_row_of(model, item, prompt_length))
     return _with_vector(item, *_vectors(model, item, [item.vector]))
 
 
@@ -156,9 +152,7 @@ def _with_vector(item: Intervention, vector: Array) -> EditFunction:
             return plus(vector, item.value, _unit(item.unit))
         case "set_component":
             return component_set(vector, item.value)
-        case "project_out":
-            return component_set(vector, 0.0)
-    return replaced_by(vector)
+    return component_set(vector, 0.0)
 
 
 def _unit(unit: Unit) -> Unit:
@@ -173,13 +167,34 @@ def _hidden_keys(item: Intervention, prompt_length: int, new_tokens: int) -> lis
     return [int(key) for key in _scope(item.keys, prompt_length, new_tokens)]
 
 
-def _pool(model: Network, item: Intervention) -> Array:
-    """The rows that resample draws from, (n, [heads,] width)."""
-    pool = np.asarray(() if item.vector is None else item.vector, np.float32)
-    if pool.ndim < 2 or not len(pool):
-        raise VectorError(f"resample needs rows to draw from, (n, width), not {pool.shape}")
-    _vectors(model, item, pool)
-    return pool
+def _row_of(model: Network, item: Intervention, prompt_length: int) -> Callable[[int], Array]:
+    """What the row at a position becomes: what `rows` has for it, else `vector`; of several rows the one drawn."""
+    rows = item.rows or {}
+    places = resolve_positions(rows, prompt_length)
+    if len({*places}) < len(places):
+        twice = next(p for p in places if places.count(p) > 1)
+        raise InputError(f"{item.kind} gives position {twice} two rows, as {list(rows)}; give one for each")
+    given = [*rows.values(), *([item.vector] if item.vector is not None or not rows else [])]
+    made = (_pools if item.kind == "resample" else _vectors)(model, item, given)
+    at, other = dict(zip(places, made, strict=False)), made[len(places) :]
+
+    def row(position: int) -> Array:
+        if position not in at and not other:
+            raise HookError(f"{item.kind} at {item.point} has no row for position {position}; it has {sorted(at)}")
+        found = at[position] if position in at else other[0]
+        return drawn(found, item.seed, position) if item.kind == "resample" else found
+
+    return row
+
+
+def _pools(model: Network, item: Intervention, given: Iterable[Array | None]) -> list[Array]:
+    """The rows that resample draws from, each (n, [heads,] width)."""
+    pools = [np.asarray(() if pool is None else pool, np.float32) for pool in given]
+    for pool in pools:
+        if pool.ndim < 2 or not len(pool):
+            raise VectorError(f"resample needs rows to draw from, (n, width), not {pool.shape}")
+    _vectors(model, item, [row for pool in pools for row in pool])
+    return pools
 
 
 def _vectors(model: Network, item: Intervention, given: Iterable[Array | None]) -> list[Array]:

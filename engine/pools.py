@@ -1,7 +1,7 @@
 """Rows of many prompts: what mean and resample ablation put in, and what probes are trained on.
 
 pooled_rows         {layer: a point's rows at chosen positions of every prompt}
-pooled_points       the same for several points of one run
+pooled_points       those of several points of one run, prompt by prompt
 pooled_rows_cost    what that will take
 
 A causal model without padding takes prompts of one length as one batch. Batches need nothing from each other: where
@@ -46,7 +46,8 @@ def pooled_rows(
     calling thread alone. Raises `PositionError` for a position that one of the prompts does not have, `PointError` for
     a point that has no rows to pool, `InputError` for no layers and for positions without a row.
     """
-    return pooled_points(model, prompts, layers, [point], positions=positions, tick=tick)[point]
+    by_prompt = pooled_points(model, prompts, layers, [point], positions=positions, tick=tick)[point]
+    return {layer: np.concatenate(rows) for layer, rows in by_prompt.items()}
 
 
 def pooled_points(
@@ -57,8 +58,8 @@ def pooled_points(
     *,
     positions: Scope = "all",
     tick: Tick | None = None,
-) -> dict[str, dict[int, Array]]:
-    """{point: what `pooled_rows` gives}."""
+) -> dict[str, dict[int, list[Array]]]:
+    """{point: {layer: of each prompt (n, [heads,] width)}}; their concatenation is what `pooled_rows` gives."""
     names, chosen, ids = list(points), model.resolve_layers(layers), _ids(model, prompts)
     _check(model, names, chosen, ids, positions)
     stop = _stop(model, names, chosen)
@@ -76,9 +77,9 @@ def pooled_points(
     shares = _shares(model, ids)
     progress = Progress(tick, stop * sum(map(len, shares)))
     side_by_side([partial(run, share) for share in shares], progress)
-    pools: dict[str, dict[int, Array]] = {name: {} for name in names}
+    pools: dict[str, dict[int, list[Array]]] = {name: {} for name in names}
     for name, layer in rows[0] if rows else ():
-        pools[name][layer] = np.concatenate([of_prompt[name, layer] for of_prompt in rows])
+        pools[name][layer] = [of_prompt[name, layer] for of_prompt in rows]
     return pools
 
 

@@ -9,7 +9,7 @@ Scan              the result: one number per cell
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal, get_args
@@ -31,6 +31,7 @@ from engine.patching import by_position
 from engine.points import ONCE
 from engine.points import point as point_named
 from engine.pools import pooled_points
+from engine.replacements import Match, matched_scope, replacement
 from engine.sweep import BUDGET, Base, base_run, sweep, sweep_cost
 
 GridBy = Literal["position", "head", "head_position"]
@@ -171,6 +172,7 @@ def ablation_scan(
     by: AblateBy = "component",
     mode: AblateMode = "zero",
     over: Iterable[Tokens] | None = None,
+    match: Match = "position",
     layers: Iterable[int] | None = None,
     positions: Scope = "all",
     seed: int = 0,
@@ -180,20 +182,24 @@ def ablation_scan(
     """Take parts of the model away, one at a time.
 
     A part is a layer (what its attention and its MLP add), a component (one of the two), or a head (its z). `mode`
-    says what takes its place: zeros, the mean over all tokens of the prompts `over`, or rows drawn from them.
+    says what takes its place: zeros, the mean over the prompts `over`, or rows drawn from them; `match` how their rows
+    are matched with the prompt's (`replacements`).
     """
     _one_of("by", by, AblateBy)
     chosen = _layers(model, layers)
     names = ("z",) if by == "head" else COMPONENTS
-    pools = _pools(model, mode, over, chosen, names, tick)
+    length, prompts = model.token_batch(prompt).shape[1], _prompts(model, mode, over)
+    if mode != "zero":
+        matched_scope(mode, length, [*map(len, prompts)], positions, match)
+    pools = pooled_points(model, prompts, chosen, names, tick=tick) if prompts else {}
 
     def away(layer: int, name: str, head: int | None = None) -> Intervention:
         only = None if head is None else (head,)
         if mode == "zero":
             return Intervention("zero", (layer,), name, positions, only)
-        pool = pools[name][layer] if head is None else pools[name][layer][:, head]
-        vector = pool.mean(0) if mode == "mean" else pool
-        return Intervention(mode, (layer,), name, positions, only, vector=vector, seed=seed)
+        rows = pools[name][layer]
+        made = replacement(mode, length, name, layer, rows, positions=positions, heads=only, match=match)
+        return replace(made, seed=seed)
 
     axes: Axes = {"layer": chosen}
     if by == "layer":
@@ -326,17 +332,10 @@ def _grid_axes(model: Network, point: str, by: GridBy, layers: list[int], places
     return {"layer": layers, "head": heads} | ({"position": places} if by == "head_position" else {})
 
 
-def _pools(
-    model: Network,
-    mode: AblateMode,
-    over: Iterable[Tokens] | None,
-    layers: list[int],
-    points: Iterable[str],
-    tick: Tick | None,
-) -> dict[str, dict[int, Array]]:
-    """{point: {layer: the rows of the prompts `over`}}; empty for zero ablation."""
+def _prompts(model: Network, mode: AblateMode, over: Iterable[Tokens] | None) -> list[list[int]]:
+    """The ids of the prompts `over`; none for zero ablation."""
     _one_of("mode", mode, AblateMode)
-    prompts = list(over or ())
+    prompts = [model.token_batch(prompt)[0].tolist() for prompt in over or ()]
     if (mode == "zero") == bool(prompts):
         raise InputError(f"mode {mode} {'takes no' if prompts else 'needs'} prompts in `over`")
-    return pooled_points(model, prompts, layers, points, tick=tick) if prompts else {}
+    return prompts

@@ -51,8 +51,12 @@ Positions = Annotated[
     Field(description="-1 is the prompt's last"),
 ]
 Scope = Annotated[
-    Literal["last", "all", "prompt", "generated"] | Integers,
+    Literal["last", "all", "all_but_first", "prompt", "generated"] | Integers,
     Field(description="last: rows that emit a token"),
+]
+MatchName = Annotated[
+    Literal["position", "pooled"],
+    Field(description="default position; pooled: all rows for all"),
 ]
 MetricName = Annotated[
     Literal["probability", "logit", "logit_difference", "kl"],

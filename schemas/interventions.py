@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, WithJsonSchema, model_validator
 
-from schemas.arguments import Layers, PointName, Prompt, Scope, Vector
+from schemas.arguments import Layers, MatchName, PointName, Prompt, Scope, Vector
 from schemas.base import Integers, Number, Strict
 
 Kind = Literal["zero", "mean", "resample", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
@@ -22,10 +22,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 """kind -> the fields it cannot do without."""
 
-TAKES: dict[str, tuple[str, ...]] = {"steer": ("unit",), "resample": ("seed",), "patch": ("pairs",)}
+TAKES: dict[str, tuple[str, ...]] = {
+    "mean": ("match",),
+    "resample": ("match", "seed"),
+    "steer": ("unit",),
+    "patch": ("pairs",),
+}
 """kind -> the fields it may have besides, beyond the ones that all kinds have."""
 
-SPECIAL = ("over", "value", "vector", "unit", "seed", "donor", "pairs", "keys")
+SPECIAL = ("over", "match", "value", "vector", "unit", "seed", "donor", "pairs", "keys")
 
 
 class Intervention(Strict):
@@ -52,6 +57,7 @@ class Intervention(Strict):
     over: Annotated[list[Prompt] | None, Field(min_length=1, max_length=50, description="mean, resample: prompts")] = (
         None
     )
+    match: MatchName | None = None
     seed: Annotated[int | None, Field(ge=0, description="resample")] = None
     donor: Annotated[Prompt | None, Field(description="patch: prompt")] = None
     pairs: Annotated[

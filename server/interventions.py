@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from engine import Intervention, Model, capture_donor_state, pooled_rows
+from engine import Intervention, Model, capture_donor_state, replacements
 from engine.cost import Cost, of_pass
 from engine.edits import Scope
 from engine.errors import InputError
@@ -47,14 +47,24 @@ def _made(call: Call, model: Model, item: described.Intervention, length: int) -
         "seed": item.seed or 0,
     }
     if item.over is not None:
-        for layer, rows in replacements(call, model, item.kind, item.over, layers, point, item.heads).items():
-            yield Intervention(layers=(layer,), vector=rows, **shared)
+        over = [call.ids(model, prompt) for prompt in item.over]
+        yield from replacements(
+            model, length, item.kind, over, layers, point, positions=shared["positions"], heads=item.heads,
+            neurons=shared["neurons"], seed=shared["seed"], match=item.match or "position", tick=call.tick,
+        )  # fmt: skip
     elif item.donor is not None:
         for layer, by_position in _donor_rows(call, model, item, point, layers, length).items():
             yield Intervention(layers=(layer,), rows=by_position, **shared)
     else:
         vector = None if item.vector is None else call.vector(model, item.vector, point_width(model, point))
         yield Intervention(layers=tuple(layers), vector=vector, **shared)
+
+
+def sources(items: Iterable[Intervention], generating: bool = False) -> str | None:
+    """What mean and resample put in, each told once."""
+    told = dict.fromkeys(item.source for item in items if item.source)
+    beyond = generating and any(item.source and item.rows for item in items)
+    return ". ".join([*told, *["New tokens' rows: over all rows but each prompt's first"] * beyond]) or None
 
 
 def _point(item: described.Intervention) -> str:
@@ -73,23 +83,8 @@ def point_width(model: Model, point: str) -> int:
     return width
 
 
-def replacements(
-    call: Call,
-    model: Model,
-    kind: str,
-    prompts: Iterable[Any],
-    layers: list[int],
-    point: str,
-    heads: list[int] | None,
-) -> dict[int, Array]:
-    """{layer: what mean or resample puts in}: the mean of the point's rows over the prompts, or all of them."""
-    pools = pooled_rows(model, [call.ids(model, prompt) for prompt in prompts], layers, point, tick=call.tick)
-    chosen = {layer: pool if heads is None else pool[:, heads] for layer, pool in pools.items()}
-    return {layer: pool.mean(0) for layer, pool in chosen.items()} if kind == "mean" else chosen
-
-
 def replacements_cost(call: Call, model: Model, prompts: Iterable[Any], layers: list[int], point: str) -> Cost:
-    """What `replacements` will take."""
+    """What running the prompts that rows are taken from will take."""
     return pooled_rows_cost(model, [call.ids(model, prompt) for prompt in prompts], layers, point)
 
 

@@ -57,6 +57,7 @@ PROMPT = st.sampled_from(TEXTS) | _lists(st.integers(0, VOCABULARY - 1), LENGTH,
 TOKEN = st.sampled_from("abc .T1") | st.integers(0, VOCABULARY - 1)
 NUMBER = st.floats(-100, 100, width=32) | st.sampled_from([0, 1, -1, 1e-30, 1e14, 3e38])
 LAYERS_OF = _lists(LAYER) | st.sampled_from(["all", "1:", "::2", "-2:"])
+MATCH = st.sampled_from(["position", "pooled"])
 PLACES = st.sampled_from(["last", "all"]) | _lists(POSITION)
 PLAIN_VECTOR = st.one_of(
     _with(handle=_slot("act"), layer=LAYER, position=POSITION),
@@ -78,8 +79,8 @@ INTERVENTION = st.one_of(
     _change("zero", point_=WIDE, positions_=PLACES),
     _change("zero", point=BY_HEAD, heads=_lists(st.integers(0, 1), 2)),
     _change("zero", point=st.just("mlp_act"), neurons=_lists(st.integers(-160, 159))),
-    _change("mean", over=_lists(PROMPT), point_=WIDE),
-    _change("resample", over=_lists(PROMPT), point_=WIDE, seed_=st.integers(0, 2**64)),
+    _change("mean", over=_lists(PROMPT), point_=WIDE, match_=MATCH),
+    _change("resample", over=_lists(PROMPT), point_=WIDE, seed_=st.integers(0, 2**64), match_=MATCH),
     _change("scale", value=NUMBER, point_=WIDE, positions_=PLACES),
     _change("steer", vector=VECTOR, value=NUMBER, unit_=st.sampled_from(["raw", "unit", "row"])),
     _change("set_component", vector=VECTOR, value=NUMBER),
@@ -104,6 +105,7 @@ NAMES: dict[str, Strategy] = {
     "targets": _lists(_with(layer=LAYER, position=POSITION)),
     "max_new_tokens": st.integers(1, 4),
     "mean_over": _lists(PROMPT),
+    "match": MATCH,
     "handle": _slot("act", "grid", "kv", "vec"),
     "cache": _slot("kv"),
     "model": st.sampled_from(["<model>", "synthetic", None]),
@@ -133,7 +135,7 @@ APART: dict[str, tuple[tuple[str, ...], ...]] = {
     "project_through_unembed": (("token", "k"), ("vector", "k")),
     "forward_ablate": (
         ("layers", "positions", "interventions", "token", "against"),
-        ("layers", "mode", "mean_over", "token"),
+        ("layers", "mode", "mean_over", "match", "token"),
         ("interventions",),
     ),
     "forward_steer": (("steers", "interventions", "token", "against"), ("interventions", "token")),

@@ -1,18 +1,17 @@
 """One forward pass with something changed: forward_ablate, forward_steer, patch_activations."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from engine import Intervention, Model, capture_donor_state, compile_interventions, forward
+from engine import Intervention, Model, capture_donor_state, compile_interventions, forward, replacements
 from engine.cost import of_pass
 from engine.distribution import kl_divergence, softmax_of
 from engine.edits import Edit, Scope
 from engine.errors import InputError
 from engine.ops import Array
-from schemas.arguments import Layers, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
+from schemas.arguments import Layers, MatchName, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
 from schemas.arguments import Scope as ScopeArgument
 from schemas.base import Integers
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
@@ -21,9 +20,9 @@ from server.call import Call, layer_list, probabilities, token_id
 from server.interventions import (
     described_cost,
     described_interventions,
-    replacements,
     replacements_cost,
     scope,
+    sources,
 )
 from server.lab import LoadedModel
 
@@ -46,6 +45,7 @@ def forward_ablate(
     mean_over: Annotated[
         list[Prompt] | None, Field(min_length=1, max_length=50, description="mean, resample: prompts")
     ] = None,
+    match: MatchName | None = None,
     token: Asked = None,
     against: Against = None,
     interventions: FurtherInterventions = None,
@@ -53,8 +53,9 @@ def forward_ablate(
 ) -> Effect:
     """Ablate a point of some layers and compare the next-token distribution with the baseline.
 
-    zero sets rows to zero, mean to the average over other prompts, resample to rows drawn from them. For what a part
-    contributes use attn_out, mlp_out, or z with heads; zeroing resid_post erases all so far.
+    zero sets rows to zero, mean to the average over other prompts, resample to rows drawn from them: best of as many
+    tokens, the notice says how rows were matched. For what a part contributes use attn_out, mlp_out, or z with heads;
+    zeroing resid_post erases all so far.
     """
     loaded = call.loaded(model)
     engine = loaded.model
@@ -63,10 +64,11 @@ def forward_ablate(
     if layers is not None and mode != "zero" and mean_over:
         cost += replacements_cost(call, engine, mean_over, layer_list(engine, layers), point)
     call.expect(engine, cost, len(ids))
-    made = [] if layers is None else _ablations(call, engine, layers, point, positions, heads, mode, mean_over)
+    at = (point, scope(positions), None if heads is None else tuple(heads))
+    made = [] if layers is None else _ablations(call, engine, ids, layers, at, mode, mean_over, match)
     effect = _compared(call, loaded, ids, made, interventions, token, against)
     if made and mode == "zero" and point == "resid_post" and positions == "all":
-        effect.notice = _joined(
+        effect.notice = joined(
             effect.notice,
             "the whole residual was zeroed: nothing is left for the layers after it, and a model without biases "
             "answers with the uniform distribution. To ask what a part contributes, use point attn_out, mlp_out or z",
@@ -77,25 +79,29 @@ def forward_ablate(
 def _ablations(
     call: Call,
     model: Model,
+    ids: list[int],
     layers: list[int] | str,
-    point: str,
-    positions: Any,
-    heads: list[int] | None,
+    at: tuple[str, Scope, tuple[int, ...] | None],
     mode: Literal["zero", "mean", "resample"],
     prompts: Sequence[Any] | None,
+    match: MatchName | None,
 ) -> list[Intervention]:
-    chosen = layer_list(model, layers)
-    at = partial(
-        Intervention, mode, point=point, positions=scope(positions), heads=None if heads is None else tuple(heads)
-    )
+    """`at` is a point, positions and heads."""
+    chosen, (point, positions, heads) = layer_list(model, layers), at
     if mode == "zero":
-        if prompts:
-            raise InputError("mode zero takes no mean_over: leave it out, or choose mode mean or resample")
-        return [at(layers=tuple(chosen))]
+        given = {"mean_over": prompts, "match": match}
+        if idle := [name for name, value in given.items() if value is not None]:
+            raise InputError(
+                f"mode zero takes no {' and no '.join(idle)}: leave it out, or choose mode mean or resample"
+            )
+        return [Intervention("zero", tuple(chosen), point, positions, heads)]
     if not prompts:
         raise InputError(f"mode {mode} needs mean_over, the prompts to take rows from")
-    rows = replacements(call, model, mode, prompts, chosen, point, heads)
-    return [at(layers=(layer,), vector=vector) for layer, vector in rows.items()]
+    over = [call.ids(model, prompt) for prompt in prompts]
+    how = match or "position"
+    return replacements(
+        model, len(ids), mode, over, chosen, point, positions=positions, heads=heads, match=how, tick=call.tick
+    )
 
 
 def forward_steer(
@@ -218,7 +224,7 @@ def _compared(
     baseline, effect = base[0, -1], changed[0, -1]
     return Effect(
         model=loaded.handle,
-        notice=loaded.notice,
+        notice=joined(loaded.notice, sources(made)),
         baseline=probabilities(engine, baseline, SHOWN),
         effect=probabilities(engine, effect, SHOWN),
         kl=kl_divergence(effect, baseline),
@@ -263,5 +269,6 @@ def applied(edits: Sequence[Edit], prompt_length: int) -> list[Applied]:
     return rows
 
 
-def _joined(*notices: str | None) -> str | None:
+def joined(*notices: str | None) -> str | None:
+    """Notices one after the other."""
     return ". ".join(notice for notice in notices if notice) or None

@@ -11,9 +11,9 @@ from schemas.arguments import Layers, ModelRef, Prompt, Steers
 from schemas.effects import Continuation, HookedGeneration
 from schemas.interventions import Interventions
 from server.call import Call, layer_list
-from server.interventions import described_cost, described_interventions
+from server.interventions import described_cost, described_interventions, sources
 from server.metrics import count_tokens
-from server.tools.effects import applied, steering
+from server.tools.effects import applied, joined, steering
 
 
 def generate_with_hooks(
@@ -52,7 +52,7 @@ def generate_with_hooks(
     )
     return HookedGeneration(
         model=loaded.handle,
-        notice=loaded.notice,
+        notice=joined(loaded.notice, sources(made, generating=True)),
         baseline=continuation(baseline),
         hooked=continuation(hooked),
         first_difference=_first_difference(baseline.ids, hooked.ids),

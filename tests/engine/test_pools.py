@@ -74,7 +74,8 @@ def test_several_points_are_of_one_run(small: Model) -> None:
     ticks: list[int] = []
     both = pooled_points(small, PROMPTS, [1], ["z", "mlp_out"], tick=lambda done, total, what: ticks.append(done))
     for point, rows in both.items():
-        assert_same(rows[1], pooled_rows(small, PROMPTS, [1], point)[1])
+        assert [len(array) for array in rows[1]] == [len(prompt) for prompt in PROMPTS]
+        assert_same(np.concatenate(rows[1]), pooled_rows(small, PROMPTS, [1], point)[1])
     assert len(ticks) == pooled_rows_cost(small, PROMPTS, [1], "z").layers
 
 

@@ -19,6 +19,7 @@ from engine import (
     knockout_scan,
     patching_grid,
     pooled_rows,
+    replacements,
 )
 from engine.distribution import kl_divergence, softmax_of
 from engine.errors import InputError, LayerError, PointError, PositionError, PromptError, TokenError
@@ -125,20 +126,25 @@ def test_every_point_of_a_grid_can_be_patched_or_says_why_not(model, ids, donor)
             patching_grid(model, donor, ids, LOGIT, "resid_mid")
 
 
-@pytest.mark.parametrize("mode", ["zero", "mean", "resample"])
+@pytest.mark.parametrize(
+    ("mode", "match", "short"),
+    [("zero", "position", False)]
+    + [
+        (mode, match, short)
+        for mode in ("mean", "resample")
+        for match, short in (("position", False), ("pooled", False), ("position", True))
+    ],
+)
 @pytest.mark.parametrize("by", ["layer", "component", "head"])
-def test_a_cell_of_an_ablation_scan_is_an_ablation_of_its_own(model, ids, donor, by, mode):
-    over = None if mode == "zero" else [donor, donor[:3]]
-    scan = ablation_scan(model, ids, LOGIT, by, mode, over, layers=[1], seed=5)
-    names = ["z"] if by == "head" else ["attn_out", "mlp_out"]
-    pools = {} if over is None else {name: pooled_rows(model, over, [1], name)[1] for name in names}
+def test_a_cell_of_an_ablation_scan_is_an_ablation_of_its_own(model, ids, donor, by, mode, match, short):
+    over = None if mode == "zero" else [donor, ids[:3] if short else ids]
+    scan = ablation_scan(model, ids, LOGIT, by, mode, over, match, layers=[1], seed=5)
 
     def away(name, heads=None):
-        vector = None
-        if over is not None:
-            pool = pools[name] if heads is None else pools[name][:, heads[0]]
-            vector = pool.mean(0) if mode == "mean" else pool
-        return Intervention(mode, (1,), name, heads=heads, vector=vector, seed=5)
+        if over is None:
+            return Intervention(mode, (1,), name, heads=heads)
+        (item,) = replacements(model, len(ids), mode, over, [1], name, heads=heads, seed=5, match=match)
+        return item
 
     if by == "head":
         cells = [[away("z", (head,))] for head in range(model.config.n_heads)]
@@ -147,7 +153,23 @@ def test_a_cell_of_an_ablation_scan_is_an_ablation_of_its_own(model, ids, donor,
         cells = [both] if by == "layer" else [[item] for item in both]
     for value, items in zip(scan.values.ravel(), cells, strict=True):
         close(value, logits(model, ids, *items)[65], model, ids)
-    assert scan.applied == len(ids) * sum(map(len, cells))
+    assert scan.applied == (len(ids) - short) * sum(map(len, cells))
+
+
+def test_a_scan_over_the_prompt_itself_changes_nothing(model, ids, donor):
+    for mode in ("mean", "resample"):
+        own, other = (ablation_scan(model, ids, LOGIT, "head", mode, [over], layers=[1]) for over in (ids, donor))
+        close(own.values, own.baseline, model, ids)
+        assert np.abs(other.values - other.baseline).max() > 100 * np.abs(own.values - own.baseline).max()
+
+
+def test_prompts_that_do_not_match_are_refused_before_any_layer_runs(synthetic):
+    ticks = []
+    with pytest.raises(InputError, match="position 0 stays as it is"):
+        ablation_scan(
+            synthetic, [1, 2, 3], LOGIT, mode="mean", over=[[1, 2]], positions=[0], tick=lambda *t: ticks.append(t)
+        )
+    assert ticks == []
 
 
 def test_a_cell_of_a_knockout_scan_is_a_knockout_of_its_own(model, ids):

@@ -9,10 +9,12 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import schemas
+from engine import edits
 from engine.interventions import KINDS, UNITS
 from engine.metrics import METRICS
 from engine.points import POINTS
-from schemas.arguments import MetricName, PointName, Steer, Vector
+from engine.replacements import MATCHES
+from schemas.arguments import MatchName, MetricName, PointName, Scope, Steer, Vector
 from schemas.base import Number
 from schemas.interventions import NEEDS, TAKES, Intervention, Kind
 
@@ -34,6 +36,12 @@ def test_the_kinds_units_and_metrics_are_the_engines() -> None:
     units, _ = get_args(Intervention.model_fields["unit"].annotation)
     assert get_args(units) == UNITS
     assert get_args(get_args(MetricName)[0]) == METRICS
+    assert get_args(get_args(MatchName)[0]) == MATCHES
+
+
+def test_the_scopes_are_the_engines() -> None:
+    (names, _), (engines, _) = get_args(get_args(Scope)[0]), get_args(edits.Scope)
+    assert get_args(names) == get_args(engines)
 
 
 GIVEN = {
@@ -42,6 +50,7 @@ GIVEN = {
     "vector": {"random_seed": 1},
     "unit": "raw",
     "seed": 1,
+    "match": "pooled",
     "donor": "a",
     "pairs": [[0, 0]],
     "keys": [0],

@@ -104,6 +104,12 @@ CASES = {
         P | {"layers": [1], "mode": "zero", "mean_over": ["other"]},
         ["mode zero takes no mean_over"],
     ),
+    "a match of nothing": ("forward_ablate", P | {"layers": [1], "match": "pooled"}, ["mode zero takes no match"]),
+    "the first row of prompts of other lengths": (
+        "forward_ablate",
+        P | {"layers": [1], "mode": "mean", "mean_over": ["other one"], "positions": [0]},
+        ["position 0 stays as it is", "give prompts of 5 tokens, or match pooled"],
+    ),
     "target with a position too many": (
         "patch_activations",
         {

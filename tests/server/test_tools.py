@@ -204,28 +204,65 @@ async def test_zeroing_a_whole_residual_names_the_points_that_answer_better(lab:
     assert [t["probability"] for t in answer["effect"]] == pytest.approx([1 / 257] * 5, rel=1e-5)
 
 
-async def test_mean_ablation_puts_the_mean_of_other_prompts_in_place(lab: Lab, synthetic: Model) -> None:
-    others = ["hello", "worlds"]
+OVER = {
+    "position": (["abcabcabcxx", DONOR], "", "position by position over 2 prompts of 11 tokens"),
+    "pooled": (["hello", DONOR], "pooled", "all 16 rows of 2 prompts of 5 to 11 tokens"),
+    "other lengths": (["hello", "worlds"], "", "9 rows of 2 prompts of 5 to 6 tokens, the first of each left out; "),
+}
+
+
+@pytest.mark.parametrize("case", OVER)
+async def test_mean_ablation_puts_the_mean_of_other_prompts_in_place_and_tells_it(
+    lab: Lab, synthetic: Model, case: str
+) -> None:
+    others, match, told = OVER[case]
     rows = []
     for other in others:
         record = RecordHook.for_layers([2], points=["mlp_out"])
         forward(synthetic, synthetic.encode(other), hook=record)
         rows.append(record.get("mlp_out")[2])
-    mean = np.concatenate(rows).mean(0)
 
     class Replace(ZeroAblateHook):
         def wants(self, point: str, layer: int) -> bool:
             return point == "mlp_out" and layer == 2
 
         def at(self, point, layer, x, pos, key_pos=None):
-            return np.broadcast_to(mean, x.shape).astype(np.float32)
+            if case == "position":
+                return np.mean(rows, 0, np.float32)[None]
+            first, out = 1 if case == "other lengths" else 0, x.copy()
+            out[:, first:] = np.concatenate([row[first:] for row in rows]).mean(0)
+            return out
 
     expected = probabilities(synthetic, PROMPT, Replace())
+    asked = {"layers": [2], "point": "mlp_out", "mode": "mean", "mean_over": others} | (
+        {"match": match} if match else {}
+    )
+    described = {"kind": "mean", "layers": [2], "point": "mlp_out", "over": others} | (
+        {"match": match} if match else {}
+    )
     async with connected(build_server(lab)) as client:
-        answer = await ask(
-            client, "forward_ablate", prompt=PROMPT, layers=[2], point="mlp_out", mode="mean", mean_over=others
-        )
-    assert all(close(t["probability"], expected[t["id"]]) for t in answer["effect"])
+        answers = [
+            await ask(client, "forward_ablate", prompt=PROMPT, **asked),
+            await ask(client, "forward_ablate", prompt=PROMPT, interventions=[described]),
+        ]
+        text = await ask(client, "generate_with_hooks", prompt=PROMPT, max_new_tokens=2, interventions=[described])
+    for answer in answers:
+        assert all(close(t["probability"], expected[t["id"]]) for t in answer["effect"])
+        assert f"mean at mlp_out: {told}" in answer["notice"]
+        assert answer["applied"][0]["positions"] == ("all_but_first" if case == "other lengths" else "all")
+    assert told in text["notice"]
+    assert ("New tokens' rows: over all rows but each prompt's first" in text["notice"]) == (case == "position")
+
+
+async def test_ablating_by_the_mean_or_by_rows_of_the_prompt_itself_changes_nothing(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        for mode in ("mean", "resample"):
+            asked = {"layers": "all", "point": "mlp_out", "mode": mode, "mean_over": [PROMPT]}
+            own = await ask(client, "forward_ablate", prompt=PROMPT, **asked)
+            pooled = await ask(client, "forward_ablate", prompt=PROMPT, **asked, match="pooled")
+            assert own["kl"] == 0
+            assert own["effect"] == own["baseline"]
+            assert pooled["kl"] > 1e-3
 
 
 async def test_forward_steer_adds_alpha_times_the_vector_at_the_last_token(lab: Lab, synthetic: Model) -> None:
@@ -459,7 +496,7 @@ async def test_mean_resample_and_patch_run_the_prompts_they_name(lab: Lab, synth
     ids, donor = synthetic.encode(PROMPT), synthetic.encode(DONOR)
     pool = pooled_rows(synthetic, [donor, synthetic.encode("xyz")], [1], "z")[1][:, [2]]
     rows = pooled_rows(synthetic, [donor], [1], "attn_out")[1]
-    over = {"layers": [1], "point": "z", "heads": [2], "over": [DONOR, "xyz"]}
+    over = {"layers": [1], "point": "z", "heads": [2], "over": [DONOR, "xyz"], "match": "pooled"}
     meant = [
         (over | {"kind": "mean"}, Intervention("mean", (1,), "z", heads=(2,), vector=pool.mean(0))),
         (
@@ -481,6 +518,7 @@ async def test_mean_resample_and_patch_run_the_prompts_they_name(lab: Lab, synth
             hook = compile_interventions(synthetic, [item], len(ids))
             assert close(answer["token"]["probability"], probabilities(synthetic, PROMPT, hook)[5])
         resampled = {"layers": [1], "point": "z", "heads": [2], "mode": "resample", "mean_over": [DONOR, "xyz"]}
+        resampled["match"] = "pooled"
         answer = await ask(client, "forward_ablate", prompt=PROMPT, token=5, **resampled)
     hook = compile_interventions(synthetic, [Intervention("resample", (1,), "z", heads=(2,), vector=pool)], len(ids))
     assert close(answer["token"]["probability"], probabilities(synthetic, PROMPT, hook)[5])
