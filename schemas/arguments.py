@@ -1,8 +1,9 @@
 """Arguments that several tools share. Names of points and interventions repeat the engine's; a test compares them."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, WithJsonSchema
+from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
 
 from schemas.base import Integers, Number, Strict
 
@@ -42,8 +43,20 @@ TokenRef = Annotated[
     str | int,
     Field(description="an id, or text that is exactly one token, as ' Paris' with its space"),
 ]
+
+
+def _listed(value: Any) -> Any:
+    """A list of layers that a client sent as a text of JSON: no other text that names layers looks so."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else None
+    except (ValueError, RecursionError):
+        return value
+    return read if isinstance(read, list) and all(type(layer) is int for layer in read) else value
+
+
 Layers = Annotated[
     Integers | str,
+    BeforeValidator(_listed),
     Field(description='or "all", "start:stop:step"'),
 ]
 Positions = Annotated[

@@ -17,6 +17,7 @@ from server.prompts import add_prompts
 from server.resources import add_resources
 from server.toolbox import instrument
 from server.tools import KEEPING, NEVER_JOBS, TOOLS, TOOLSETS
+from server.unreadable import answer_unreadable
 from server.watch import Watch
 
 INSTRUCTIONS = """\
@@ -68,6 +69,7 @@ def build_server(
         log_level="WARNING",
     )
     server.middleware.append(watch)
+    answer_unreadable(server)
     add_resources(server, lab)
     add_prompts(server, [tool.name for tool in tools])
     add_completions(server, lab)

@@ -9,14 +9,17 @@ import inspect
 import secrets
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import anyio.to_thread
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.mcpserver.tools import Tool
+from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
 from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from engine.cost import seconds
 from engine.errors import EngineError
@@ -130,6 +133,32 @@ def _annotations(function: ToolFunction) -> ToolAnnotations:
     )
 
 
+class AsSent(FuncMetadata):
+    """Arguments as their sender means them: text is text, null leaves out what has a default.
+
+    Some clients send a list or an object as a text of JSON. The library reads every such text so; here it is read only
+    where an argument takes no text, because a prompt may look like JSON.
+    """
+
+    def pre_parse_json(self, data: dict[str, Any]) -> dict[str, Any]:
+        fields = self.arg_model.model_fields
+        left_out = {name for name, value in data.items() if value is None and _has_default(fields.get(name))}
+        text = {name for name in data if name in fields and takes_text(fields[name].annotation)}
+        read = super().pre_parse_json({name: value for name, value in data.items() if name not in left_out | text})
+        return {name: read.get(name, value) for name, value in data.items() if name not in left_out}
+
+
+def _has_default(field: FieldInfo | None) -> bool:
+    return field is not None and not field.is_required()
+
+
+def takes_text(kind: Any) -> bool:
+    """Whether any text is a value of the type, as an option of a union too."""
+    if get_origin(kind) is Annotated:
+        return takes_text(get_args(kind)[0])
+    return kind is str or (get_origin(kind) in (Union, UnionType) and any(map(takes_text, get_args(kind))))
+
+
 class StrictTool(Tool):
     """Refuses unknown and mistyped arguments, with an error that says what is valid."""
 
@@ -138,12 +167,17 @@ class StrictTool(Tool):
         arguments = tool.fn_metadata.arg_model
         arguments.model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", strict=True)
         arguments.model_rebuild(force=True)
-        tool.fn_metadata.output_schema = published.result(tool.fn_metadata.output_schema or {})
+        metadata = AsSent(
+            arg_model=arguments,
+            output_schema=published.result(tool.fn_metadata.output_schema or {}),
+            output_model=tool.fn_metadata.output_model,
+        )
+        schema = published.arguments(arguments.model_json_schema(by_alias=True))
         fields = {name: getattr(tool, name) for name in type(tool).model_fields}
-        return cls(**(fields | {"parameters": published.arguments(arguments.model_json_schema(by_alias=True))}))
+        return cls(**(fields | {"fn_metadata": metadata, "parameters": schema}))
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
-        self._check_size(arguments)
+        arguments = self._as_meant(arguments)
         try:
             result = await super().run(arguments, context, convert_result=False)
         except ToolError as error:
@@ -157,15 +191,17 @@ class StrictTool(Tool):
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raise what `run` would raise for arguments that do not fit the schema."""
-        self._check_size(arguments)
+        arguments = self._as_meant(arguments)
         try:
             self.fn_metadata.validate_arguments(arguments)
         except ValidationError as error:
             raise self._refusal(error, arguments) from error
 
-    def _check_size(self, arguments: dict[str, Any]) -> None:
-        if (place := crowded(arguments)) is not None:
+    def _as_meant(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        meant = self.fn_metadata.pre_parse_json(arguments)
+        if (place := crowded(meant)) is not None:
             raise ToolError(f"{self.name} was not run. {place}: more than {MOST_FIELDS} fields, which nothing has")
+        return meant
 
     def _refusal(self, error: ValidationError, arguments: dict[str, Any]) -> ToolError:
         return ToolError(explain(self.name, error, arguments, list(self.parameters["properties"])))

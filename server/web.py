@@ -1,7 +1,8 @@
 """HTTP: one application with Streamable HTTP (`/mcp`), SSE (`/sse`, `/messages/`), `/health`, `/ready` and `/metrics`.
 
 What a request passes, from outside in: its id and log line, the check of Host and Origin, its token, the rate limit,
-the demand for a token. `/health` and `/ready` are for whoever watches the process, and skip the checks.
+the demand for a token; errors about its body come to name it. `/health` and `/ready` are for whoever watches the
+process, and skip the checks.
 """
 
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ from server.auth import Tokens
 from server.checks import KnownPlaces, RateLimit, Requests, RequireToken
 from server.idle import give_back_when_idle
 from server.settings import Settings
+from server.unreadable import NameIds
 from server.watch import Watch
 
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -73,11 +75,11 @@ def _middleware(
     settings: Settings, watch: Watch, tokens: Tokens | None, security: TransportSecuritySettings
 ) -> list[Middleware]:
     outer = [Middleware(Requests, metrics=watch.metrics), Middleware(KnownPlaces, security=security)]
-    limit = Middleware(RateLimit, rate=settings.rate_limit)
+    limit, ids = Middleware(RateLimit, rate=settings.rate_limit), Middleware(NameIds)
     if tokens is None:
-        return [*outer, limit]
+        return [*outer, limit, ids]
     known = Middleware(AuthenticationMiddleware, backend=BearerAuthBackend(tokens))
-    return [*outer, known, Middleware(AuthContextMiddleware), limit, Middleware(RequireToken)]
+    return [*outer, known, Middleware(AuthContextMiddleware), limit, Middleware(RequireToken), ids]
 
 
 def _pages(watch: Watch) -> list[Route]:
