@@ -71,7 +71,7 @@ def build_server(
     server.middleware.append(watch)
     answer_unreadable(server)
     add_resources(server, lab)
-    add_prompts(server, [tool.name for tool in tools])
+    add_prompts(server, lab, [tool.name for tool in tools])
     add_completions(server, lab)
     return server
 

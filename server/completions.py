@@ -21,13 +21,11 @@ from engine.errors import TokenError
 from engine.planted import CIRCUITS
 from server.auth import principal
 from server.lab import Lab, LoadedModel
+from server.prompts import TOKENS as OF_TOKENS
 from server.resources import RUNS, TENSORS
 
 MOST = 100
 """Values in one answer; the protocol allows no more."""
-
-TOKENS = ("answer", "rival", "toward", "away")
-"""Arguments of prompts that are one token."""
 
 
 class Completions:
@@ -51,7 +49,7 @@ class Completions:
             return self._handles(ref.uri)
         if name == "model":
             return list(dict.fromkeys(self._models()))
-        return self._tokens(chosen.get("model")) if name in TOKENS else []
+        return self._tokens(chosen.get("model")) if name in OF_TOKENS else []
 
     def _handles(self, template: str) -> list[str]:
         store, owner = self._lab.store, principal()
@@ -67,11 +65,8 @@ class Completions:
         yield from self._lab.sources.names()
 
     def _tokens(self, model: str | None) -> list[str]:
-        loaded = self._lab.models
-        meant = [item for item in loaded if model in (item.handle, item.model.name)] if model else loaded
-        if len(meant) != 1:
+        if (item := self._lab.present(model or None)) is None:
             return []
-        item = meant[0]
         if item not in self._pieces:
             self._pieces[item] = usable_pieces(item.model)
         return self._pieces[item]

@@ -102,6 +102,11 @@ class Lab:
         """Those in memory."""
         return [slot.loaded for slot in self.slots if slot.loaded is not None]
 
+    def present(self, reference: str | None) -> LoadedModel | None:
+        """The model in memory that a handle or name stands for, the only one when None; None unless that is one."""
+        meant = [item for item in self.models if reference in (None, item.handle, item.model.name, item.source)]
+        return meant[0] if len(meant) == 1 else None
+
     # --- loading ------------------------------------------------------------------------------------------
 
     def load(

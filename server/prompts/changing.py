@@ -4,21 +4,23 @@ from typing import Annotated
 
 from pydantic import Field
 
-from server.prompts.steps import Answer, ModelName, Rival, Text, call, loading, protocol
+from engine import Model
+from server.prompts.steps import LAYER, Answer, Found, ModelName, Rival, Text, call, loading, protocol
 
+ALPHA, RANDOM_ALPHA, LAYERS = Found("ALPHA"), Found("RANDOM_ALPHA"), Found("LAYERS")
 UNRELATED = "Two plus two equals"
 
 
-def steer_and_audit(prompt: Text, toward: Answer, away: Rival, model: ModelName = None) -> str:
+def steer_and_audit(known: Model | None, prompt: Text, toward: Answer, away: Rival, model: ModelName = None) -> str:
     """Steer towards a token, and audit what else the steering changes."""
     direction = {"minus": [{"token": token, "space": "unembed"} for token in (toward, away)]}
-    steers = [{"layer": "LAYER", "vector": direction, "alpha": "ALPHA"}]
-    random = [{"layer": "LAYER", "vector": {"random_seed": 1}, "alpha": "RANDOM_ALPHA"}]
+    steers = [{"layer": LAYER, "vector": direction, "alpha": ALPHA}]
+    random = [{"layer": LAYER, "vector": {"random_seed": 1}, "alpha": RANDOM_ALPHA}]
     tokens = {"token": toward, "against": away, "model": model}
     return protocol(
         f"Can the model be steered from {away!r} to {toward!r} after {prompt!r}, and at what price?",
         [
-            loading(model),
+            loading(known, model),
             f"{call('capture_residuals', prompt=prompt, layers='all', model=model)}: the norms say how large a push "
             "is. LAYER: start near three quarters of the depth.",
             f"{call('project_through_unembed', vector=direction, k=10, model=model)}: which tokens the direction "
@@ -41,6 +43,7 @@ def steer_and_audit(prompt: Text, toward: Answer, away: Rival, model: ModelName 
 
 
 def transplant_kv_cache(
+    known: Model | None,
     recipient: Text,
     donor: Text,
     answer: Annotated[str, Field(description="the donor's answer: one token, with its leading space")],
@@ -55,13 +58,13 @@ def transplant_kv_cache(
     return protocol(
         f"Does the cache of {donor!r} make the model say {answer!r} after {recipient!r}?",
         [
-            loading(model),
+            loading(known, model),
             f"{call('tokenize', text=recipient, model=model)} and {call('tokenize', text=donor, model=model)}: they "
             "should end in the same token, for that token is decoded after the surgery and is not transplanted.",
             f"{call('kv_inject_test', target=answer, **pair)}: donor far above baseline, or there is nothing to carry. "
             "Read from_last and from_first: where does recovered jump? LAYERS are those. It has two controls: "
             "self_control must have KL 0, and unrelated_control should stay at the baseline.",
-            f"{moved(layers=['LAYER'])}: the layers you found; {moved()}: all of them.",
+            f"{moved(layers=LAYERS)}: the layers you found, as a list; {moved()}: all of them.",
             f"{moved(what='v')} and {moved(what='k')}: is it in the values, or in where attention looks?",
             f"Control: {moved(donor=recipient)}: the recipient's own cache changes nothing, KL 0.",
         ],

@@ -1,20 +1,17 @@
-"""Protocols that locate: where_is_it_computed, find_induction_heads."""
+"""The protocol where_is_it_computed."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from server.prompts.steps import Answer, ModelName, Rival, Text, call, loading, protocol, start
-
-WORDS = "violet anchor seven meadow copper winter"
-OTHERS = "bottle quiet thirteen garden silver window"
+from engine import Model
+from server.prompts.steps import HEAD, LAYER, POSITION, Answer, ModelName, Rival, Text, call, loading, protocol, start
 
 
-def where_is_it_computed(clean: Text, corrupt: Text, answer: Answer, rival: Rival, model: ModelName = None) -> str:
+def where_is_it_computed(
+    known: Model | None, clean: Text, corrupt: Text, answer: Answer, rival: Rival, model: ModelName = None
+) -> str:
     """Trace an answer through layers, positions and heads by patching a clean run into a corrupt one."""
     pair = {"clean": clean, "corrupt": corrupt, "token": answer, "model": model}
-    heads = {**pair, "against": rival, "metric": "logit_difference", "point": "z", "by": "head"}
-    cell = [{"layer": "LAYER", "position": "POSITION"}]
+    heads = {**pair, "against": rival, "metric": "logit_difference", "by": "head"}
+    ablated = {"prompt": clean, "layers": [LAYER], "point": "z", "heads": [HEAD]}
+    cell = [{"layer": LAYER, "position": POSITION}]
 
     def patched(donor: str) -> str:
         return call(
@@ -24,72 +21,29 @@ def where_is_it_computed(clean: Text, corrupt: Text, answer: Answer, rival: Riva
     return protocol(
         f"Where does the model compute {answer!r} after {clean!r}, and not {rival!r} as after {corrupt!r}?",
         [
-            loading(model),
+            loading(known, model),
             f"{call('tokenize', text=clean, model=model)} and {call('tokenize', text=corrupt, model=model)}: the "
             "prompts need the same number of tokens and should differ in one thing.",
             f"{call('causal_trace', **pair)}: clean must be far above corrupt, or there is nothing to locate. The top "
             "cells say where the information is: LAYER and POSITION. On long prompts start it as a job: "
             f"{start('causal_trace', **pair)}, then {call('get_job', run='RUN')}.",
-            f"{call('causal_trace', **heads)}: which HEAD of which layer moves it. The same with point mlp_out and by "
-            "position for the MLPs.",
             f"{patched(clean)}: one cell, with the whole distribution. Control: {patched(corrupt)} is the identity, "
             "KL 0; then the same layer at a position that differs in nothing.",
-            call(
-                "forward_ablate",
-                prompt=clean,
-                layers=["LAYER"],
-                point="z",
-                heads=["HEAD"],
-                token=answer,
-                against=rival,
-                model=model,
-            )
-            + ": is the head needed too? Control: another head of that layer.",
+            f"{call('causal_trace', **heads, point='z')}: which HEAD of which LAYER moves it. The same with point "
+            "mlp_out and by position for the MLPs.",
+            f"Queries, keys and values can be traced too: {call('causal_trace', **heads, point='q')}, "
+            f"{call('causal_trace', **heads, point='k')} and {call('causal_trace', **heads, point='v')} say whether a "
+            "head is changed by what it asks, by where it looks or by what it takes from there (k and v by key-value "
+            "head).",
+            "Where the answer is copied from the prompt, corrupt three things in turn, each in a prompt of its own: "
+            "the value (what is copied), the key (what is looked for, where it stands before the value) and the query "
+            "(the last word that asks for it). Heads that match are the same in both runs while only the value "
+            "differs, so that corrupting the value hides them; corrupting key and query shows them.",
+            f"{call('forward_ablate', **ablated, token=answer, against=rival, model=model)}: is the head needed too? "
+            "Control: another head of that layer.",
         ],
         "the cells that are sufficient (patching them restores the answer) and those that are also necessary (ablating "
         "them loses it), with both numbers.",
         "that a residual cell that restores the answer computed it: it may only carry it. That one pair of prompts "
-        "shows the rule: repeat with another pair.",
-    )
-
-
-def find_induction_heads(
-    words: Annotated[str, Field(description="unrelated words, each one token with a space before it")] = WORDS,
-    model: ModelName = None,
-) -> str:
-    """Find the heads that continue a repeated sequence: by attention, then by ablation, each with a control."""
-    listed = words.split()
-    repeated = "".join(f" {word}" for word in [*listed, *listed[:-1]])
-    fresh = "".join(f" {word}" for word in [*OTHERS.split()[: len(listed)], *listed[:-1]])
-    last = f" {listed[-1]}"
-
-    def attention(prompt: str) -> str:
-        return call("attention_pattern", prompt=prompt, layers="all", positions="last", k=1, model=model)
-
-    def ablated(prompt: str) -> str:
-        return call(
-            "forward_ablate", prompt=prompt, layers=["LAYER"], point="z", heads=["HEAD"], token=last, model=model
-        )
-
-    return protocol(
-        "Which heads are induction heads: after [A][B] ... [A], do they look at [B] and make the model say it?",
-        [
-            loading(model),
-            f"{call('tokenize', text=repeated, model=model)}: each word must be one token, n of them in a copy. The "
-            "last token stands at 2n-2; its earlier copy is at n-2, so an induction head looks at n-1 (all one further "
-            "where the model puts a token of its own in front).",
-            f"{call('track_token', prompt=repeated, token=last, model=model)}: does the model continue the copy? If "
-            f"{last!r} does not end on top there is no induction to explain.",
-            f"{attention(repeated)}: candidates are heads whose largest weight, above 0.3, is at n-1. With an error "
-            "that "
-            'there are too many entries, ask for fewer layers, such as "0:10".',
-            f"Control: {attention(fresh)}: nothing is repeated, so a head that looks at n-1 here too goes by position.",
-            f"{ablated(repeated)} for each candidate. Controls: another HEAD of that layer; and the candidate on text "
-            f"without a repetition, {ablated(fresh)}.",
-            "Repeat with other words: a head must pass with both.",
-        ],
-        "the heads that attend to n-1 only when there is a repetition and whose ablation lowers the token's "
-        "probability clearly more than the controls.",
-        "that attention alone makes an induction head, or that a head that survives its own ablation does nothing: "
-        "several may share the work, so ablate the candidates together.",
+        "shows the rule, or every head of it: repeat with another pair, and with another thing corrupted.",
     )

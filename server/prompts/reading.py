@@ -1,19 +1,22 @@
 """Protocols that read runs: factual_recall, compare_prompts."""
 
-from server.prompts.steps import Answer, ModelName, Rival, Text, call, loading, protocol
+from engine import Model
+from server.prompts.steps import LAYER, POSITION, Answer, Found, ModelName, Rival, Text, call, loading, protocol
+
+EARLIER, WHOLE = Found("EARLIER"), Found("WHOLE")
 
 
-def factual_recall(prompt: Text, answer: Answer, rival: Rival, model: ModelName = None) -> str:
+def factual_recall(known: Model | None, prompt: Text, answer: Answer, rival: Rival, model: ModelName = None) -> str:
     """Follow how a fact appears through the layers, and test which layer's MLP or attention it needs."""
     asked = {"prompt": prompt, "token": answer, "against": rival, "model": model}
 
-    def ablated(point: str) -> str:
-        return call("forward_ablate", layers=["LAYER"], point=point, positions="last", **asked)
+    def ablated(point: str, layer: Found = LAYER) -> str:
+        return call("forward_ablate", layers=[layer], point=point, positions="last", **asked)
 
     return protocol(
         f"How does the model come to say {answer!r} after {prompt!r}?",
         [
-            loading(model),
+            loading(known, model),
             f"{call('tokenize', text=prompt, model=model)}: check the pieces; positions count them from 0.",
             f"{call('track_race', prompt=prompt, tokens=[answer, rival], model=model)}: does {answer!r} end on top? If "
             "not, the model does not recall it here: stop and say so. LAYER is where it takes the lead for good.",
@@ -21,7 +24,9 @@ def factual_recall(prompt: Text, answer: Answer, rival: Rival, model: ModelName 
             "must be below 1e-4.",
             f"{ablated('mlp_out')} and {ablated('attn_out')}: the change of the logit difference is what that part of "
             "the layer contributes at the last position. Repeat for the layers around LAYER.",
-            "Controls: the same ablations ten layers earlier, and at LAYER with a prompt whose answer is another fact.",
+            f"Controls: {ablated('mlp_out', EARLIER)} and {ablated('attn_out', EARLIER)}, EARLIER being half as deep "
+            "as LAYER; and at LAYER with a prompt whose answer is another fact.",
+            _in_chat(prompt, answer, model) if known is None or known.tokenizer.chat_template is not None else "",
         ],
         "the layers whose ablation lowers the logit difference of this fact clearly more than the controls do.",
         "that the fact is stored where the lens first shows it (the lens reads what the last layers would make of a "
@@ -30,12 +35,24 @@ def factual_recall(prompt: Text, answer: Answer, rival: Rival, model: ModelName 
     )
 
 
-def compare_prompts(a: Text, b: Text, model: ModelName = None) -> str:
+def _in_chat(prompt: str, answer: str, model: str | None) -> str:
+    return (
+        "To ask in chat, where the model has a template: the first token of a reply is seldom the answer. "
+        f"{call('generate_with_hooks', prompt=prompt, chat=True, max_new_tokens=20, model=model)} shows how it opens; "
+        f"OPENING is what stands before {answer!r}. If that does not come, the model does not recall it in chat: stop. "
+        f"{call('tokenize', text=prompt, chat=True, model=model)} gives the ids of the question, "
+        f"{call('tokenize', text='OPENING', model=model)} those that must be appended: WHOLE is the list of both. "
+        f"{call('track_token', prompt=WHOLE, token=answer, model=model)} then reads the token where the model is about "
+        "to say it."
+    )
+
+
+def compare_prompts(known: Model | None, a: Text, b: Text, model: ModelName = None) -> str:
     """Find the layer where two prompts part, and the position that makes the difference."""
     return protocol(
         f"Where do the runs of {a!r} and {b!r} part, and which position makes the difference?",
         [
-            loading(model),
+            loading(known, model),
             f"{call('tokenize', text=a, model=model)} and {call('tokenize', text=b, model=model)}: the number of "
             "tokens, and the positions at which they differ.",
             f"{call('compare', a=a, b=b, model=model)}: cosine, distance and KL of the lens by layer, at the last "
@@ -48,7 +65,7 @@ def compare_prompts(a: Text, b: Text, model: ModelName = None) -> str:
                 "patch_activations",
                 donor=a,
                 recipient=b,
-                targets=[{"layer": "LAYER", "position": "POSITION"}],
+                targets=[{"layer": LAYER, "position": POSITION}],
                 model=model,
             )
             + ": does b now end as a does? Control: the same layer at a position that carries nothing.",
