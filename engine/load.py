@@ -1,5 +1,6 @@
 """`load_model`: a name, directory, .gguf file or hub id -> `Model`."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from engine.network import ROUNDED
 from engine.params import LayerParams, Params, in_bfloat16, in_panels
 from engine.planted import planted
 from engine.synthetic import synthetic
+from engine.vouched import DamagedConversion
 from engine.weight_files import weight_files
 from engine.weights import Counted, Prefixed, Safetensors, Tensors, read_json
 
@@ -53,8 +55,16 @@ def load_model(
     """
     keep_freed_memory()
     fast.prepare(None if tick is None else partial(tick, 0, 1))
-    try:
+
+    def read() -> Model:
         return _laid_out(_loaded(model, weights, tick, progress, dense_layers, converted, room), weights, tick)
+
+    try:
+        try:
+            return read()
+        except DamagedConversion as error:
+            warnings.warn(str(error), stacklevel=2)
+            return read()
     except MemoryError:
         hint = 'load it with weights="packed" (a .gguf file) or "scoped", or choose a smaller model'
         hint = "choose a smaller one" if weights in ("scoped", "packed") else hint

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.matrices import Array, Matrix, Packed, Table, columns, packed, panelled, rounded, rows_of, widened
+from engine.vouched import Vouched
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,17 +189,34 @@ class Ends(NamedTuple):
         return self._replace(embed=embed, unembed=embed if tied else made(self.unembed, scales.unembed, minima.unembed))
 
 
+ENDS = -1
+"""What lies outside the layers, among the parts of `Params.vouched`, which are the layers by their numbers."""
+
+
 class Params:
-    """All the weights of a model: the fields of `Ends`, and the layers."""
+    """All the weights of a model: the fields of `Ends`, and the layers.
+
+    `vouched` is asked before a part is given out, where weights are mapped: see `vouched.py`.
+    """
+
+    vouched: Vouched | None = None
 
     def __init__(self, ends: Ends, load_layer: Callable[[int], LayerParams], keep: int) -> None:
         """At most `keep` layers are held in memory, pinned ones aside; the least recently used go first."""
-        self.ends = ends
+        self._ends = ends
         self.final_norm, self.positions, self.unembed_bias = ends.final_norm, ends.positions, ends.unembed_bias
         self._load_layer = load_layer
         self.keep = keep
         self._dense: OrderedDict[int, LayerParams] = OrderedDict()
         self._pinned: dict[int, LayerParams] = {}
+
+    @property
+    def ends(self) -> Ends:
+        """What lies outside the layers. Raises `DamagedConversion`."""
+        if self.vouched is not None:
+            self.vouched.require(ENDS)
+            self.vouched.require_unchanged()
+        return self._ends
 
     @property
     def embed(self) -> Array:
@@ -211,7 +229,9 @@ class Params:
         return rows_of(self.ends.unembed)
 
     def layer(self, index: int) -> LayerParams:
-        """The weights of one layer."""
+        """The weights of one layer. Raises `DamagedConversion`."""
+        if self.vouched is not None:
+            self.vouched.require(index)
         if index in self._pinned:
             return self._pinned[index]
         if index in self._dense:
@@ -225,7 +245,9 @@ class Params:
         return params
 
     def take(self, index: int) -> LayerParams:
-        """The weights of one layer, which are not kept here any longer."""
+        """The weights of one layer, which are not kept here any longer. Raises `DamagedConversion`."""
+        if self.vouched is not None:
+            self.vouched.require(index)
         return self._dense.pop(index, None) or self._load_layer(index)
 
     @contextmanager
@@ -244,7 +266,7 @@ class Params:
         """Bytes of weights in memory now."""
         layers = {**self._dense, **self._pinned}.values()
         total = sum(array.nbytes for layer in layers for _, array in layer.stored())
-        embed, unembed = self.ends.embed, self.ends.unembed
+        embed, unembed = self._ends.embed, self._ends.unembed
         total += embed.nbytes + (0 if unembed is embed else unembed.nbytes)
         norm = () if self.final_norm is None else (self.final_norm.weight, self.final_norm.bias)
         total += sum(part.nbytes for part in (self.positions, self.unembed_bias, *norm) if part is not None)
@@ -272,6 +294,7 @@ def _kept_otherwise(
 ) -> Params:
     """All layers with their matrices changed, taken from `params` one by one; `told` of each before."""
     made = Params(ends, lambda index: params.take(index).with_matrices(change), n_layers)
+    made.vouched = params.vouched
     for index in range(n_layers):
         told(index)
         made.layer(index)

@@ -47,7 +47,9 @@ def fetch(name: Annotated[str, typer.Argument(help="A catalogue name.")] = MODEL
 
 @app.command()
 def doctor(
-    thorough: Annotated[bool, typer.Option("--thorough", help="Read converted weights whole, to find damage.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Read converted weights and stored tensors whole.")
+    ] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Put the workspace in order; no server may run on it.")
     ] = False,

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine import converted, fast, forward, load_model
-from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path
+from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path, is_cached
 from server.repair import repair as repair_workspace
 from server.repair import state
 from server.store import StoreError
@@ -41,7 +41,9 @@ def repair(place: Path) -> int:
 
 
 def run(place: Path, thorough: bool = False) -> int:
-    """Run every check, with the workspace at `place`; `thorough` reads converted weights to the end. The exit code."""
+    """Run every check, with the workspace at `place`; `thorough` reads converted weights and the workspace's tensors
+    to the end. The exit code.
+    """
     console = Console(highlight=False, soft_wrap=True)
     checks: dict[str, Callable[[], Verdict]] = {
         "python": python,
@@ -50,7 +52,7 @@ def run(place: Path, thorough: bool = False) -> int:
         "models": models,
         "cache": cache,
         "converted": lambda: conversions(thorough),
-        "workspace": functools.partial(workspace, place),
+        "workspace": functools.partial(workspace, place, thorough),
         "packages": packages,
         "self-test": self_test,
     }
@@ -84,17 +86,17 @@ def kernels() -> Verdict:
 
 
 def models() -> Verdict:
-    """Which catalogue models are in the cache."""
+    """Which catalogue models are in the cache, compared with their sha256."""
     damaged, lines = False, []
     for entry in CATALOGUE.values():
         path = cached_path(entry)
         if not path.exists():
             lines.append(f"{entry.name}: not fetched (mechscope fetch {entry.name})")
-        elif path.stat().st_size != entry.nbytes:
+        elif not is_cached(entry.name):
             damaged = True
             lines.append(f"{entry.name}: {path} is damaged; delete it and fetch again")
         else:
-            lines.append(f"{entry.name}: {path}")
+            lines.append(f"{entry.name}: {path}, its sha256 is right")
     return not damaged, "; ".join(lines)
 
 
@@ -104,21 +106,23 @@ def cache() -> Verdict:
 
 
 def conversions(thorough: bool) -> Verdict:
-    """Weights converted for faster starts: how much room they take, and when thorough whether they are whole."""
+    """Weights converted for faster starts: how much room they take, and whether they are whole."""
     files, place = converted.held(), converted.directory()
     taken = sum(file.stat().st_size for file in files)
-    said = f"{len(files)} models, {taken / 1e6:.0f} MB in {place}; delete it to free them"
-    wrong = {file.name: damage for file in files if (damage := converted.damage(file))} if thorough else {}
-    told = "; ".join(f"{name}: {damage}, delete it" for name, damage in wrong.items())
-    return not wrong, f"{said}; {told}" if wrong else said
+    old = [file for file in files if converted.outdated(file)]
+    looked = "their numbers compared with their digests" if thorough else "their headers compared (--thorough: numbers)"
+    said = f"{len(files)} models, {taken / 1e6:.0f} MB in {place}, {looked}; delete it to free them"
+    wrong = {f.name: why for f in files if f not in old and (why := converted.damage(f, thorough))}
+    told = [f"{len(old)} made by another version, not compared: the next load makes them again"] if old else []
+    return not wrong, "; ".join([said, *told, *(f"{name}: {why}, delete it" for name, why in wrong.items())])
 
 
-def workspace(place: Path) -> Verdict:
-    """Whether the workspace, for what sessions keep, can be written and is in order."""
+def workspace(place: Path, thorough: bool) -> Verdict:
+    """Whether the workspace, for what sessions keep, can be written and is in order; its tensors too if `thorough`."""
     writable, said = _writable(place)
     if not writable:
         return writable, said
-    sound, holds = state(place)
+    sound, holds = state(place, thorough)
     return sound, f"{said}: {holds}"
 
 

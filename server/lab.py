@@ -12,7 +12,7 @@ from pydantic import ByteSize
 from engine import Model, load_model
 from engine.catalog import SYNTHETIC, Progress
 from engine.decoder import Tick
-from engine.errors import InputError, ModelError, UnknownModel, clipped
+from engine.errors import DamagedFile, InputError, ModelError, UnknownModel, clipped
 from engine.load import layer_budget
 from server.logs import log
 from server.sources import Sources
@@ -175,10 +175,19 @@ class Lab:
             return slot.loaded
 
     def _in_memory(self, slot: Slot) -> LoadedModel | None:
-        """The model, which counts as used now; None when it is to be loaded again."""
+        """The model, which counts as used now; None when it is to be loaded again, because it left memory or its
+        converted weights are damaged.
+        """
         with self._lock:
             slot.used = time.monotonic()
-            return slot.loaded
+            loaded = slot.loaded
+        try:
+            if loaded is not None and loaded.model.params.vouched is not None:
+                loaded.model.params.vouched.require_all()
+        except DamagedFile as error:
+            log.warning("converted weights are damaged", extra={"model": slot.handle, "reason": str(error)})
+            slot.loaded = loaded = None
+        return loaded
 
     @contextmanager
     def _loads_alone(self, progress: Progress | None) -> Iterator[None]:

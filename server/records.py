@@ -22,6 +22,8 @@ from engine.ops import Array
 from server.store import DamagedRecord, OutOfSpace, StoreError, nbytes
 
 SUFFIX, UNFINISHED = ".safetensors", ".writing"
+MISSING = "is missing"
+"""The fault of a file that is not there: it may have been released meanwhile."""
 
 
 def file_name(handle: str) -> str:
@@ -76,7 +78,7 @@ def fault(path: Path, expected: str) -> str | None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        return "is missing"
+        return MISSING
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None if found == expected else "was damaged on disk (its sha256 is not the one it was written with)"

@@ -44,11 +44,8 @@ def inspect(workspace: Workspace, index: Index, deep: bool) -> Findings:
     rows = index.read("SELECT handle, sha256, file_bytes FROM records ORDER BY number")
     paths = {row["handle"]: workspace.records / records.file_name(row["handle"]) for row in rows}
     missing = [handle for handle, path in paths.items() if not path.exists()]
-    damaged = [
-        row["handle"]
-        for row in rows
-        if deep and row["handle"] not in missing and records.fault(paths[row["handle"]], row["sha256"])
-    ]
+    faults = {row["handle"]: records.fault(paths[row["handle"]], row["sha256"]) for row in rows if deep}
+    damaged = [handle for handle, fault in faults.items() if fault not in (None, records.MISSING)]
     unknown = sorted(present - set(paths.values()))
     (origin,) = index.read("SELECT made FROM origin")
     older = [path for path in unknown if path.stat().st_mtime < origin["made"] - CLOCKS]
@@ -56,8 +53,8 @@ def inspect(workspace: Workspace, index: Index, deep: bool) -> Findings:
     return Findings(strays, older, missing, damaged, len(rows), sum(row["file_bytes"] for row in rows))
 
 
-def state(root: Path) -> tuple[bool, str]:
-    """Whether a workspace is in order, at a quick look, and what it holds."""
+def state(root: Path, deep: bool = False) -> tuple[bool, str]:
+    """Whether a workspace is in order, and what it holds; a `deep` look reads every file."""
     workspace = Workspace(root)
     if not workspace.index.exists():
         return True, "no handles yet"
@@ -65,10 +62,13 @@ def state(root: Path) -> tuple[bool, str]:
         workspace.create()
         busy = workspace.busy()
         with closing(Index(workspace.index)) as index:
-            found = inspect(workspace, index, deep=False)
+            found = inspect(workspace, index, deep)
     except StoreError as error:
         return False, str(error)
     held = f"{found.handles} handles, {ByteSize(found.nbytes).human_readable()}"
+    held += ", all files compared with their sha256" if deep else ", files counted (--thorough reads them)"
+    if found.damaged:
+        return False, f"{held}; damaged, to be released and made anew: {', '.join(found.damaged)}"
     if busy:  # files come before their rows and go after them, so nothing can be said
         return True, f"{held}, in use by a server"
     if found.strays or found.missing:

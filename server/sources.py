@@ -4,11 +4,9 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.catalog import CATALOGUE, SYNTHETIC, is_cached, is_hub_id
+from engine.catalog import CATALOGUE, SYNTHETIC, is_cached, is_hub_id, meant
 from engine.errors import UnknownModel, clipped
-
-READ = ("*.safetensors", "*.json", "*.jinja")
-"""What the engine opens in a model's directory."""
+from engine.weight_files import OPENED
 
 
 class Sources:
@@ -37,7 +35,7 @@ class Sources:
             return name
         if self._roots is None and not is_hub_id(name):
             return name  # the engine says what is wrong with it
-        raise UnknownModel(f"there is no model {clipped(name)} here; {self._valid()}")
+        raise UnknownModel(f"there is no model {clipped(name)} here{meant(name) * self._downloads}; {self._valid()}")
 
     def names(self) -> list[str]:
         """What may be loaded by a path relative to the folders: directories with a config.json, and .gguf files."""
@@ -57,7 +55,7 @@ class Sources:
         return self._roots is None or any(real.is_relative_to(root) for root in self._roots)
 
     def _check_files(self, path: Path) -> None:
-        files = [path] if not path.is_dir() else [file for pattern in READ for file in path.glob(pattern)]
+        files = [path] if not path.is_dir() else [file for pattern in OPENED for file in path.glob(pattern)]
         for file in files:
             real = file.resolve()
             if not _exists(real) or not stat.S_ISREG(real.stat().st_mode) or not self._allowed(real):

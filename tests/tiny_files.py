@@ -2,6 +2,7 @@
 
 weights(seed)          Hugging Face name -> float32 array, in the shape files store, (out, in)
 hf_directory(path)     config.json, tokenizer.json and safetensors (f32, f16 or bf16; one file or shards)
+spoil(file, at)        turn one bit of a file over
 gguf_file(path)        the same model as llama.cpp's converter would write it, some tensors quantised
 """
 
@@ -114,6 +115,15 @@ def save_bf16(tensors: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def spoil(file: Path, at: int) -> None:
+    """Turn the lowest bit of a byte over, in place; negative places count from the end."""
+    with file.open("r+b") as opened:
+        opened.seek(at, 2 if at < 0 else 0)
+        was = opened.read(1)[0]
+        opened.seek(-1, 1)
+        opened.write(bytes([was ^ 1]))
 
 
 # --- a GGUF file ----------------------------------------------------------------------------------------------

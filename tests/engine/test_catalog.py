@@ -416,6 +416,12 @@ def test_a_name_that_is_no_model_is_refused_with_what_is_valid(
     assert len(message) < 400
 
 
+@pytest.mark.parametrize(("name", "id"), [("gpt2", "openai-community/gpt2"), ("DistilGPT2", "distilbert/distilgpt2")])
+def test_a_hub_id_without_its_owner_is_refused_with_its_owner(name: str, id: str) -> None:
+    with pytest.raises(UnknownModel, match=rf"there is no model '{name}' \(on the hub it is {id}\); give one of"):
+        engine.load_model(name)
+
+
 def test_directories_and_gguf_files_are_used_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "Tiny.GGUF"
     file.write_bytes(b"")
@@ -468,7 +474,9 @@ def test_a_hub_repository_with_only_pickles_is_refused(tmp_path: Path) -> None:
     path = tiny_files.hf_directory(snapshot(tmp_path, "owner/pickles"))
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     said = load_offline("owner/pickles", tmp_path)
-    assert said.startswith("UnknownModel: 'owner/pickles' has no .safetensors file on the hub, and pickles are never")
+    assert said.startswith(
+        "UnknownModel: 'owner/pickles' has no model.safetensors on the hub, nor an index of its shards, and"
+    )
     assert "choose a repository with safetensors" in said
 
 

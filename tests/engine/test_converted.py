@@ -1,6 +1,7 @@
 """Weights converted once: the next load maps what the first one made of the files, and never anything else."""
 
 import ast
+import hashlib
 import json
 import os
 import subprocess
@@ -13,10 +14,11 @@ import pytest
 import tiny_files
 from filelock import FileLock
 from safetensors.numpy import load_file
+from tiny_files import spoil
 from tolerances import assert_same
 
 import engine
-from engine import Model, converted, forward, load_model
+from engine import Model, converted, forward, load_model, vouched
 from engine.errors import DamagedFile, InputError
 
 IDS = [70, 3, 99, 5, 5, 180, 12]
@@ -47,12 +49,6 @@ def arrays(model: Model) -> dict[str, np.ndarray]:
 def only_file() -> Path:
     (file,) = converted.held()
     return file
-
-
-def spoil(file: Path, at: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[at] ^= 1
-    file.write_bytes(content)
 
 
 def assert_same_model(a: Model, b: Model) -> None:
@@ -192,14 +188,164 @@ def test_a_damaged_conversion_is_made_again(what, source):
     assert_same_model(load_model(source), first)
 
 
-def test_numbers_that_rotted_are_told_by_their_digest(source):
+def test_what_is_damaged_is_told_by_name(source):
     load_model(source)
     file = only_file()
-    assert converted.damage(file) is None
+    assert converted.damage(file, thorough=True) is None
     spoil(file, -2)
-    assert "numbers" in str(converted.damage(file))
+    assert converted.damage(file, thorough=False) is None
+    assert converted.damage(file, thorough=True) == "the numbers of ['1.mlp_norm'] are not those that were written"
     spoil(file, 3)
-    assert "header" in str(converted.damage(file))
+    assert converted.damage(file, thorough=False) == "its header is damaged, or its length"
+
+
+def offset_of(name: str, file: Path) -> int:
+    """Of the first byte of an array."""
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return start + json.loads(content[8:start])[name]["data_offsets"][0]
+
+
+PARTS = ("qkv", "o", "gate_up", "down", "attn_norm", "mlp_norm")
+NAMES = ["embed", "final_norm", *(f"{i}.{part}" for i in (0, 1) for part in PARTS)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_numbers_give_no_result_and_are_made_again(name, source):
+    first = load_model(source)
+    assert {*arrays(first)} == {*NAMES}
+    spoil(only_file(), offset_of(name, only_file()) + 5)
+    damaged = load_model(source)
+    assert damaged.conversion == "used", "the start did not read them"
+    with pytest.raises(DamagedFile, match=r"the converted weights .* not those that were written; they were deleted"):
+        logits(damaged)
+    assert converted.held() == []
+    with pytest.raises(DamagedFile, match="not those that were written"):
+        logits(damaged)
+    assert [load_model(source).conversion for _ in range(2)] == ["made", "used"]
+    assert_same_model(load_model(source), first)
+
+
+def test_pages_of_zeros_are_noticed_before_a_lens_reads_them(source):
+    load_model(source)
+    file = only_file()
+    content = bytearray(file.read_bytes())
+    start = offset_of("embed", file)
+    content[start : start + 4096] = bytes(4096)
+    file.write_bytes(content)
+    with pytest.raises(DamagedFile, match="not those that were written"):
+        load_model(source).embedding_for(3)
+
+
+def test_a_load_that_reads_all_weights_makes_damaged_ones_again_and_warns(source):
+    first = load_model(source, weights="bf16")
+    spoil(only_file(), -2)
+    with pytest.warns(UserWarning, match="the converted weights .* are not those that were written"):
+        again = load_model(source, weights="bf16")
+    assert (first.conversion, again.conversion) == ("made", "made")
+    assert_same(logits(again), logits(first))
+    assert load_model(source).conversion == "used"
+
+
+def test_every_piece_is_looked_at_ahead_and_only_once(source, monkeypatch):
+    load_model(source)
+    seen, digest, ahead = [], vouched._digest, vouched.Vouched.look_ahead
+
+    def counted(piece):
+        seen.append(piece.ctypes.data)
+        return digest(piece)
+
+    monkeypatch.setattr(vouched, "_digest", counted)
+    monkeypatch.setattr(vouched.Vouched, "look_ahead", lambda self: ahead(self).join())
+    model = load_model(source)
+    assert len(seen) == len(set(seen)) == len(NAMES), "nobody used them"
+    logits(model)
+    assert len(seen) == len(NAMES)
+
+
+def test_who_uses_weights_does_not_wait_for_the_look_ahead(source, monkeypatch):
+    expected = logits(load_model(source))
+    monkeypatch.setattr(vouched.Vouched, "look_ahead", lambda self: None)
+    assert_same(logits(load_model(source)), expected)
+    spoil(only_file(), -2)
+    with pytest.raises(DamagedFile, match="not those that were written"):
+        logits(load_model(source))
+
+
+def test_numbers_that_are_written_over_while_they_are_mapped_give_no_result(source):
+    load_model(source)
+    os.utime(only_file(), ns=(0, 0))
+    mapped = load_model(source)
+    logits(mapped)
+    spoil(only_file(), -2)
+    with pytest.raises(DamagedFile, match="not those that were written"):
+        logits(mapped)
+    assert load_model(source).conversion == "made"
+
+
+def test_a_conversion_that_is_replaced_or_deleted_while_it_is_mapped_stays_what_it_was(source):
+    load_model(source)
+    mapped = load_model(source)
+    expected = logits(mapped)
+    other = only_file().with_suffix(".other")
+    other.write_bytes(bytes(only_file().stat().st_size))
+    other.replace(only_file())
+    assert_same(logits(mapped), expected)
+    only_file().unlink()
+    assert_same(logits(mapped), expected)
+
+
+def without_digests(file: Path) -> None:
+    """As conversions were before there were digests of their arrays: one of all numbers."""
+    with file.open("rb") as opened:
+        head, table, start = converted._read_head(opened)
+    numbers = file.read_bytes()[start:]
+    head["contents"] = hashlib.sha256(numbers).hexdigest()
+    del head["digests"]
+    text = json.dumps(head)
+    metadata = {"format": "np", "mechscope": text, "digest": converted._head_digest(text, table)}
+    raw = json.dumps({"__metadata__": metadata} | table).encode()
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + numbers)
+
+
+def test_a_conversion_without_digests_is_made_again(source):
+    first = load_model(source)
+    without_digests(only_file())
+    assert not converted.outdated(only_file())
+    with only_file().open("rb") as opened:
+        head = converted._read_head(opened)[0]
+    assert "digests" not in head
+    assert [load_model(source).conversion for _ in range(2)] == ["made", "used"]
+    assert_same_model(load_model(source), first)
+
+
+CHANGES = {
+    "one bit": lambda x: x.__setitem__(0, x[0] ^ 1),
+    "two bits that cancel in a row": lambda x: (x.__setitem__(8, x[8] ^ 1), x.__setitem__(16, x[16] ^ 1)),
+    "a page of zeros": lambda x: x[4096:8192].fill(0),
+    "two rows exchanged": lambda x: x.__setitem__(slice(0, 8192), np.roll(x[:8192], 4096)),
+    "words of a row exchanged": lambda x: x.__setitem__(slice(0, 16), np.roll(x[:16], 8)),
+    "the last byte": lambda x: x.__setitem__(-1, x[-1] ^ 1),
+    "a bit of the second piece": lambda x: x.__setitem__(vouched.PIECE, x[vouched.PIECE] ^ 128),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_digest_changes_with(change):
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal(vouched.PIECE // 4 + 5003).astype(np.float32)
+    numbers[[2, 4]] = 1, 2  # their lowest bits: one set, one not, once below
+    numbers.view(np.uint8)[[8, 16]] = 2, 3
+    before = vouched.digests({"x": numbers})
+    CHANGES[change](numbers.view(np.uint8))
+    assert vouched.digests({"x": numbers}) != before
+
+
+def test_digests_are_of_the_numbers_wherever_they_lie():
+    whole = np.arange(5000, dtype=np.float32)
+    apart = np.zeros(5001, np.float32)
+    apart[1:] = whole
+    assert vouched.digests({"x": whole}) == vouched.digests({"x": apart[1:]})
 
 
 def test_other_code_makes_its_own_conversion(source, monkeypatch):

@@ -7,9 +7,16 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny_files
 from clients import ERAS, SCRIPT, ask, connected
+from tiny_files import spoil
 
+from engine import load_model
+from engine.catalog import CATALOGUE, cached_path
+from server.disk_store import open_store
+from server.records import file_name
 from server.settings import OF_HTTP, Settings
 from server.tools import TOOLS
 
@@ -41,15 +48,58 @@ def test_the_doctor_finds_a_sound_installation_sound() -> None:
     assert all(word in made.stdout for word in ("Python", "openblas", "writable", "self-test", "cached and uncached"))
 
 
-def test_a_thorough_doctor_finds_damaged_weights_and_says_what_to_delete(tmp_path: Path) -> None:
+def test_a_thorough_doctor_finds_damaged_weights_and_says_what_to_delete(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("engine.load.LEAST", 0)
+    sources = [tiny_files.hf_directory(tmp_path / name) for name in ("header", "number", "whole")]
+    assert [load_model(path).conversion for path in sources] == ["made"] * 3
     place = tmp_path / "mechscope" / "converted"
+    files = {path.name.partition("-")[0]: path for path in place.glob("*.safetensors")}
+    spoil(files["number"], -2)
+    numbers = f"{files['number'].name}: the numbers of ['1.mlp_norm'] are not those that were written, delete it"
+    quick, whole = run("doctor"), run("doctor", "--thorough")
+    assert (quick.returncode, whole.returncode) == (0, 1), quick.stdout + whole.stdout
+    assert f"3 models, 0 MB in {place}, their headers compared (--thorough: numbers); delete it" in quick.stdout
+    assert f"in {place}, their numbers compared with their digests; delete it to free them; {numbers}" in whole.stdout
+    spoil(files["header"], files["header"].read_bytes().index(b"hidden_size"))
+    broken = run("doctor")
+    assert broken.returncode == 1
+    assert f"{files['header'].name}: its header is damaged, or its length, delete it" in broken.stdout
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "cut short"])
+def test_a_thorough_doctor_finds_damaged_tensors_and_says_which_to_release(tmp_path: Path, damage: str) -> None:
+    store = open_store(tmp_path, 1 << 20, 1 << 20)
+    good, bad = (store.put("act", name, "ann", {"a": np.ones(2000, np.float32)}, {}) for name in ("good", "bad"))
+    store.close()
+    path = tmp_path / "records" / file_name(bad)
+    content = path.read_bytes()
+    path.write_bytes(content[:-4000] + bytes(4000) if damage == "zeroed" else content[:-4000])
+    quick, whole = (run("doctor", *how, MECHSCOPE_WORKSPACE=str(tmp_path)) for how in ((), ("--thorough",)))
+    assert (quick.returncode, whole.returncode) == (0, 1), quick.stdout + whole.stdout
+    assert "files counted (--thorough reads them)" in quick.stdout
+    assert f"compared with their sha256; damaged, to be released and made anew: {bad}\n" in whole.stdout
+    assert good not in whole.stdout
+
+
+def test_a_thorough_doctor_finds_damaged_tensors_while_a_server_works(tmp_path: Path) -> None:
+    store = open_store(tmp_path, 1 << 20, 1 << 20)
+    handle = store.put("act", "x", "ann", {"a": np.ones(2000, np.float32)}, {})
+    assert run("doctor", "--thorough", MECHSCOPE_WORKSPACE=str(tmp_path)).returncode == 0
+    spoil(tmp_path / "records" / file_name(handle), -2)
+    assert f"made anew: {handle}" in run("doctor", "--thorough", MECHSCOPE_WORKSPACE=str(tmp_path)).stdout
+    store.close()
+
+
+def test_the_doctor_finds_a_damaged_model_of_the_catalogue(tmp_path: Path) -> None:
+    entry = CATALOGUE["smollm2-135m-instruct"]
+    place = tmp_path / "mechscope" / "models"
     place.mkdir(parents=True)
-    (place / "some-model.safetensors").write_bytes(b"damaged")
-    quick, whole = (run("doctor", *thorough, XDG_CACHE_HOME=str(tmp_path)) for thorough in ((), ("--thorough",)))
-    assert quick.returncode == 0, quick.stdout
-    assert f"1 models, 0 MB in {place}; delete it to free them" in quick.stdout
-    assert whole.returncode == 1
-    assert "some-model.safetensors: its header is damaged, delete it" in whole.stdout
+    with (place / cached_path(entry).name).open("wb") as file:
+        file.truncate(entry.nbytes)
+    made = run("doctor", XDG_CACHE_HOME=str(tmp_path))
+    assert made.returncode == 1
+    assert "is damaged; delete it and fetch again" in made.stdout
 
 
 @pytest.mark.parametrize("place", ["XDG_CACHE_HOME", "MECHSCOPE_WORKSPACE"])

@@ -1,5 +1,6 @@
 """Starts: the second maps the weights that the first one converted; and what a start leaves behind."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 import tiny_files
 from clients import ask, connected
 from serving import over_stdio
+
+from engine import converted
+from server.app import build_server
+from server.lab import Lab
 
 WIDE = 1 << 15
 """Neurons of an MLP large enough for its model to be kept."""
@@ -41,6 +46,44 @@ async def test_the_second_start_uses_what_the_first_one_kept(tmp_path, monkeypat
             seen.append((await ask(client, "track_token", prompt="the", token=" the"))["rows"])
     assert list(said.values()) == ["none", "none", "made", "used", "none"]
     assert all(rows == seen[0] for rows in seen)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A model that is converted, however small, and the folder of conversions."""
+    monkeypatch.setattr("engine.load.LEAST", 0)
+    monkeypatch.setattr("engine.converted.directory", lambda: tmp_path / "converted")
+    return str(tiny_files.hf_directory(tmp_path / "tiny"))
+
+
+def damage(when: str) -> None:
+    (file,) = converted.held()
+    with file.open("r+b") as opened:
+        opened.seek(-10_000, 2)
+        opened.write(bytes(9_000))
+    if when == "while it is mapped":
+        os.utime(file, ns=(0, 0))  # as if it were not the moment in which it was mapped
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("when", ["before the start", "while it is mapped"])
+async def test_damaged_converted_weights_give_no_answer_and_are_made_again(when, tiny):
+    asked = {"prompt": "the and the", "token": "the"}
+    async with connected(build_server(Lab())) as client:
+        first = await ask(client, "load_model", model=tiny)
+        expected = await ask(client, "track_token", **asked)
+    if when == "before the start":
+        damage(when)
+    async with connected(build_server(Lab())) as client:
+        second = await ask(client, "load_model", model=tiny)
+        if when == "while it is mapped":
+            assert (await ask(client, "track_token", **asked))["rows"] == expected["rows"]
+            damage(when)
+        found = await ask(client, "track_token", **asked)
+        third = await ask(client, "load_model", model=tiny)
+    assert found["rows"] == expected["rows"]
+    assert first["fingerprint"] == second["fingerprint"] == third["fingerprint"]
+    assert [receipt["conversion"] for receipt in (first, second, third)] == ["made", "used", "made"]
 
 
 def test_a_full_collection_does_not_go_through_what_starting_made(tmp_path):

@@ -72,7 +72,7 @@ def test_what_a_lost_index_knew_is_not_deleted(tmp_path: Path) -> None:
 
 def test_repair_is_refused_while_a_server_runs_and_a_server_waits_for_repairs(tmp_path: Path) -> None:
     store = open_store(tmp_path, *BUDGETS)
-    assert state(tmp_path) == (True, "0 handles, 0B, in use by a server")
+    assert state(tmp_path) == (True, "0 handles, 0B, files counted (--thorough reads them), in use by a server")
     with pytest.raises(InUse, match="1 servers run"):
         repair(tmp_path, print)
     store.close()
