@@ -60,8 +60,31 @@ def _gelu(x: Array) -> Array:
     return out
 
 
+def _quick_gelu(x: Array) -> Array:
+    """X * sigmoid(1.702 x) (Hendrycks & Gimpel 2016)."""
+    scaled = x * np.float32(1.702)
+    scaled = _silu(scaled)
+    scaled *= np.float32(1 / 1.702)
+    return scaled
+
+
+def _mish(x: Array) -> Array:
+    """X * tanh(softplus(x)) (Misra 2019)."""
+    out = np.logaddexp(x, np.float32(0))
+    np.tanh(out, out=out)
+    out *= x
+    return out
+
+
 def _relu(x: Array) -> Array:
     return np.maximum(x, np.float32(0))
+
+
+def _relu2(x: Array) -> Array:
+    """The square of ReLU (So et al. 2021)."""
+    out = _relu(x)
+    out *= out
+    return out
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -69,8 +92,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_fast": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python": _gelu,
+    "mish": _mish,
+    "quick_gelu": _quick_gelu,
     "relu": _relu,
+    "relu2": _relu2,
     "silu": _silu,
     "swish": _silu,
 }
-"""By the name in config.json; three names for one tanh approximation, two for one sigmoid gate."""
+"""By the name in config.json, as transformers' activations.py has them; some have several names."""

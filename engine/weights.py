@@ -30,10 +30,8 @@ class Tensors(Protocol):
         ...
 
 
-_HARMLESS = re.compile(
-    r"(lm_head\.weight|embed_out\.weight|.*\.rotary_emb\.inv_freq|.*\.(masked_bias|attn\.bias|attention\.bias))"
-)
-"""Names that files may hold without a reader: a tied head's copy, and buffers that older checkpoints saved."""
+_HARMLESS = re.compile(r"(.*\.rotary_emb\.inv_freq|.*\.(masked_bias|attn\.bias|attention\.bias))")
+"""Names that files may hold without a reader: buffers that older checkpoints saved."""
 
 
 class Counted:

@@ -127,12 +127,14 @@ class Seeded:
         model_type = (raw or ROWS[row])["model_type"]
         usual = SMALLER.get(model_type, 1.0) if raw is None else 0.5
         self._row = row
+        self._tied = family(model_type).config(raw or ROWS[row]).tied
         self._size = usual if size is None else size
         self._embedding = EMBEDDINGS.get(row, 1.0)
         self._gain = 0.0 if model_type.startswith("gemma") else 1.0
 
     def __contains__(self, name: str) -> bool:
-        return True
+        """A tied model's file holds no head of its own."""
+        return not (self._tied and name in ("lm_head.weight", "embed_out.weight"))
 
     def names(self) -> Iterable[str]:
         return ()

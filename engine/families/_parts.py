@@ -38,7 +38,7 @@ def base_config(raw: Raw, family: str, **changes: Any) -> Config:
     """The Config of a decoder with the usual names in config.json; `changes` replace what a family does otherwise."""
     n_layers, n_heads = whole(raw, "num_hidden_layers"), whole(raw, "num_attention_heads")
     d_model = whole(raw, "hidden_size")
-    d_head = whole(raw, "head_dim", max(d_model // n_heads, 1))
+    d_head = head_dim(raw)
     settled: dict[str, Any] = {
         "family": family,
         "n_layers": n_layers,
@@ -56,7 +56,8 @@ def base_config(raw: Raw, family: str, **changes: Any) -> Config:
     } | changes
     settled.setdefault("norm_eps", real(raw, "rms_norm_eps", 1e-6))
     settled.setdefault("activation", activation(raw, "hidden_act", "silu"))
-    settled.setdefault("ropes", (rope(raw, d_head),) * n_layers)
+    if "ropes" not in settled:  # the config of a family that has them may say nothing of use to others
+        settled["ropes"] = (rope(raw, d_head),) * n_layers
     longest = [rope.dynamic for rope in settled["ropes"] if rope is not None and rope.dynamic is not None]
     if longest:  # dynamic scaling exists to go beyond the length trained on
         settled["n_ctx"] = int(max(factor * context for _, factor, context in longest))
@@ -66,6 +67,11 @@ def base_config(raw: Raw, family: str, **changes: Any) -> Config:
     if cfg.n_heads % cfg.n_kv_heads:
         raise DamagedFile(f"config: {cfg.n_heads} heads cannot share {cfg.n_kv_heads} key-value heads evenly")
     return cfg
+
+
+def head_dim(raw: Raw) -> int:
+    """Features of a head: `head_dim`, or the model's width shared among the heads."""
+    return whole(raw, "head_dim", max(whole(raw, "hidden_size") // whole(raw, "num_attention_heads"), 1))
 
 
 def head_width(raw: Raw, width: str = "hidden_size", heads: str = "num_attention_heads") -> int:
@@ -81,31 +87,54 @@ def activation(raw: Raw, key: str, default: str) -> str:
     return choice(raw, key, default, tuple(ACTIVATIONS))
 
 
-def rope(raw: Raw, d_head: int, theta: float = 10_000.0, fraction: float = 1.0) -> Rope:
-    """The rotary embedding of a model that has one for all layers.
-
-    Settings stand in `rope_parameters` (transformers 5), or in `rope_scaling` beside `rope_theta`. `fraction` of the
-    head is rotated unless `partial_rotary_factor` says otherwise.
-    """
+def rope(raw: Raw, d_head: int, theta: float = 10_000.0, fraction: float | None = None) -> Rope:
+    """The rotary embedding of a model that has one for all layers."""
     return layer_rope(raw, rope_settings(raw), d_head, theta, fraction)
 
 
 def rope_settings(raw: Raw) -> Raw:
-    settings = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """`rope_scaling`, which users add to a file, or `rope_parameters`, as transformers 5 takes them."""
+    settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(settings, Mapping):
         raise DamagedFile(f"config: the rope settings are {clipped(settings)}, not an object")
     return settings
 
 
-def layer_rope(raw: Raw, settings: Raw, d_head: int, theta: float = 10_000.0, fraction: float = 1.0) -> Rope:
-    """The rotary embedding that `settings` describe, with the config's own values where they are silent."""
+def settings_by_kind(raw: Raw, kind: str) -> dict[str, Any]:
+    """Settings of full_attention or sliding_attention layers; `rope_scaling` is added to those of the full ones.
+
+    Without `rope_parameters` the kind of scaling is there already, so that its older name, `type`, goes unread.
+    """
+    by_kind = raw.get("rope_parameters")
+    own = by_kind.get(kind) if isinstance(by_kind, Mapping) else by_kind
+    added = raw.get("rope_scaling") if kind == "full_attention" else None
+    if wrong := [part for part in (own, added) if not isinstance(part, Mapping | None)]:
+        raise DamagedFile(f"config: the rope settings are {clipped(wrong[0])}, not an object")
+    return {**(own or {"rope_type": "default"}), **(added or {})}
+
+
+def layer_rope(raw: Raw, settings: Raw, d_head: int, theta: float = 10_000.0, fraction: float | None = None) -> Rope:
+    """The rotary embedding that `settings` describe, with the config's own values where they are silent.
+
+    `fraction` of the head is rotated unless `partial_rotary_factor` says otherwise; None for architectures that rotate
+    whole heads whatever it says.
+    """
     shared = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     full = {key: raw[key] for key in shared if raw.get(key) is not None} | dict(settings)
     full.setdefault("rope_theta", theta)
-    width = int(d_head * real(full, "partial_rotary_factor", fraction))
+    _check_part(full, fraction)
+    width = d_head if fraction is None else int(d_head * real(full, "partial_rotary_factor", fraction))
     if width % 2 or not 2 <= width <= d_head:
         raise DamagedFile(f"config: {width} of {d_head} features per head cannot be rotated in pairs")
     return rope_from(full, width, whole(raw, "max_position_embeddings", 2048))
+
+
+def _check_part(settings: Raw, fraction: float | None) -> None:
+    """Raise `DamagedFile` for a part of the head that transformers makes frequencies for and then fails to turn."""
+    kind = settings.get("rope_type", settings.get("type")) or "default"
+    part = real(settings, "partial_rotary_factor", 1.0)
+    if kind == "proportional" if fraction is not None else part != 1.0 and kind not in ("default", "proportional"):
+        raise DamagedFile(f"config: {clipped(kind)} rotary scaling of {part} of each head is not of this architecture")
 
 
 def layer_types(raw: Raw, n_layers: int, default: Sequence[str]) -> list[str]:
@@ -203,7 +232,15 @@ def ends(
     plus_one: bool = False,
 ) -> Ends:
     """Embedding, unembedding (the same array when tied) and final norm."""
-    w_e = tensors.get(f"{embed}.weight", (cfg.d_vocab, cfg.d_model))
-    w_u = w_e if cfg.tied else tensors.get(f"{head}.weight", (cfg.d_vocab, cfg.d_model))
+    w_e, w_u = _embeddings(tensors, cfg, f"{embed}.weight", f"{head}.weight")
     bias = tensors.get(f"{head}.bias", (cfg.d_vocab,)) if head_bias else None
     return Ends(w_e, w_u, norm(tensors, final, cfg.d_model, norm_bias, plus_one), unembed_bias=bias)
+
+
+def _embeddings(tensors: Tensors, cfg: Config, embed: str, head: str) -> tuple[Array, Array]:
+    """W_E and W_U: one array where they are tied, unless the file holds two that differ (as transformers reads it)."""
+    shape = cfg.d_vocab, cfg.d_model
+    if not cfg.tied:
+        return tensors.get(embed, shape), tensors.get(head, shape)
+    stored = [tensors.get(name, shape) for name in (embed, head) if name in tensors] or [tensors.get(embed, shape)]
+    return (stored[0], stored[0]) if np.array_equal(stored[0], stored[-1]) else (stored[0], stored[-1])

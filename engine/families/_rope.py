@@ -3,6 +3,7 @@
 default    Su et al. 2021            linear     positions divided by a factor (Chen et al. 2023)
 llama3     Llama 3.1, by wavelength  yarn       Peng et al. 2023
 dynamic    base grows with length    longrope   Ding et al. 2024, other factors beyond the original context
+proportional    a part of the pairs, at the frequencies of the whole head (Gemma 4)
 divided    by a divisor for each frequency, as GGUF files store llama3's scaling
 """
 
@@ -44,7 +45,7 @@ def _linear(settings: Settings, width: int, n_ctx: int) -> Rope:
 def _llama3(settings: Settings, width: int, n_ctx: int) -> Rope:
     factor = real(settings, "factor")
     low, high = real(settings, "low_freq_factor"), real(settings, "high_freq_factor")
-    context = whole(settings, "original_max_position_embeddings")
+    context = whole(settings, "original_max_position_embeddings", n_ctx)
     if low >= high:
         raise DamagedFile(f"config: low_freq_factor {low} must be below high_freq_factor {high}")
 
@@ -112,6 +113,13 @@ def _longrope(settings: Settings, width: int, n_ctx: int) -> Rope:
     return Rope(short, real(settings, "attention_factor", scale), long=(context, long))
 
 
+def _proportional(settings: Settings, width: int, n_ctx: int) -> Rope:
+    """The head's own frequencies for a part of its pairs, no rotation for the others."""
+    factor, turned = real(settings, "factor", 1.0), int(real(settings, "partial_rotary_factor", 1.0) * width // 2)
+    plain = _default(settings, width, n_ctx).inv_freq
+    return Rope(tuple(f / factor if i < turned else 0.0 for i, f in enumerate(plain)))
+
+
 def _divided(settings: Settings, width: int, n_ctx: int) -> Rope:
     plain = _default(settings, width, n_ctx).inv_freq
     return Rope(tuple(f / d for f, d in zip(plain, _factors(settings, "divisors", width), strict=True)))
@@ -131,5 +139,6 @@ _KINDS: dict[str, Callable[[Settings, int, int], Rope]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
     "divided": _divided,
 }

@@ -12,8 +12,12 @@ from engine.families._read import flag, whole
 from engine.params import Ends, LayerParams
 from engine.weights import Tensors
 
+DEFAULTS: Raw = {"num_key_value_heads": 16, "max_position_embeddings": 8192}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
+    raw = {**DEFAULTS, **raw}
     return gemma_config(raw, "gemma")
 
 

@@ -13,8 +13,12 @@ from engine.weights import Tensors
 
 __all__ = ["config", "ends", "layer", "optional_cap"]
 
+DEFAULTS: Raw = {"num_key_value_heads": 4, "max_position_embeddings": 8192}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
+    raw = {**DEFAULTS, **raw}
     n_layers = whole(raw, "num_hidden_layers")
     types = _parts.layer_types(
         raw, n_layers, ["full_attention" if i % 2 else "sliding_attention" for i in range(n_layers)]

@@ -21,8 +21,12 @@ __all__ = ["config", "ends", "layer"]
 
 THETA = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 
+DEFAULTS: Raw = {"num_key_value_heads": 4, "max_position_embeddings": 131_072}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
+    raw = {**DEFAULTS, **raw}
     if raw.get("use_bidirectional_attention"):
         raise UnknownModel("config: use_bidirectional_attention is not supported: this is a causal decoder")
     n_layers = whole(raw, "num_hidden_layers")
@@ -43,13 +47,9 @@ def config(raw: Raw) -> Config:
 
 
 def _settings(raw: Raw, kind: str) -> dict[str, Any]:
-    """Rope settings of a kind of layer: by kind in `rope_parameters`, or the older keys (scaling for full layers)."""
-    by_kind = raw.get("rope_parameters")
-    if isinstance(by_kind, dict) and isinstance(by_kind.get(kind), dict):
-        return {"rope_theta": THETA[kind], **by_kind[kind]}
+    """Rope settings of a kind of layer: and its base under older keys."""
     old = "rope_theta" if kind == "full_attention" else "rope_local_base_freq"
-    scaling = _parts.rope_settings(raw) if kind == "full_attention" and raw.get("rope_scaling") else {}
-    return {"rope_theta": raw.get(old) or THETA[kind], **scaling}
+    return {"rope_theta": raw.get(old) or THETA[kind], **_parts.settings_by_kind(raw, kind)}
 
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:

@@ -3,7 +3,7 @@
 Reference: transformers, models/gpt_neox/modeling_gpt_neox.py.
 """
 
-from engine.config import Config
+from engine.config import Config, Rope
 from engine.families import _parts
 from engine.families._parts import Raw
 from engine.families._read import flag, real, whole
@@ -15,16 +15,22 @@ PREFIX = "gpt_neox."
 
 def config(raw: Raw) -> Config:
     d_head = _parts.head_width(raw)
-    rope = _parts.rope(raw, d_head, real(raw, "rotary_emb_base", 10_000.0), real(raw, "rotary_pct", 0.25))
     return _parts.base_config(
-        {**raw, "head_dim": d_head},
+        {**raw, "head_dim": d_head, "num_key_value_heads": None},
         "gpt_neox",
         norm="layer",
         norm_eps=real(raw, "layer_norm_eps", 1e-5),
         activation=_parts.activation(raw, "hidden_act", "gelu"),
-        ropes=(rope,) * whole(raw, "num_hidden_layers"),
+        ropes=(_rope(raw),) * whole(raw, "num_hidden_layers"),
         parallel=flag(raw, "use_parallel_residual", True),
     )
+
+
+def _rope(raw: Raw) -> Rope:
+    """By names of its own: what other families call rope_theta and partial_rotary_factor means nothing here."""
+    others = {**raw, "rope_theta": None, "partial_rotary_factor": None}
+    theta, fraction = real(raw, "rotary_emb_base", 10_000.0), real(raw, "rotary_pct", 0.25)
+    return _parts.rope(others, _parts.head_dim(raw), theta, fraction)
 
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:

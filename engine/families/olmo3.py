@@ -3,9 +3,7 @@
 Reference: transformers, models/olmo3/modeling_olmo3.py.
 """
 
-from typing import Any
-
-from engine.config import Config
+from engine.config import Config, Rope
 from engine.families import _parts
 from engine.families._parts import Raw
 from engine.families._read import real, whole
@@ -19,8 +17,7 @@ def config(raw: Raw) -> Config:
     n_layers = whole(raw, "num_hidden_layers")
     usual = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(n_layers)]
     types = _parts.layer_types(raw, n_layers, usual)
-    d_head = whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
-    ropes = {kind: _parts.layer_rope(raw, _settings(raw, kind), d_head, 500_000.0) for kind in set(types)}
+    ropes = {kind: _rope(raw, kind) for kind in set(types)}
     return _parts.base_config(
         raw,
         "olmo3",
@@ -30,9 +27,7 @@ def config(raw: Raw) -> Config:
     )
 
 
-def _settings(raw: Raw, kind: str) -> dict[str, Any]:
-    """Rope settings by kind of layer in `rope_parameters`; older files scale the full layers only."""
-    by_kind = raw.get("rope_parameters")
-    if isinstance(by_kind, dict) and isinstance(by_kind.get(kind), dict):
-        return dict(by_kind[kind])
-    return dict(_parts.rope_settings(raw)) if kind == "full_attention" else {}
+def _rope(raw: Raw, kind: str) -> Rope:
+    """A kind's rotary embedding; `rope_theta` beside the rope settings is the full layers' alone."""
+    own = raw if kind == "full_attention" else {**raw, "rope_theta": None}
+    return _parts.layer_rope(own, _parts.settings_by_kind(raw, kind), _parts.head_dim(raw), 500_000.0)

@@ -12,7 +12,7 @@ from engine.weights import Tensors
 
 
 def config(raw: Raw) -> Config:
-    d_head = whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
+    d_head = _parts.head_dim(raw)
     return _parts.base_config(
         raw,
         "phi",

@@ -3,31 +3,43 @@
 Reference: transformers, models/phi3/modeling_phi3.py.
 """
 
-from engine.config import Config
+from engine.config import Config, Rope
 from engine.families import _parts
 from engine.families._parts import Raw
-from engine.families._read import real, whole
+from engine.families._read import choice, real, whole
 from engine.families.llama import ends
 from engine.params import Joined, LayerParams
 from engine.weights import Tensors
 
 __all__ = ["config", "ends", "layer"]
 
+LONGROPE = ("longrope", "su", "yarn")
+"""Its name, and the earlier ones in this family's files."""
+
+DEFAULTS: Raw = {"max_position_embeddings": 4096}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
+    raw = {**DEFAULTS, **raw}
     n_layers = whole(raw, "num_hidden_layers")
     kind = "full_attention" if raw.get("sliding_window") is None else "sliding_attention"
-    d_head = whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
-    settings = dict(_parts.rope_settings(raw))
-    if settings.get("rope_type", settings.get("type")) in ("su", "yarn"):  # longrope's earlier names here
-        settings["rope_type"] = "longrope"
     return _parts.base_config(
         raw,
         "phi3",
         norm_eps=real(raw, "rms_norm_eps", 1e-5),
-        ropes=(_parts.layer_rope(raw, settings, d_head),) * n_layers,
+        ropes=(_rope(raw),) * n_layers,
         windows=_parts.windows(raw, [kind] * n_layers),
     )
+
+
+def _rope(raw: Raw) -> Rope:
+    settings = dict(_parts.rope_settings(raw))
+    kind = choice(settings, "rope_type", settings.get("type") or "default", ("default", *LONGROPE))
+    if kind in LONGROPE:
+        context = whole(raw, "original_max_position_embeddings", 4096)  # the config's, whatever the settings say
+        settings |= {"rope_type": "longrope", "original_max_position_embeddings": context}
+    return _parts.layer_rope(raw, settings, _parts.head_dim(raw), fraction=1.0)
 
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:

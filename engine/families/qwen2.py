@@ -13,8 +13,12 @@ from engine.weights import Tensors
 
 __all__ = ["config", "ends", "layer", "upper_windows"]
 
+DEFAULTS: Raw = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
+    raw = {**DEFAULTS, **raw}
     return _parts.base_config(raw, "qwen2", windows=upper_windows(raw))
 
 

@@ -15,9 +15,13 @@ from engine.weights import Tensors
 
 __all__ = ["config", "ends", "layer"]
 
+DEFAULTS: Raw = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
-    return _parts.base_config({"head_dim": 128, **raw}, "qwen3", windows=upper_windows(raw))
+    raw = {**DEFAULTS, **raw}
+    return _parts.base_config(raw, "qwen3", windows=upper_windows(raw))
 
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:

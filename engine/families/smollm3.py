@@ -12,8 +12,12 @@ from engine.families.llama import ends, layer
 
 __all__ = ["config", "ends", "layer"]
 
+DEFAULTS: Raw = {"num_key_value_heads": 4, "max_position_embeddings": 32_768, "tie_word_embeddings": True}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
+    raw = {**DEFAULTS, **raw}
     n_layers = whole(raw, "num_hidden_layers")
     interval = whole(raw, "no_rope_layer_interval", 4)
     rotated = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(n_layers)]
@@ -22,10 +26,10 @@ def config(raw: Raw) -> Config:
     slides = flag(raw, "use_sliding_window", False) and raw.get("sliding_window") is not None
     usual = ["sliding_attention" if slides and not r else "full_attention" for r in rotated]
     types = _parts.layer_types(raw, n_layers, usual)
-    d_head = whole(raw, "head_dim", whole(raw, "hidden_size") // whole(raw, "num_attention_heads"))
+    d_head = _parts.head_dim(raw)
     rope = _parts.rope(raw, d_head, 2_000_000.0)
     return _parts.base_config(
-        {"tie_word_embeddings": True, **raw},
+        raw,
         "smollm3",
         ropes=tuple(rope if r else None for r in rotated),
         windows=_parts.windows(raw, types),

@@ -12,11 +12,15 @@ from engine.families._read import flag, real, whole
 from engine.params import Ends, LayerParams, Norm
 from engine.weights import Tensors
 
+DEFAULTS: Raw = {"num_key_value_heads": 32, "max_position_embeddings": 4096}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
-    d_head = whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
+    raw = {**DEFAULTS, **raw}
+    d_head = _parts.head_width(raw)
     return _parts.base_config(
-        raw,
+        {**raw, "head_dim": None},
         "stablelm",
         norm="layer",
         norm_eps=real(raw, "layer_norm_eps", 1e-5),

@@ -10,11 +10,15 @@ from engine.families._read import flag, real, whole
 from engine.params import Ends, LayerParams
 from engine.weights import Tensors
 
+DEFAULTS: Raw = {"num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+"""What transformers takes where config.json is silent."""
+
 
 def config(raw: Raw) -> Config:
+    raw = {**DEFAULTS, **raw}
     kind = "full_attention" if raw.get("sliding_window") is None else "sliding_attention"
     return _parts.base_config(
-        {"tie_word_embeddings": True, **raw},
+        raw,
         "starcoder2",
         norm="layer",
         norm_eps=real(raw, "norm_epsilon", 1e-5),

@@ -52,8 +52,17 @@ def test_activations_follow_their_formulas(name):
     silu = wide * np.exp(np.minimum(wide, 0)) / (1 + np.exp(-np.abs(wide)))
     tanh = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
     gelu = 0.5 * wide * (1 + np.array([math.erf(value / math.sqrt(2)) for value in wide]))
-    expected = {"silu": silu, "swish": silu, "gelu": gelu, "relu": np.maximum(wide, 0)}.get(name, tanh)
-    assert np.abs(ACTIVATIONS[name](x) - expected).max() < 1e-5
+    expected = {
+        "silu": silu,
+        "swish": silu,
+        "gelu": gelu,
+        "gelu_python": gelu,
+        "mish": wide * np.tanh(np.log1p(np.exp(wide))),
+        "quick_gelu": wide / (1 + np.exp(-1.702 * wide)),
+        "relu": np.maximum(wide, 0),
+        "relu2": np.maximum(wide, 0) ** 2,
+    }.get(name, tanh)
+    assert (np.abs(ACTIVATIONS[name](x) - expected) / np.maximum(1, np.abs(expected))).max() < 1e-5
 
 
 def naive_attention(q, k, v, pos, key_pos, scale, window, cap):
