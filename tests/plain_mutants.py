@@ -439,4 +439,14 @@ PLAIN_MUTANTS = (
            "test_converted.py::test_a_digest_changes_with"),
     Mutant("digits are not split off", "gguf_tokenizer.py", "[digits, pre_tokenizers.ByteLevel(",
            "[pre_tokenizers.ByteLevel(", "test_tokenizer.py::test_ids_equal_llama_cpps"),
+    # --- config.json
+    Mutant("a tied file's own head is left unread", "families/_parts.py", "else (stored[0], stored[-1])",
+           "else (stored[0], stored[0])",
+           "test_config_keys.py::test_a_tied_file_with_a_head_of_its_own_has_the_head_that_is_stored"),
+    Mutant("rope_scaling gives way to rope_parameters", "families/_parts.py",
+           'raw.get("rope_scaling") or raw.get("rope_parameters")',
+           'raw.get("rope_parameters") or raw.get("rope_scaling")',
+           "test_config_keys.py::test_rope_scaling_beside_rope_parameters_takes_their_place"),
+    Mutant("rope_scaling of kinds of layers goes unread", "families/_parts.py", "**(added or {})}", "}",
+           "test_config_keys.py::test_rope_scaling_is_added_to_what_full_layers_have"),
 )  # fmt: skip
