@@ -69,7 +69,7 @@ def generate(
         feed = [[token]]
         if on_token is not None:
             on_token(token, model.tokenizer.piece(token))
-    return Generation(new, model.tokenizer.decode(new), stopped)
+    return Generation(new, model.tokenizer.decode(new, inside=True), stopped)
 
 
 def pick(logits: Array, temperature: float, top_p: float, rng: np.random.Generator) -> int:

@@ -17,8 +17,8 @@ from engine.spm import SPACE, SentencePiece
 from engine.tokenizer import Tokenizer, byte_alphabet, eos_ids
 
 Metadata = dict[str, Any]
-Words = Callable[[str], list[int]]
-"""Ids of text without special tokens."""
+Words = Callable[[str, bool], list[int]]
+"""Ids of text without special tokens; True for what stands inside a text."""
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 """`tokenizer.ggml.token_type` values (ggml-org/ggml, docs/gguf.md)."""
@@ -101,7 +101,7 @@ def _bpe(metadata: Metadata, ids: dict[str, int], pre: PreTokenizer) -> Words:
     except Exception as error:  # the library raises bare Exception
         raise DamagedFile(f"the file's vocabulary and merges do not fit together: {str(error)[:200]}") from None
     library.pre_tokenizer = pre.make()
-    return lambda text: list(library.encode(text, add_special_tokens=False).ids)
+    return lambda text, inside: list(library.encode(text, add_special_tokens=False).ids)
 
 
 # --- SentencePiece ------------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def _sentencepiece(metadata: Metadata, ids: dict[str, int]) -> Words:
     words = SentencePiece(ids, _scores(metadata, len(ids)))
     prefixed = _flag(metadata, "tokenizer.ggml.add_space_prefix", True)
 
-    def encode(text: str) -> list[int]:
-        return words.encode((" " + text if prefixed else text).replace(" ", SPACE))
+    def encode(text: str, inside: bool) -> list[int]:
+        return words.encode((" " + text if prefixed and not inside else text).replace(" ", SPACE))
 
     return encode
 
@@ -151,10 +151,10 @@ class Pieces:
     def has(self, token_id: int) -> bool:
         return 0 <= token_id < len(self._tokens)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, inside: bool = False) -> list[int]:
         ids: list[int] = []
-        for part in self._cut(text):
-            ids += [part] if isinstance(part, int) else self._words(part)
+        for i, part in enumerate(self._cut(text)):
+            ids += [part] if isinstance(part, int) else self._words(part, inside and i == 0)
         return ids
 
     def _cut(self, text: str) -> list[str | int]:
@@ -173,7 +173,7 @@ class Pieces:
             rest = [text.lstrip(BLANK) for text in rest]
         return [piece for piece in (first, *(half for text in rest for half in (token, text))) if piece != ""]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], inside: bool = False) -> str:
         """A space that `encode` put in front of text stays."""
         return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine import catalog, fast, gguf_tokenizer, tokenizer
+from engine import catalog, fast, gguf_tokenizer, tokenizer, tokenizer_files
 from engine.converted import LEAST, Conversion, Stamp, find, keep, stamp
 from engine.decoder import Tick
 from engine.errors import DamagedFile, EngineError, InputError, ModelError, TokenError, UnknownModel, clipped
@@ -250,7 +250,7 @@ def _from_gguf(path: Path, name: str, weights: str, budget: int | None, tick: Ti
 def _words(path: Path, raw: dict[str, Any], file: GgufFile | None) -> tokenizer.Tokenizer:
     """The tokenizer of a GGUF file, or of a directory when `file` is None."""
     if file is None:
-        return _tried(lambda: tokenizer.from_directory(path, raw))
+        return _tried(lambda: tokenizer_files.from_directory(path, raw))
     return _tried(lambda: gguf_tokenizer.from_gguf(file.metadata))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from engine import lens
+from engine.cache import KVCache
 from engine.errors import VectorError
 from engine.generate import generate
 from engine.hooks import CompositeHook, PatchHook, SteerHook, ZeroAblateHook
@@ -71,15 +72,18 @@ class Model(Network):
         max_new_tokens: int,
         ablate_layers: Iterable[int] | None = None,
         steers: Iterable[Steer] | None = None,
+        cache: KVCache | None = None,
         **sampling: Any,
     ) -> tuple[str, list[int]]:
         """(text, ids) of the new tokens: greedy, ablation then steering at every step.
 
-        `sampling` goes to `generate`: temperature, top_p, seed, window, on_token.
+        A prompt continues what `cache` holds, so that no BOS stands between them. `sampling` goes to `generate`:
+        temperature, top_p, seed, window, on_token.
         """
+        ids = self.encode(prompt, inside=cache is not None and cache.next_position > 0)
         ablation = ZeroAblateHook.for_layers(self.resolve_layers(ablate_layers or ()))
         hook = CompositeHook([ablation, self.steer_hook(steers or ())])
-        made = generate(self, self.encode(prompt), max_new_tokens, hook=hook, **sampling)
+        made = generate(self, ids, max_new_tokens, hook=hook, cache=cache, **sampling)
         return made.text, made.ids
 
     # --- vocabulary ---------------------------------------------------------------------------------------

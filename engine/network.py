@@ -50,18 +50,20 @@ class Network:
     conversion: str = "none"
     left_aside: tuple[str, ...] = ()
 
-    def encode(self, prompt: str | Tokens) -> Tokens:
-        """Token ids of a prompt; ids pass through."""
+    def encode(self, prompt: str | Tokens, inside: bool = False) -> Tokens:
+        """Token ids of a prompt, which may continue what a cache holds (`inside`: no BOS); ids pass through."""
         if isinstance(prompt, str) and not prompt:
             raise PromptError("the prompt is empty; give at least one token")
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.tokenizer.encode(prompt, inside) if isinstance(prompt, str) else prompt
 
-    def encode_chat(self, prompt: str | Sequence[Message]) -> list[int]:
+    def encode_chat(self, prompt: str | Sequence[Message], opening: str = "", inside: bool = False) -> list[int]:
         """Token ids of a conversation in the model's own chat template; text is one turn of the user's.
 
-        Raises `InputError` for a model without a template, or messages that it does not take.
+        `opening` is how the assistant's answer begins, and `inside` is as in `encode`. Raises `InputError` for a model
+        without a template, or messages that it does not take.
         """
-        return self.tokenizer.encode_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.tokenizer.encode_chat(messages, opening, inside)
 
     def token_batch(self, tokens: Tokens) -> IntArray:
         """(batch, seq) ids, checked; raises `PromptError` or `TokenError`."""

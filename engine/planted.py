@@ -16,11 +16,11 @@ import numpy as np
 from engine.catalog import SYNTHETIC
 from engine.config import Config, Rope
 from engine.errors import UnknownModel
+from engine.library import byte_level
 from engine.model import Model
 from engine.ops import Array
 from engine.params import Ends, Joined, LayerParams, Linear, Norm, Params
 from engine.synthetic import fingerprint
-from engine.tokenizer import byte_level
 
 WIDTH = 64
 PARTS = ("token", "before", "hop", "out", "decoy")

@@ -9,10 +9,10 @@ import numpy as np
 
 from engine.catalog import SYNTHETIC
 from engine.config import Config, Rope
+from engine.library import byte_level
 from engine.model import Model
 from engine.ops import Array
 from engine.params import Ends, Joined, LayerParams, Linear, Norm, Params
-from engine.tokenizer import byte_level
 
 CONFIG = Config(
     family="llama",

@@ -1,50 +1,25 @@
-"""Text to ids and back: from tokenizer.json, or one token per byte (`gguf_tokenizer.py` has those of GGUF files).
+"""Text to ids and back: `Tokenizer`, which adds the model's own BOS rule to a `Backend`.
 
-`Tokenizer` adds the model's own BOS rule to a `Backend`. Special tokens written in a prompt's text are read as special
-tokens.
+`library.py` and `gguf_tokenizer.py` have the backends, `tokenizer_files.py` reads a directory's. Special tokens written
+in a prompt's text are read as special tokens.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-from engine import chat
 from engine.chat import ChatTemplate, Message, Read
-from engine.errors import DamagedFile, InputError, TokenError, UnknownModel, clipped
-from engine.weights import read_json
-
-if TYPE_CHECKING:
-    import tokenizers
+from engine.errors import DamagedFile, InputError, TokenError, clipped
 
 
 class Backend(Protocol):
-    """Text and ids, without any rule about BOS."""
+    """Text and ids, without any rule about BOS; `inside` a text SentencePiece puts no space in front."""
 
     def size(self) -> int: ...
     def has(self, token_id: int) -> bool: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-class Library:
-    """A `Backend`: a tokenizer of the `tokenizers` library."""
-
-    def __init__(self, library: "tokenizers.Tokenizer") -> None:
-        self._library = library
-
-    def size(self) -> int:
-        return int(self._library.get_vocab_size())
-
-    def has(self, token_id: int) -> bool:
-        return 0 <= token_id < 1 << 32 and self._library.id_to_token(token_id) is not None
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._library.decode(list(ids), skip_special_tokens=False))
+    def encode(self, text: str, inside: bool = False) -> list[int]: ...
+    def decode(self, ids: Sequence[int], inside: bool = False) -> str: ...
 
 
 PIECES_SHOWN = 12
@@ -68,11 +43,11 @@ class Deferred:
     def has(self, token_id: int) -> bool:
         return self.words.backend.has(token_id)
 
-    def encode(self, text: str) -> list[int]:
-        return self.words.backend.encode(text)
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        return self.words.backend.encode(text, inside)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.words.backend.decode(ids)
+    def decode(self, ids: Sequence[int], inside: bool = False) -> str:
+        return self.words.backend.decode(ids, inside)
 
 
 class Tokenizer:
@@ -91,41 +66,58 @@ class Tokenizer:
         """The model's own chat template, if it has one."""
         return self._template()
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation in the model's own template, the assistant's turn opened.
+    def encode_chat(self, messages: Sequence[Message], opening: str = "", inside: bool = False) -> list[int]:
+        """The ids of a conversation in the model's own template, the assistant's turn opened, its answer at `opening`.
 
-        The template writes BOS itself, where the model wants one. Raises `InputError` for a model without a template.
+        The template writes BOS itself, where the model wants one; what stands `inside` a text has none. Raises
+        `InputError` for a model without a template.
         """
         if self.chat_template is None:
             raise InputError("this model has no chat template; give the prompt as the model should read it")
-        return self._encoded(self.chat_template.render(messages))
+        written = self.chat_template.render(messages) + opening
+        return self._encoded(written.removeprefix(self.chat_template.bos) if inside else written)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, BOS included where the model wants one."""
-        ids = self._encoded(text)
-        return ids if self.bos is None else [self.bos, *ids]
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        """The ids of a prompt, BOS in front where the model wants one and the text does not begin with it.
 
-    def _encoded(self, text: str) -> list[int]:
+        A text that stands `inside` another gets neither BOS nor the space that SentencePiece puts in front.
+        """
+        ids = self._encoded(text, inside)
+        return ids if inside or self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def has_bos(self, text: str) -> bool:
+        """Whether a text begins with the BOS token that `encode` would put there."""
+        return self.bos is not None and self.piece(self.bos) in text and self.backend.encode(text)[:1] == [self.bos]
+
+    def _encoded(self, text: str, inside: bool = False) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from None
-        return self.backend.encode(text)
+        return self.backend.encode(text, inside)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included; a row of the embedding without a token reads as [no token 7]."""
+    def decode(self, ids: Sequence[int], inside: bool = False) -> str:
+        """The text of ids, special tokens included; a row of the embedding without a token reads as [no token 7].
+
+        `inside` another text, a first word keeps the space in front of it.
+        """
         if all(map(self.backend.has, ids)):
-            return self.backend.decode(ids)
+            return self.backend.decode(ids, inside)
         runs = groupby(ids, self.backend.has)
-        return "".join(self.backend.decode([*run]) if known else "".join(map(_no_token, run)) for known, run in runs)
+        return "".join(
+            self.backend.decode([*run], inside) if known else "".join(map(_no_token, run)) for known, run in runs
+        )
 
     def piece(self, token_id: int) -> str:
-        """The text of one token; bytes that are only part of a character show as U+FFFD."""
-        return self.decode([token_id])
+        """The text of one token inside a text; bytes that are only part of a character show as U+FFFD."""
+        return self.decode([token_id], inside=True)
 
     def single(self, text: str) -> int:
-        """The id of text that is exactly one token; raises `TokenError` showing the pieces otherwise."""
-        ids = self.backend.encode(text)
+        """The id of text that is exactly one token inside a text: " Paris" and "Paris" are two.
+
+        Raises `TokenError` showing the pieces otherwise.
+        """
+        ids = self._encoded(text, inside=True)
         if len(ids) != 1:
             pieces = ", ".join(f"{self.piece(i)!r} ({i})" for i in ids[:PIECES_SHOWN]) or "nothing"
             pieces += f" and {len(ids) - PIECES_SHOWN} more" if len(ids) > PIECES_SHOWN else ""
@@ -140,35 +132,6 @@ def _no_token(token_id: int) -> str:
     return f"[no token {token_id}]"
 
 
-def from_directory(directory: Path, raw: dict[str, Any]) -> Tokenizer:
-    """tokenizer.json (+ tokenizer_config.json for the BOS rule, config.json for the end of text)."""
-    import tokenizers
-
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        raise UnknownModel(
-            f"{directory} has no tokenizer.json; save the tokenizer there in its fast form (other kinds are not read)"
-        )
-    read_json(path)
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.no_truncation()
-        backend.no_padding()
-        with_special = backend.encode("a", add_special_tokens=True).ids
-        plain = backend.encode("a", add_special_tokens=False).ids
-    except Exception as error:  # the library raises bare Exception
-        raise DamagedFile(f"tokenizer.json cannot be read: {str(error)[:200]}; fetch it again") from None
-    has_bos = len(with_special) > len(plain) and with_special[: len(plain)] != plain
-    bos = with_special[0] if has_bos else None
-    return Tokenizer(Library(backend), bos, _eos(raw), partial(chat.from_directory, directory))
-
-
-def _eos(raw: dict[str, Any]) -> tuple[int, ...]:
-    """In config.json, or in its part about the text model."""
-    inner = raw.get("text_config")
-    return eos_ids(raw.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None))
-
-
 def eos_ids(value: object) -> tuple[int, ...]:
     """An id, a list of ids or nothing."""
     if value is None:
@@ -177,19 +140,6 @@ def eos_ids(value: object) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise DamagedFile(f"config: eos_token_id is {clipped(value)}; it must be an id or a list of ids")
     return tuple(ids)
-
-
-def byte_level() -> Tokenizer:
-    """One token per byte (ids 0-255) and an end-of-text token (256): the synthetic models' tokenizer."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Made
-
-    by_byte = {byte: char for char, byte in byte_alphabet().items()}
-    backend = Made(models.BPE({by_byte[b]: b for b in range(256)} | {"<|end|>": 256}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|end|>", normalized=False, special=True)])
-    return Tokenizer(Library(backend), None, (256,))
 
 
 def byte_alphabet() -> dict[str, int]:

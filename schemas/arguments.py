@@ -39,6 +39,12 @@ Prompt = Annotated[
 ]
 """Text, or a list of token ids."""
 
+Chat = Annotated[
+    bool | Annotated[str, Field(min_length=1, max_length=100_000)],
+    WithJsonSchema({"type": ["boolean", "string"]}),
+]
+"""Whether texts go through the chat template, and how the answer begins."""
+
 TokenRef = Annotated[
     str | int,
     Field(description="an id, or text that is exactly one token, as ' Paris' with its space"),

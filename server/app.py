@@ -31,7 +31,7 @@ induction heads, steering, comparing prompts, transplanting a cache. The resourc
 mechscope://session show what is loaded and held. Every number is computed in the call that returns it. A prompt is
 text or token ids; positions are absolute, layers count from 0, negative ones from the end; a token given as text must
 be exactly one token: mind the leading space. model may be left out when one is loaded. chat=true puts texts into the
-model's own chat template.
+model's own chat template; chat="The answer is" also begins the answer, whose next token is then read.
 """
 
 

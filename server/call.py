@@ -54,10 +54,10 @@ class Call:
     jobs: Jobs
     owner: str = LOCAL
     dry: bool = False
-    chat: bool = False
-    """Texts are the user's turns in the model's chat template."""
+    chat: bool | str = False
+    """Texts are the user's turns in the model's chat template; a text is how the answers begin."""
     expected: int | None = None
-    _read: dict[tuple[Model, str], list[int]] = field(default_factory=dict)
+    _read: dict[tuple[Model, str, bool], list[int]] = field(default_factory=dict)
     _ticks: int = 0
     _reported: float = field(default=0.0)
     _untold: tuple[int, int | None, str] | None = None
@@ -104,16 +104,20 @@ class Call:
             raise InputError(f"{handle} was made with another model; give model={record.provenance['model']!r}")
         return record
 
-    def ids(self, model: Model, prompt: str | Sequence[int]) -> list[int]:
-        """The ids of a prompt argument, checked."""
+    def ids(self, model: Model, prompt: str | Sequence[int], inside: bool = False) -> list[int]:
+        """The ids of a prompt argument, checked; `inside`: it continues what a cache holds."""
         if not isinstance(prompt, str):
             return self._checked(model, prompt)
         if is_handle(prompt):
             raise InputError(f"{clipped(prompt)} is a handle, which this argument does not take: give a prompt")
-        if (model, prompt) not in self._read:
-            encode = model.encode_chat if self.chat else model.encode
-            self._read[model, prompt] = self._checked(model, encode(prompt))
-        return self._read[model, prompt]
+        if (model, prompt, inside) not in self._read:
+            self._read[model, prompt, inside] = self._checked(model, self._encoded(model, prompt, inside))
+        return self._read[model, prompt, inside]
+
+    def _encoded(self, model: Model, text: str, inside: bool) -> Tokens:
+        if not self.chat:
+            return model.encode(text, inside)
+        return model.encode_chat(text, self.chat if isinstance(self.chat, str) else "", inside)
 
     def _checked(self, model: Model, ids: Tokens) -> list[int]:
         found = [int(i) for i in model.token_batch(ids)[0]]
@@ -121,11 +125,12 @@ class Call:
         return found
 
     def as_read(self) -> str | None:
-        """With a chat template: what the model read, exactly."""
-        if not self.chat:
-            return None
-        texts = (f"{model.tokenizer.decode(ids)!r} (tokens {ids})" for (model, _), ids in self._read.items())
-        return f"in the model's chat template: {'; '.join(texts)}"
+        """With a chat template what the model read, exactly; without one, where a text brought its own BOS."""
+        if self.chat:
+            texts = (f"{model.tokenizer.decode(ids)!r} (tokens {ids})" for (model, *_), ids in self._read.items())
+            return f"in the model's chat template: {'; '.join(texts)}"
+        begun = [clipped(text) for model, text, inside in self._read if not inside and model.tokenizer.has_bos(text)]
+        return f"{', '.join(begun)}: BOS stands there already, and is not put in front again" if begun else None
 
     def vector(self, model: Model, spec: Any, width: int | None = None) -> Array:
         """The vector a vector argument stands for: (width,), d_model unless said otherwise."""

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from engine.cost import seconds
 from engine.errors import EngineError
+from schemas.arguments import Chat
 from schemas.base import Result
 from schemas.jobs import Estimate
 from server import published
@@ -51,10 +52,10 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
     own = [p for p in signature.parameters.values() if p.name not in ("call", *without)]
     if any(p.name in PROMPTS for p in own):
         own.insert(
-            -1, inspect.Parameter("chat", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False, annotation=bool)
+            -1, inspect.Parameter("chat", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False, annotation=Chat)
         )
 
-    async def run(ctx: Context[Any, Any], chat: bool = False, **arguments: Any) -> BaseModel:
+    async def run(ctx: Context[Any, Any], chat: bool | str = False, **arguments: Any) -> BaseModel:
         call = Call(lab, ctx, jobs, principal(), isinstance(ctx, DryRun), chat)
         work = functools.partial(function, call, **arguments)
         try:

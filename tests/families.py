@@ -15,8 +15,9 @@ import numpy as np
 
 from engine import Model
 from engine.families import family
+from engine.library import byte_level
 from engine.params import Params
-from engine.tokenizer import Tokenizer, byte_level
+from engine.tokenizer import Tokenizer
 
 Raw = dict[str, Any]
 

@@ -66,7 +66,7 @@ _TOKENIZERS = (
     ("unknown token not special", _WORDS, "kinds = (UNKNOWN, CONTROL,", "kinds = (CONTROL,"),
     ("tokens special by name forgotten", _WORDS, " or token in SPECIAL_BY_NAME", ""),
     ("phi3: blanks after special tokens kept", _WORDS, "text.lstrip(BLANK) for", "text for"),
-    ("no space put in front", _WORDS, "if prefixed else", "if False else"),
+    ("no space put in front", _WORDS, "if prefixed and not inside else", "if False else"),
     ("worst score first", "spm.py", "(-self._scores[", "(self._scores["),
     ("merges with what has changed", "spm.py", 'or "".join(parts) != both or', "or"),
     ("bytes by another name", "spm.py", "{byte:02X}", "{byte:02x}"),

@@ -36,8 +36,8 @@ def generate_with_hooks(
     """
     loaded = call.loaded(model)
     engine = loaded.model
-    ids = call.ids(engine, prompt)
     start = None if cache is None else held_cache(call, engine, cache)
+    ids = call.ids(engine, prompt, inside=start is not None)
     length = len(ids) + (0 if start is None else start.next_position)
     ablated = () if ablate_layers is None else tuple(layer_list(engine, ablate_layers))
     texts = of_generation(engine.config, len(ids), max_new_tokens) * 2

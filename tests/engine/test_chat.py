@@ -10,7 +10,7 @@ import tiny_files
 from engine import Model, load_model
 from engine.chat import MOST_SOURCE, ChatTemplate, from_directory, template_from
 from engine.errors import DamagedFile, InputError
-from engine.tokenizer import byte_level
+from engine.library import byte_level
 
 USER = [{"role": "user", "content": "Who?"}]
 TURNS = [*USER, {"role": "assistant", "content": "Me."}, {"role": "user", "content": "Why?"}]

@@ -28,7 +28,8 @@ def words(kind: str, **changes: Any) -> Tokenizer:
 def test_ids_equal_llama_cpps(kind):
     tokenizer = words(kind)
     for text, ids in zip(IDS.texts, IDS.ids[kind], strict=True):
-        assert tokenizer.encode(text) == ids, f"{kind}: {text!r}"
+        doubled = ids[:2] == [tokenizer.bos] * 2  # llama.cpp warns of a second BOS, and puts it there
+        assert tokenizer.encode(text) == ids[doubled:], f"{kind}: {text!r}"
 
 
 def test_the_golden_ids_cover_every_kind_and_tell_them_apart():

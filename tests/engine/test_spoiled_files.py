@@ -125,7 +125,7 @@ def test_interrupting_a_load_is_no_damaged_tokenizer(tmp_path: Path, monkeypatch
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.load.tokenizer, "from_directory", interrupted)
+    monkeypatch.setattr(engine.load.tokenizer_files, "from_directory", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.load_model(tiny_files.hf_directory(tmp_path / "m"))
 

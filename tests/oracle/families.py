@@ -233,7 +233,7 @@ def _saved(bench: Bench) -> Iterator[Result]:
 
 
 def tokenizer() -> Tokenizer:
-    """One token per byte, as `engine.tokenizer.byte_level` numbers them."""
+    """One token per byte, as `engine.library.byte_level` numbers them."""
     alphabet = {c: i for i, c in _alphabet().items()}
     backend = Tokenizer(models.BPE(alphabet | {"<|end|>": 256}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

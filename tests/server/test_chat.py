@@ -7,7 +7,7 @@ import pytest
 import tiny_files
 from clients import ERAS, ask, connected, refused
 
-from engine import forward, load_model
+from engine import forward, generate, load_model
 from engine.chat import ChatTemplate
 from engine.distribution import kl_divergence
 from engine.tokenizer import Tokenizer
@@ -96,3 +96,47 @@ async def test_a_directory_brings_its_template(tmp_path: Path) -> None:
         await ask(client, "load_model", model=str(path))
         answer = await ask(client, "tokenize", text="the", chat=True)
     assert [token["id"] for token in answer["tokens"]] == list(model.tokenizer.backend.encode("the the the"))
+
+
+@pytest.mark.parametrize("mode", ERAS)
+async def test_an_answer_may_be_begun_and_its_next_token_read(talking: Lab, mode: str) -> None:
+    ids = talking.models[0].model.encode("[u]hello[a]It is")
+    async with connected(build_server(talking), mode) as client:
+        begun = await ask(client, "logit_lens", prompt="hello", chat="It is")
+        same = await ask(client, "logit_lens", prompt=ids)
+        assert "chat" in await refused(client, "logit_lens", prompt="hello", chat="")
+        assert "chat" in await refused(client, "logit_lens", prompt="hello", chat=1)
+    assert begun["rows"] == same["rows"]
+    assert f"'[u]hello[a]It is' (tokens {ids})" in begun["notice"]
+
+
+@pytest.fixture
+def begun(lab: Lab) -> Lab:
+    """The synthetic model, its end-of-text token as BOS."""
+    slot = lab.slots[0]
+    assert slot.loaded is not None
+    words = slot.loaded.model.tokenizer
+    slot.loaded.model = dataclasses.replace(slot.loaded.model, tokenizer=Tokenizer(words.backend, 256, ()))
+    return lab
+
+
+async def test_a_text_that_brings_its_bos_has_one_and_a_notice(begun: Lab) -> None:
+    async with connected(build_server(begun)) as client:
+        brought = await ask(client, "tokenize", text="<|end|>hi")
+        plain = await ask(client, "tokenize", text="hi")
+        rows = [(await ask(client, "logit_lens", prompt=text))["rows"] for text in ("<|end|>hi", "hi")]
+    assert [token["id"] for token in brought["tokens"]] == [token["id"] for token in plain["tokens"]] == [256, *b"hi"]
+    assert "BOS stands there already" in brought["notice"]
+    assert "'<|end|>hi'" in brought["notice"]
+    assert "BOS" not in plain["notice"]
+    assert rows[0] == rows[1]
+
+
+async def test_a_prompt_that_continues_a_cache_has_no_bos(begun: Lab) -> None:
+    model = begun.models[0].model
+    async with connected(build_server(begun)) as client:
+        kept = await ask(client, "prefill_inject", recipient="hello", donor="hello", max_new_tokens=1, keep=True)
+        after = await ask(client, "generate_with_hooks", prompt="o there", cache=kept["handle"], max_new_tokens=8)
+        named = await ask(client, "generate_with_hooks", prompt=[*b"o there"], cache=kept["handle"], max_new_tokens=8)
+    whole = generate(model, model.encode("hello there"), 8)
+    assert after["baseline"]["ids"] == named["baseline"]["ids"] == whole.ids
