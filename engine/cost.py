@@ -2,13 +2,15 @@
 
 of_pass          a forward pass
 of_generation    prefill and decode
+what_fits        how much of the work there would be room for
 sweeps, grids, pools and injections say theirs beside themselves: sweep_cost, patching_grid_cost, pooled_rows_cost,
 kv_inject_cost
 """
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from engine import blas, fast
 from engine.cache import KVCache
@@ -16,6 +18,7 @@ from engine.config import Config
 from engine.decoder import forward
 from engine.network import Network
 from engine.ops import QUERY_BLOCK
+from engine.points import ONCE
 from engine.points import point as point_named
 from engine.split import parts_of
 
@@ -30,26 +33,35 @@ class Cost:
     """What some work takes.
 
     layers: layers entered, which is how often `tick` is called; rows: rows that go through a layer with others; steps:
-    rows that go through one alone, as in decoding; nbytes: of arrays held at one time, about, beside the weights.
+    rows that go through one alone, as in decoding; nbytes: of arrays held at one time, about, beside the weights, of
+    which `growing` grow with each of the numbers `by`, such as {"layers": 30, "positions": 2001}.
     """
 
     layers: int = 0
     rows: int = 0
     steps: int = 0
     nbytes: int = 0
+    growing: int = 0
+    by: Mapping[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "Cost") -> "Cost":
         """One after the other."""
-        nbytes = max(self.nbytes, other.nbytes)
-        return Cost(self.layers + other.layers, self.rows + other.rows, self.steps + other.steps, nbytes)
+        layers, rows, steps = self.layers + other.layers, self.rows + other.rows, self.steps + other.steps
+        return replace(max(self, other, key=lambda cost: cost.nbytes), layers=layers, rows=rows, steps=steps)
 
     def __mul__(self, times: int) -> "Cost":
         """So many times over."""
-        return Cost(self.layers * times, self.rows * times, self.steps * times, self.nbytes)
+        return replace(self, layers=self.layers * times, rows=self.rows * times, steps=self.steps * times)
 
-    def holding(self, nbytes: int) -> "Cost":
-        """The same with so many bytes more held."""
-        return Cost(self.layers, self.rows, self.steps, self.nbytes + nbytes)
+    def holding(self, nbytes: int, **by: int) -> "Cost":
+        """The same with so many bytes more held, which grow with each of the numbers `by`."""
+        growing = self.growing + (nbytes if by else 0)
+        return replace(self, nbytes=self.nbytes + nbytes, growing=growing, by={**self.by, **by})
+
+    def beside(self, other: "Cost") -> "Cost":
+        """Both at one time."""
+        both, growing = self + other, self.growing + other.growing
+        return replace(both, nbytes=self.nbytes + other.nbytes, growing=growing, by={**self.by, **other.by})
 
     def passes(self, cfg: Config, length: int) -> float:
         """In forward passes of a prompt of `length` tokens; a decoded token is one too."""
@@ -67,8 +79,13 @@ def of_pass(cfg: Config, length: int, stop: int | None = None) -> Cost:
 
 def of_generation(cfg: Config, length: int, max_new_tokens: int) -> Cost:
     """A prompt of `length` tokens and at most so many new ones; the last of them is never fed back."""
-    cache = 8 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * (length + max_new_tokens)
+    cache = cache_bytes(cfg, length + max_new_tokens)
     return (of_pass(cfg, length) + of_pass(cfg, 1) * (max_new_tokens - 1)).holding(cache)
+
+
+def cache_bytes(cfg: Config, positions: int) -> int:
+    """Of keys and values of so many positions in all layers."""
+    return 8 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * positions
 
 
 def working_bytes(cfg: Config, rows: int, length: int, parts: int = 1) -> int:
@@ -81,6 +98,28 @@ def working_bytes(cfg: Config, rows: int, length: int, parts: int = 1) -> int:
     keys = 3 * length * cfg.n_kv_heads * cfg.d_head
     at_once = min(rows, QUERY_BLOCK * parts)
     return 4 * (rows * by_row + keys + 2 * cfg.n_heads * at_once * length)
+
+
+def pattern_bytes(cfg: Config, length: int) -> int:
+    """Of one layer's attention pattern, which is whole while anyone listens to it: every head, row and key."""
+    return 4 * cfg.n_heads * length * length
+
+
+def what_fits(cost: Cost, length: int, room: int) -> str:
+    """In words: how much of the work, on a prompt of `length` tokens, so many bytes are enough for."""
+    rest = cost.nbytes - cost.growing
+    share = (room - rest) / cost.growing if cost.growing else 0.0
+    fitting = {what: int(number * share) for what, number in cost.by.items()}
+    told = [f"{number} {what}" for what, number in fitting.items() if number > 0]
+    tokens = length * room // max(cost.nbytes, 1)  # bytes grow with tokens at least in proportion
+    return " or ".join(told) or (f"a prompt of {tokens} tokens" if tokens > 0 else "nothing of this kind")
+
+
+def of_capture(cfg: Config, length: int, points: Iterable[str], layers: int, positions: int) -> Cost:
+    """What recording takes beside the pass: rows at so many positions of each point and layer."""
+    rows = sum(4 * positions * row_size(cfg, name, length) * (1 if name in ONCE else layers) for name in points)
+    whole = 2 * pattern_bytes(cfg, length) if "attn_pattern" in points else 0
+    return Cost().holding(whole).holding(rows, layers=layers, positions=positions)
 
 
 def row_shape(cfg: Config, point: str, length: int) -> tuple[int, ...]:

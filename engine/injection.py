@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.cache import KVCache
-from engine.cost import Cost, of_pass
+from engine.cost import Cost, cache_bytes, of_pass
 from engine.decoder import Tick, forward
 from engine.distribution import kl_divergence, softmax_of
 from engine.errors import PromptError
@@ -101,7 +101,7 @@ def prefill_inject_cost(
     cfg = model.config
     theirs = Cost() if isinstance(donor, KVCache) else of_pass(cfg, len(donor) - 1)
     decoded = of_pass(cfg, 1) + of_pass(cfg, 1) * max_new_tokens
-    caches = 8 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * (3 * len(recipient) + max_new_tokens)
+    caches = cache_bytes(cfg, 3 * len(recipient) + max_new_tokens)
     return (of_pass(cfg, len(recipient) - 1) + theirs + decoded * 2).holding(caches)
 
 
@@ -223,7 +223,7 @@ def kv_inject_cost(
     chosen = sorted(model.resolve_layers(range(cfg.n_layers) if layers is None else layers))
     blank = np.broadcast_to(np.float32(0), (cfg.n_kv_heads, n - 1, cfg.d_head))
     variants = [Variant(kv=dict.fromkeys(span, (blank, blank))) for span in [*_spans(chosen), chosen, chosen]]
-    caches = 8 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * (4 * n + 2 * len(donor))
+    caches = cache_bytes(cfg, 4 * n + 2 * len(donor))
     if len(donor) == n:
         return sweep_cost(model, recipient, variants, prompts=3).holding(caches)
     others = Cost(cfg.n_layers, 2 * cfg.n_layers * len(donor), 0, 2 * of_pass(cfg, len(donor)).nbytes)

@@ -1,6 +1,6 @@
 """Reading residuals in the vocabulary: the logit lens (nostalgebraist 2020) and projections.
 
-lens_logits, logit_lens_topk, track_token, track_race    final norm, unembedding, logit scale, softcap
+lens_logits, logit_lens_topk, most_probable, track_token, track_race    final norm, unembedding, logit scale, softcap
 project_through_unembed    raw W_U @ vec: no norm, no softcap (raw direct logit attribution)
 embedding_neighbors        cosine against the unscaled W_E
 embedding_row, embedding_row_scaled, unembedding_row    single rows of W_E and W_U
@@ -35,7 +35,7 @@ def lens_logits(model: Network, residual: Array) -> Array:
 def logit_lens_topk(model: Network, residual: Array, k: int = 10) -> Ranked | list[Ranked]:
     """The k most probable tokens as (token id, probability)."""
     rows = model.check_vector(residual)
-    return _most_probable(model, rows, k) if rows.ndim == 2 else _most_probable(model, rows[None], k)[0]
+    return most_probable(model, rows, k) if rows.ndim == 2 else most_probable(model, rows[None], k)[0]
 
 
 def track_token(model: Network, residual: Array, token_id: int) -> float | list[float]:
@@ -52,15 +52,17 @@ def track_race(
     rows = {layer: model.check_vector(residual) for layer, residual in residuals.items()}
     if not rows:
         return {}
-    ranked = _most_probable(model, np.concatenate([np.atleast_2d(x) for x in rows.values()]), k)
+    ranked = most_probable(model, np.concatenate([np.atleast_2d(x) for x in rows.values()]), k)
     out: dict[int, Any] = {}
     for layer, x in rows.items():
         out[layer], ranked = (ranked[: len(x)], ranked[len(x) :]) if x.ndim == 2 else (ranked[0], ranked[1:])
     return out
 
 
-def _most_probable(model: Network, rows: Array, k: int) -> list[Ranked]:
-    """Of each of (n, d_model) rows, so many at a time that their logits are a moderate array."""
+def most_probable(model: Network, rows: Array, k: int) -> list[Ranked]:
+    """The k most probable tokens of each of (n, d_model) rows, so many rows at a time that their logits are a moderate
+    array.
+    """
     found: list[Ranked] = []
     for start in range(0, len(rows), READ_AT_ONCE):
         probabilities = softmax(lens_logits(model, rows[start : start + READ_AT_ONCE]))

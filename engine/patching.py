@@ -89,11 +89,13 @@ def capture_donor_state(
     only = 0 if name == "embed" else model.config.n_layers - 1
     if name in ONCE and layers != {only}:
         raise LayerError(f"{name} exists once, at layer {only}; ask for it there")
-    record = RecordHook.for_layers(layers, points=[name])
+    places = sorted({pos for _, pos in resolved})
+    record = RecordHook.for_layers(layers, points=[name], positions=places)
     forward(model, tokens, hook=record, stop=max(layers) + 1, logits_at="none", tick=tick)
     kept = record.get(name)
     axis = point_named(name).seq_axis - 1  # without the batch axis
-    return DonorState(name, {(layer, pos): np.take(kept[layer], pos, axis) for layer, pos in resolved})
+    rows = {(layer, pos): np.take(kept[layer], places.index(pos), axis) for layer, pos in resolved}
+    return DonorState(name, rows)
 
 
 def by_position(rows: Array, point: str) -> Array:

@@ -8,6 +8,7 @@ alpha_sweep       one steering vector at many strengths
 Scan              the result: one number per cell
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -129,6 +130,20 @@ def patching_grid_cost(
     variants = [cell for cell in cells(dict.fromkeys(axes["layer"], blank)) if cell is not None]
     cost = sweep_cost(model, recipient, variants, budget, 1 + len(_beside(model, donor, recipient)))
     return cost.holding(4 * 2 * len(axes["layer"]) * blank.size)
+
+
+def grid_cells(
+    model: Network,
+    donor: Tokens,
+    recipient: Tokens,
+    point: str = "resid_post",
+    by: GridBy = "position",
+    layers: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+) -> int:
+    """How many numbers `patching_grid` will give."""
+    axes, _ = _grid(model, donor, recipient, point, by, layers, positions)
+    return math.prod(map(len, axes.values()))
 
 
 def _grid(

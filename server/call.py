@@ -34,6 +34,9 @@ LOCAL = "local"
 ENOUGH = 20
 """Characters of a prompt in a handle."""
 
+COPIES_KEPT = 2
+"""What keeping tensors needs beside them: they are packed, and are a file's content then."""
+
 REPORT_EVERY = 0.1
 """Seconds between progress notifications."""
 
@@ -45,7 +48,7 @@ class Costed(Exception):
         self.model, self.cost, self.length = model, cost, length
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """What a tool is given besides its arguments."""
 
@@ -62,8 +65,14 @@ class Call:
     _reported: float = field(default=0.0)
     _untold: tuple[int, int | None, str] | None = None
 
-    def expect(self, model: Model, cost: Cost, length: int) -> None:
-        """Say before any of it what the work on a prompt of `length` tokens will take. A dry run ends here."""
+    def expect(self, model: Model, cost: Cost, length: int, keeps: int = 0) -> None:
+        """Say before any of it what the work on a prompt of `length` tokens will take, and how many bytes of tensors
+        it will keep. A dry run ends here. Raises `OutOfSpace` when there is no room for that.
+        """
+        if keeps:
+            self.lab.store.require_room(keeps, self.owner)
+            cost = cost.holding(COPIES_KEPT * keeps, **cost.by)
+        self.lab.memory.take(self, cost, length)
         if self.dry:
             raise Costed(model, cost, length)
         self.expected = self._ticks + cost.layers  # a model may have been loaded before

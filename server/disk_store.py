@@ -127,6 +127,12 @@ class DiskStore:
         if used + wanted > self._disk_budget:
             raise no_room(wanted, used, self._disk_budget, self.records(owner))
 
+    def require_room(self, wanted: int, owner: str) -> None:
+        self._require_room(None, wanted, owner)
+
+    def shrink(self, to: int) -> int:
+        return self._cache.shrink(to)
+
     @property
     def bytes_in_memory(self) -> int:
         return self._cache.nbytes

@@ -1,10 +1,11 @@
 """Interventions as an agent describes them -> the engine's."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from engine import Intervention, Model, capture_donor_state, replacements
-from engine.cost import Cost, of_pass
+from engine.config import Config
+from engine.cost import Cost, of_capture, of_pass, pattern_bytes
 from engine.edits import Scope
 from engine.errors import InputError
 from engine.ops import Array
@@ -21,14 +22,17 @@ def described_interventions(
     return [made for item in items or () for made in _made(call, model, item, length)]
 
 
-def described_cost(call: Call, model: Model, items: Iterable[described.Intervention] | None) -> Cost:
-    """What the donors and the prompts that are averaged take."""
+def described_cost(call: Call, model: Model, items: Iterable[described.Intervention] | None, length: int) -> Cost:
+    """What the donors and the prompts that are averaged take, and changed patterns of a prompt of `length` tokens."""
     cfg, cost = model.config, Cost()
     for item in items or ():
         if item.over is not None:
             cost += replacements_cost(call, model, item.over, layer_list(model, item.layers), _point(item))
         if item.donor is not None:
-            cost += of_pass(cfg, len(call.ids(model, item.donor)), max(layer_list(model, item.layers)) + 1)
+            donor, layers = len(call.ids(model, item.donor)), layer_list(model, item.layers)
+            rows = donor_rows_cost(cfg, donor, _point(item), layers, len(item.pairs or range(donor)))
+            cost = cost.beside(of_pass(cfg, donor, max(layers) + 1).beside(rows))
+        cost = cost.beside(pattern_cost(cfg, _point(item), length))
     return cost
 
 
@@ -65,6 +69,17 @@ def sources(items: Iterable[Intervention], generating: bool = False) -> str | No
     told = dict.fromkeys(item.source for item in items if item.source)
     beyond = generating and any(item.source and item.rows for item in items)
     return ". ".join([*told, *["New tokens' rows: over all rows but each prompt's first"] * beyond]) or None
+
+
+def donor_rows_cost(cfg: Config, length: int, point: str, layers: Sequence[int], positions: int) -> Cost:
+    """Rows of a donor beside its pass: as they are recorded, and by position."""
+    rows = of_capture(cfg, length, [point], len(layers), positions)
+    return rows.holding(rows.growing)
+
+
+def pattern_cost(cfg: Config, point: str, length: int) -> Cost:
+    """What changing a point holds beside the pass: attention patterns are whole then."""
+    return Cost(nbytes=4 * pattern_bytes(cfg, length) if point == "attn_pattern" else 0)
 
 
 def _point(item: described.Intervention) -> str:

@@ -15,6 +15,7 @@ from engine.decoder import Tick
 from engine.errors import DamagedFile, InputError, ModelError, UnknownModel, clipped
 from engine.load import layer_budget
 from server.logs import log
+from server.memory import MEMORY_BUDGET, WorkingMemory
 from server.sources import Sources
 from server.store import MemoryStore, RememberedModel, SessionStore
 
@@ -86,9 +87,11 @@ class Lab:
         sources: Sources | None = None,
         model_budget: int | None = None,
         converted: bool = True,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         self.store: SessionStore = MemoryStore() if store is None else store
         self.sources = Sources() if sources is None else sources
+        self.memory = WorkingMemory(self.store, memory_budget)
         self._budget, self._converted = model_budget, converted
         self._slots: dict[str, Slot] = {}
         self._loading, self._lock = threading.Lock(), threading.RLock()

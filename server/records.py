@@ -125,6 +125,13 @@ class TensorCache:
                 self._held[handle] = tensors
                 self.nbytes += size
 
+    def shrink(self, to: int) -> int:
+        """Drop the least recently used until at most so many bytes are held; returns how many are."""
+        with self._lock:
+            while self._held and self.nbytes > to:
+                self._drop(next(iter(self._held)))
+            return self.nbytes
+
     def drop(self, handle: str) -> None:
         with self._lock:
             self._drop(handle)

@@ -6,14 +6,11 @@ A run belongs to the server that started it. When that server is gone, a run it 
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from server.index import Index
-from server.store import Run, StoreError, is_handle, mint, unknown
-
-RESERVED = 4096
-"""Bytes of disk budget that a run takes beyond its start, so that it can always end with a word of why."""
+from server.store import RESERVED, Run, StoreError, is_handle, mint, run_body, unkept, unknown
 
 Room = Callable[[Any, int, str], None]
 """Raises `OutOfSpace` unless so many bytes of this principal fit; called within a transaction."""
@@ -27,7 +24,7 @@ class RunLog:
 
     def start(self, owner: str, tool: str, arguments: Mapping[str, Any], provenance: Mapping[str, Any]) -> Run:
         run = Run(mint("run", tool), owner, tool, dict(arguments), dict(provenance), time.time())
-        body = _body(run)
+        body = run_body(run)
         with self._index.writing() as db:
             self._room(db, len(body) + RESERVED, owner)
             db.execute(
@@ -43,12 +40,11 @@ class RunLog:
         except StoreError as error:
             if run.state == "running":
                 raise
-            said = f"it was {run.state}, but what came of it could not be kept: {error}"[: RESERVED // 4]
-            self._update(replace(run, state="failed", result=None, error=said))
+            self._update(unkept(run, error))
 
     def _update(self, run: Run) -> None:
         """Nothing happens to a run that has ended or was released."""
-        body = _body(run)
+        body = run_body(run)
         with self._index.writing() as db:
             row = db.execute("SELECT bytes FROM runs WHERE handle = ? AND state = 'running'", (run.handle,)).fetchone()
             if row is None:
@@ -92,8 +88,3 @@ class RunLog:
         ended = replace(run, state="interrupted", ended=time.time(), error="the server ended while this was going on")
         self._update(ended)
         return ended
-
-
-def _body(run: Run) -> str:
-    """ASCII, so that its length is its bytes."""
-    return json.dumps(asdict(run), allow_nan=False)

@@ -43,7 +43,7 @@ def serve(settings: Settings) -> None:
     if not settings.fast:
         fast.switch_off("switched off by --no-fast")
     converted = settings.converted and not settings.read_only
-    lab = Lab(store(settings), sources(settings), model_budget(settings), converted)
+    lab = Lab(store(settings), sources(settings), model_budget(settings), converted, settings.memory_budget)
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
     server = build_server(lab, settings.toolset, settings.read_only, watch)
     gc.freeze()  # a full collection goes through modules and schemas for 0.1 s, and nobody is answered meanwhile

@@ -64,7 +64,9 @@ class Settings(BaseSettings):
     workspace: Path = Field(
         user_data_path("mechscope"), description="Folder of captures, kept caches and jobs. Servers may share it."
     )
-    memory_budget: ByteSize = Field(ByteSize(2 << 30), description="Memory for captures and kept caches.")
+    memory_budget: ByteSize = Field(
+        ByteSize(2 << 30), description="Memory for what calls work with, captures and kept caches, together."
+    )
     disk_budget: ByteSize = Field(ByteSize(20 << 30), description="What the workspace may hold, in all its servers.")
     model_budget: ByteSize | None = Field(
         None, description="Memory for models; the least recently used go. Without one: 80% of the machine's."

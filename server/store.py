@@ -11,12 +11,13 @@ StoreError          what a store cannot do; the message says what to do instead
     DamagedRecord   the file of a record is missing or not what was written
 """
 
+import json
 import re
 import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from pydantic import ByteSize
@@ -145,9 +146,17 @@ class SessionStore(Protocol):
         """All models that have handles, oldest first."""
         ...
 
+    def require_room(self, wanted: int, owner: str) -> None:
+        """Raise `OutOfSpace` unless tensors of so many bytes could be kept now."""
+        ...
+
+    def shrink(self, to: int) -> int:
+        """Let go of what is in memory and elsewhere too, until so many bytes are left; returns how many are."""
+        ...
+
     @property
     def bytes_in_memory(self) -> int:
-        """What all principals' records take in memory."""
+        """What all principals' records take in memory, and runs that are nowhere else."""
         ...
 
     @property
@@ -162,7 +171,7 @@ class MemoryStore:
     bytes_on_disk = 0
 
     def __init__(self, budget: int | None = None) -> None:
-        """Records take at most `budget` bytes."""
+        """Records and runs take at most `budget` bytes."""
         self._budget = budget
         self._records: dict[str, Record] = {}
         self._runs: dict[str, Run] = {}
@@ -175,8 +184,7 @@ class MemoryStore:
         handle, size = mint(kind, label), nbytes(tensors)
         made = Record(handle, owner, dict(tensors), {**provenance, "tensors": layout(tensors)}, size)
         with self._lock:
-            if self._budget is not None and self.bytes_in_memory + size > self._budget:
-                raise no_room(size, self.bytes_in_memory, self._budget, self.records(owner))
+            self.require_room(size, owner)
             self._records[handle] = made
         return handle
 
@@ -204,13 +212,22 @@ class MemoryStore:
     def start_run(self, owner: str, tool: str, arguments: Mapping[str, Any], provenance: Mapping[str, Any]) -> Run:
         run = Run(mint("run", tool), owner, tool, dict(arguments), dict(provenance), time.time())
         with self._lock:
+            self.require_room(_taken(run), owner)
             self._runs[run.handle] = run
         return run
 
     def save_run(self, run: Run) -> None:
         with self._lock:
-            if run.handle in self._runs:
-                self._runs[run.handle] = run
+            if (before := self._runs.get(run.handle)) is not None:
+                self._runs[run.handle] = self._fitting(run, before)
+
+    def _fitting(self, run: Run, before: Run) -> Run:
+        """The run, or word of why what came of it could not be kept."""
+        try:
+            self.require_room(_taken(run) - _taken(before), run.owner)
+        except OutOfSpace as error:
+            return unkept(run, error)
+        return run
 
     def run(self, handle: str, owner: str) -> Run:
         run = self._runs.get(handle)
@@ -238,7 +255,35 @@ class MemoryStore:
     @property
     def bytes_in_memory(self) -> int:
         with self._lock:
-            return sum(record.nbytes for record in self._records.values())
+            return sum(record.nbytes for record in self._records.values()) + sum(map(_taken, self._runs.values()))
+
+    def require_room(self, wanted: int, owner: str) -> None:
+        with self._lock:
+            used = self.bytes_in_memory
+            if self._budget is not None and used + wanted > self._budget:
+                raise no_room(wanted, used, self._budget, self.records(owner))
+
+    def shrink(self, to: int) -> int:
+        return self.bytes_in_memory
+
+
+RESERVED = 4096
+"""Bytes of a budget that a run takes beyond its start, so that it can always end with a word of why."""
+
+
+def run_body(run: Run) -> str:
+    """A run as JSON; ASCII, so that its length is its bytes."""
+    return json.dumps(asdict(run), allow_nan=False)
+
+
+def unkept(run: Run, why: StoreError) -> Run:
+    """The end of a run whose result there is no room for."""
+    said = f"it was {run.state}, but what came of it could not be kept: {why}"[: RESERVED // 4]
+    return replace(run, state="failed", result=None, error=said)
+
+
+def _taken(run: Run) -> int:
+    return len(run_body(run)) + (RESERVED if run.state == "running" else 0)
 
 
 def unknown(handle: str) -> UnknownHandle:

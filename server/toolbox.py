@@ -81,6 +81,8 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
                 f"{function.__name__} failed inside mechscope ({type(error).__name__}, fault {fault} in the server's "
                 "log); this is a defect: nothing was computed and nothing was lost"
             ) from error
+        finally:
+            lab.memory.give_back(call)
 
     on_loop = inspect.iscoroutinefunction(function)
     uses_model = "model" in signature.parameters and function.__name__ not in ("load_model", "tokenize")

@@ -19,14 +19,16 @@ LAYER_SECONDS = 0.03
 class Entered:
     """Counts the layers that begin to run, and makes each take a while."""
 
-    def __init__(self, model: Model, entered: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, model: Model, entered: Callable[[], None] = lambda: None, seconds: float = LAYER_SECONDS
+    ) -> None:
         self.count = 0
         inner = model.params
 
         def load(layer: int) -> LayerParams:
             self.count += 1
             entered()
-            time.sleep(LAYER_SECONDS)
+            time.sleep(seconds)
             return inner.layer(layer)
 
         params = Params(Ends(inner.embed, inner.unembed, inner.final_norm), load, keep=0)

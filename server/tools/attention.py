@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Model, RecordHook, forward
-from engine.cost import of_pass
+from engine.cost import of_capture, of_pass
 from engine.errors import InputError
 from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, Positions, Prompt
@@ -41,10 +41,11 @@ def attention_pattern(
             f"{len(chosen)} layers x {len(of)} heads x {len(rows)} positions x {k} sources are more than "
             f"{MOST_ENTRIES} entries; ask for fewer layers, heads or positions, or a smaller k"
         )
-    record = RecordHook.for_layers(chosen, points=["attn_pattern"])
-    call.expect(engine, of_pass(engine.config, len(ids), max(chosen) + 1), len(ids))
+    record = RecordHook.for_layers(chosen, points=["attn_pattern"], positions=sorted(rows))
+    held = of_capture(engine.config, len(ids), ["attn_pattern"], len(chosen), len(rows))
+    call.expect(engine, of_pass(engine.config, len(ids), max(chosen) + 1).beside(held), len(ids))
     forward(engine, ids, hook=record, stop=max(chosen) + 1, logits_at="none", tick=call.tick)
-    patterns = record.attention_weights
+    patterns, places = record.attention_weights, {row: place for place, row in enumerate(sorted(rows))}
     return Attention(
         model=loaded.handle,
         notice=loaded.notice,
@@ -53,8 +54,8 @@ def attention_pattern(
                 layer=layer,
                 head=head,
                 position=row,
-                entropy=_entropy(patterns[layer][head, row]),
-                top=_sources(engine, ids, patterns[layer][head, row, : row + 1], k),
+                entropy=_entropy(patterns[layer][head, places[row]]),
+                top=_sources(engine, ids, patterns[layer][head, places[row], : row + 1], k),
             )
             for layer in chosen
             for head in of

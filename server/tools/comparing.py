@@ -85,7 +85,8 @@ def _expect(call: Call, sides: Sequence[Any], prompt: Any, layers: list[int] | s
             length = len(call.ids(engine, text))
             cost += of_pass(engine.config, length, max(layer_list(engine, layers)) + 1)
             longest = max(longest, length)
-    call.expect(engine, cost, longest)
+    shown = 4 * 2 * len(layer_list(engine, layers)) * engine.config.d_vocab
+    call.expect(engine, cost.holding(shown + 6 * 8 * engine.config.d_vocab), longest)
 
 
 def _is_model(side: str | Sequence[int]) -> bool:

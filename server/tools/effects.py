@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from engine import Intervention, Model, capture_donor_state, compile_interventions, forward, replacements
-from engine.cost import of_pass
+from engine.cost import Cost, of_pass
 from engine.distribution import kl_divergence, softmax_of
 from engine.edits import Edit, Scope
 from engine.errors import InputError
@@ -20,6 +20,8 @@ from server.call import Call, layer_list, probabilities, token_id
 from server.interventions import (
     described_cost,
     described_interventions,
+    donor_rows_cost,
+    pattern_cost,
     replacements_cost,
     scope,
     sources,
@@ -60,9 +62,9 @@ def forward_ablate(
     loaded = call.loaded(model)
     engine = loaded.model
     ids = call.ids(engine, prompt)
-    cost = of_pass(engine.config, len(ids)) * 2 + described_cost(call, engine, interventions)
+    cost = _cost(call, engine, len(ids), interventions).beside(pattern_cost(engine.config, point, len(ids)))
     if layers is not None and mode != "zero" and mean_over:
-        cost += replacements_cost(call, engine, mean_over, layer_list(engine, layers), point)
+        cost = cost.beside(replacements_cost(call, engine, mean_over, layer_list(engine, layers), point))
     call.expect(engine, cost, len(ids))
     at = (point, scope(positions), None if heads is None else tuple(heads))
     made = [] if layers is None else _ablations(call, engine, ids, layers, at, mode, mean_over, match)
@@ -120,11 +122,7 @@ def forward_steer(
     """
     loaded = call.loaded(model)
     ids = call.ids(loaded.model, prompt)
-    call.expect(
-        loaded.model,
-        of_pass(loaded.model.config, len(ids)) * 2 + described_cost(call, loaded.model, interventions),
-        len(ids),
-    )
+    call.expect(loaded.model, _cost(call, loaded.model, len(ids), interventions), len(ids))
     made = steering(call, loaded.model, steers or (), scope(positions))
     return _compared(call, loaded, ids, made, interventions, token, against)
 
@@ -162,9 +160,12 @@ def patch_activations(
     engine = loaded.model
     ids, donor_ids = call.ids(engine, recipient), call.ids(engine, donor)
     pairs = dict.fromkeys(_pair(engine, target, len(donor_ids), len(ids)) for target in targets)
-    captured = of_pass(engine.config, len(donor_ids), 1 + max(layer for layer, _, _ in pairs))
-    passes = of_pass(engine.config, len(donor_ids)) + of_pass(engine.config, len(ids)) * 2
-    call.expect(engine, captured + passes + described_cost(call, engine, interventions), len(ids))
+    layers = list({layer for layer, _, _ in pairs})
+    rows = donor_rows_cost(engine.config, len(donor_ids), point, layers, len({source for _, source, _ in pairs}))
+    donors = of_pass(engine.config, len(donor_ids), max(layers) + 1) + of_pass(engine.config, len(donor_ids))
+    changed = pattern_cost(engine.config, point, len(ids))
+    passes = donors + _cost(call, engine, len(ids), interventions)
+    call.expect(engine, passes.beside(rows).beside(changed), len(ids))
     state = capture_donor_state(engine, donor_ids, {(layer, source) for layer, source, _ in pairs}, point, call.tick)
     made = [
         Intervention("patch", (layer,), point, rows={dest: state.rows[layer, source]}) for layer, source, dest in pairs
@@ -177,6 +178,11 @@ def patch_activations(
         donor=probabilities(engine, donor_logits[0, -1], SHOWN),
         recovered=_recovered(effect.token, donor_logits[0, -1]),
     )
+
+
+def _cost(call: Call, model: Model, length: int, interventions: FurtherInterventions) -> Cost:
+    """Of the runs without and with interventions, and of what those need."""
+    return (of_pass(model.config, length) * 2).beside(described_cost(call, model, interventions, length))
 
 
 def _pair(model: Model, target: Target, donor_length: int, length: int) -> tuple[int, int, int]:

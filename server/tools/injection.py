@@ -8,6 +8,7 @@ from pydantic import Field
 from engine import KVCache, Model
 from engine import kv_inject_test as scanned
 from engine import prefill_inject as injected
+from engine.cost import cache_bytes
 from engine.injection import Injection, InjectionCell, kv_inject_cost, prefill_inject_cost
 from schemas import effects
 from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
@@ -45,7 +46,8 @@ def prefill_inject(
     engine = loaded.model
     ids = call.ids(engine, recipient)
     donor_ids, donor_cache = _donor(call, engine, donor)
-    call.expect(engine, prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens), len(ids))
+    cost = prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens)
+    call.expect(engine, cost, len(ids), keeps=cache_bytes(engine.config, len(ids) - 1) if keep else 0)
     result = injected(
         engine, ids, donor_cache or donor_ids, layer_list(engine, layers),
         None if source is None else (source[0], source[1]), dest, what, rope, heads, max_new_tokens, call.tick,

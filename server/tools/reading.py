@@ -8,10 +8,10 @@ import numpy as np
 from pydantic import Field
 
 from engine import Model, RecordHook, forward, trace_forward
-from engine.cost import of_pass, row_size
+from engine.cost import Cost, of_capture, of_pass
 from engine.distribution import rank_of, softmax_of, top_k
 from engine.errors import InputError
-from engine.lens import lens_logits
+from engine.lens import lens_logits, most_probable
 from engine.ops import Array
 from engine.points import POINTS
 from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, TokenRef, TopK
@@ -47,11 +47,11 @@ def capture_residuals(
     names: list[str] = list(dict.fromkeys(points))
     for name in names:
         engine.check_point(name)
-    record = RecordHook.for_layers(chosen, points=names, positions=sorted(rows))
-    held = sum(4 * len(chosen) * len(rows) * row_size(engine.config, name, len(ids)) for name in names)
-    call.expect(engine, of_pass(engine.config, len(ids)).holding(held), len(ids))
-    forward(engine, ids, hook=record, logits_at="none", tick=call.tick)
-    kept = {name: _ordered(record.get(name), name, rows) for name in names}
+    if lens_k:
+        _check_entries(len(chosen), len(rows), lens_k)
+    held = of_capture(engine.config, len(ids), names, len(chosen), len(rows))
+    call.expect(engine, of_pass(engine.config, len(ids)).beside(held), len(ids), keeps=held.growing)
+    kept = _recorded(call, engine, ids, chosen, names, rows)
     tensors = {f"{name}.{layer}": array for name, by_layer in kept.items() for layer, array in by_layer.items()}
     lens = _lens_of_capture(engine, kept, rows, lens_k) if lens_k else None
     about = f"{', '.join(names)} of {len(chosen)} layers at {len(rows)} positions"
@@ -83,6 +83,15 @@ def capture_residuals(
     )
 
 
+def _recorded(
+    call: Call, model: Model, ids: list[int], layers: list[int], points: list[str], rows: list[int]
+) -> dict[str, dict[int, Array]]:
+    """{point: {layer: rows}} of one pass."""
+    record = RecordHook.for_layers(layers, points=points, positions=sorted(rows))
+    forward(model, ids, hook=record, logits_at="none", tick=call.tick)
+    return {name: _ordered(record.get(name), name, rows) for name in points}
+
+
 def _ordered(by_layer: dict[int, Array], point: str, rows: list[int]) -> dict[int, Array]:
     """Position first (then heads, if any), rows in the order asked for."""
     axis = POINTS[point].seq_axis - 1
@@ -106,19 +115,19 @@ def _lens_of_capture(model: Model, kept: dict[str, dict[int, Array]], rows: list
 
 
 def _lens_rows(model: Model, by_layer: dict[int, Array], rows: list[int], k: int) -> list[LensRow]:
-    if len(by_layer) * len(rows) * k > MOST_ENTRIES:
+    return [
+        LensRow(layer=layer, position=position, top=ranked(model, pairs))
+        for layer, array in by_layer.items()
+        for position, pairs in zip(rows, most_probable(model, array, k), strict=True)
+    ]
+
+
+def _check_entries(layers: int, positions: int, k: int) -> None:
+    if layers * positions * k > MOST_ENTRIES:
         raise InputError(
-            f"{len(by_layer)} layers x {len(rows)} positions x {k} tokens are more than {MOST_ENTRIES} entries; "
+            f"{layers} layers x {positions} positions x {k} tokens are more than {MOST_ENTRIES} entries; "
             "ask for fewer layers or positions, or a smaller k"
         )
-    made = []
-    for layer, array in by_layer.items():
-        distribution = softmax_of(lens_logits(model, array))
-        made += [
-            LensRow(layer=layer, position=position, top=ranked(model, top_k(row, k)))
-            for position, row in zip(rows, distribution, strict=True)
-        ]
-    return made
 
 
 def logit_lens(
@@ -143,14 +152,22 @@ def logit_lens(
     ids = call.ids(engine, prompt)
     chosen, rows = layer_list(engine, layers), position_list(engine, positions, len(ids))
     last = engine.config.n_layers - 1
-    record = RecordHook.for_layers({*chosen, last}, points=["resid_post"])
-    call.expect(engine, of_pass(engine.config, len(ids)), len(ids))
+    _check_entries(len(chosen), len(rows), k)
+    call.expect(engine, _lens_cost(engine, len(ids), len(chosen), len(rows)), len(ids))
+    record = RecordHook.for_layers({*chosen, last}, points=["resid_post"], positions=sorted(rows))
     own = forward(engine, ids, hook=record, logits_at=rows, tick=call.tick).logits
     assert own is not None
-    kept = {layer: record.post_layer[layer][rows] for layer in {*chosen, last}}
+    kept = _ordered(record.post_layer, "resid_post", rows)
     error = np.abs(softmax_of(lens_logits(engine, kept[last])) - softmax_of(own[0])).max()
     read = _lens_rows(engine, {layer: kept[layer] for layer in chosen}, rows, k)
     return Lens(model=loaded.handle, notice=loaded.notice, rows=read, identity_error=float(error))
+
+
+def _lens_cost(model: Model, length: int, layers: int, positions: int) -> Cost:
+    """A pass, then the model's own distribution at each position beside the lens's; and the rows that are read."""
+    held = of_capture(model.config, length, ["resid_post"], layers + 1, positions)
+    read = Cost().holding(5 * 4 * positions * model.config.d_vocab, positions=positions)
+    return (of_pass(model.config, length) + read).beside(held)
 
 
 def _lens_of_handle(
@@ -161,6 +178,7 @@ def _lens_of_handle(
     asked = position_list(loaded.model, positions, held["prompt_length"])
     rows = held["positions"] if positions == "all" else asked
     kept = held_residuals(record, layers, rows, loaded.model)
+    _check_entries(len(kept), len(rows), k)
     return Lens(
         model=loaded.handle,
         notice=loaded.notice,
@@ -203,7 +221,8 @@ def residuals_at(record: Record, layers: list[int] | str, position: int, model: 
 
 def _layer_logits(call: Call, model: Model, ids: list[int], layers: list[int], position: int) -> dict[int, Array]:
     """{layer: (d_vocab,)} lens logits at one position."""
-    call.expect(model, of_pass(model.config, len(ids)), len(ids))
+    shown = 3 * 4 * len(layers) * model.config.d_vocab
+    call.expect(model, of_pass(model.config, len(ids)).holding(shown, layers=len(layers)), len(ids))
     trace = trace_forward(model, ids, capture_layers=layers, positions=[position], tick=call.tick)
     return {layer: lens_logits(model, rows)[0] for layer, rows in trace.residuals.items()}
 

@@ -19,6 +19,9 @@ from server.store import RememberedModel
 HANDLES_SHOWN, MOST_NAMED, LEFT_SHOWN = 50, 40, 12
 """Handles, tensors of one, and files left aside in one answer; agents pay for each."""
 
+STRETCH = 1 << 20
+"""Numbers that statistics are made of at one time."""
+
 
 def load_model(
     call: Call,
@@ -171,12 +174,16 @@ def _named(names: Sequence[str], most: int, by: str = "") -> str:
 
 
 def statistics(array: Array) -> dict[str, float]:
-    """Of all numbers of a tensor, in float64."""
-    exact = array.astype(np.float64).reshape(-1)
+    """Of all numbers of a tensor, in float64, some at a time."""
+    flat = array.reshape(-1)
+    parts = [slice(start, start + STRETCH) for start in range(0, flat.size, STRETCH)]
+    mean = sum(float(flat[part].sum(dtype=np.float64)) for part in parts) / flat.size
+    variance = sum(float(np.square(flat[part] - np.float64(mean)).sum()) for part in parts) / flat.size
+    squares = sum(float(np.square(flat[part], dtype=np.float64).sum()) for part in parts)
     return {
-        "mean": float(exact.mean()),
-        "std": float(exact.std()),
-        "min": float(exact.min()),
-        "max": float(exact.max()),
-        "norm": float(np.linalg.norm(exact)),
+        "mean": mean,
+        "std": variance**0.5,
+        "min": float(flat.min()),
+        "max": float(flat.max()),
+        "norm": squares**0.5,
     }

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Metric, Model, Scan, patching_grid
-from engine.scans import patching_grid_cost
+from engine.scans import grid_cells, patching_grid_cost
 from schemas.arguments import Layers, MetricName, ModelRef, PointRef, Prompt, TokenRef
 from schemas.base import Integers
 from schemas.scans import CausalTrace, GridCell, TokenPair
@@ -44,7 +44,8 @@ def causal_trace(
     ids, donor = call.ids(engine, corrupt), call.ids(engine, clean)
     wanted = _metric(engine, metric, token, against)
     cells = point, by, layer_list(engine, layers), positions
-    call.expect(engine, patching_grid_cost(engine, donor, ids, *cells), len(ids))
+    kept = 4 * grid_cells(engine, donor, ids, *cells)
+    call.expect(engine, patching_grid_cost(engine, donor, ids, *cells), len(ids), keeps=kept)
     grid = patching_grid(engine, donor, ids, wanted, *cells, tick=call.tick)
     return CausalTrace(
         model=loaded.handle,

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from engine import Model
+from engine.cost import Cost
 from engine.lens import embedding_neighbors as neighbours_of
 from engine.lens import embedding_row, unembedding_row
 from engine.lens import project_through_unembed as projected
@@ -23,6 +24,7 @@ def embedding_neighbors(
     require_one(token=token, vector=vector)
     loaded = call.loaded(model)
     query, name = _query(call, loaded.model, token, vector, "W_E")
+    _expect(call, loaded.model)
     return _view(loaded, query, name, "cosine with W_E", neighbours_of(loaded.model, query, k))
 
 
@@ -36,7 +38,13 @@ def project_through_unembed(
     require_one(token=token, vector=vector)
     loaded = call.loaded(model)
     query, name = _query(call, loaded.model, token, vector, "W_U")
+    _expect(call, loaded.model)
     return _view(loaded, query, name, "logit, W_U @ vector", projected(loaded.model, query, k))
+
+
+def _expect(call: Call, model: Model) -> None:
+    """No pass: some numbers for each token of the vocabulary."""
+    call.expect(model, Cost(nbytes=4 * 4 * model.config.d_vocab), 1)
 
 
 def _query(call: Call, model: Model, token: str | int | None, vector: Any, matrix: str) -> tuple[Array, str]:

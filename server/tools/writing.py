@@ -41,7 +41,7 @@ def generate_with_hooks(
     length = len(ids) + (0 if start is None else start.next_position)
     ablated = () if ablate_layers is None else tuple(layer_list(engine, ablate_layers))
     texts = of_generation(engine.config, len(ids), max_new_tokens) * 2
-    call.expect(engine, texts + described_cost(call, engine, interventions), len(ids))
+    call.expect(engine, texts.beside(described_cost(call, engine, interventions, length)), len(ids))
     made = [Intervention("zero", ablated)] if ablated else []
     made += steering(call, engine, steers or (), "last")
     made += described_interventions(call, engine, interventions, length)

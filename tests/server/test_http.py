@@ -304,15 +304,16 @@ async def test_models_by_path_load_from_allowed_folders_only(tmp_path: Path) -> 
 
 @pytest.mark.anyio
 async def test_what_fills_the_memory_of_a_read_only_server_can_be_released() -> None:
-    with serving("--read-only", "--memory-budget", "64KiB") as served:
+    with serving("--read-only", "--memory-budget", "1MiB") as served:
         async with reached(served.base, "http") as client:
             await ask(client, "load_model", model="synthetic")
             held = []
-            while not (result := await client.call_tool("capture_residuals", {"prompt": PROMPT})).is_error:
+            rows = {"prompt": PROMPT, "points": ["resid_post", "mlp_act", "z"], "positions": "all"}
+            while not (result := await client.call_tool("capture_residuals", rows)).is_error:
                 held.append(result.structured_content["handle"])
-            assert "Release" in result.content[0].text
+            assert "release" in result.content[0].text
             await ask(client, "release", handle=held[0])
-            await ask(client, "capture_residuals", prompt=PROMPT)
+            await ask(client, "capture_residuals", **rows)
 
 
 @pytest.mark.anyio

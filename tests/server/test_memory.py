@@ -1,0 +1,180 @@
+"""Working memory: what tools say they will hold is what they then hold, and more than the budget is refused first."""
+
+import re
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from clients import ask, connected, refused
+from slow_model import Entered
+
+from engine import blas
+from engine.cost import Cost, what_fits
+from server.app import build_server
+from server.call import LOCAL
+from server.disk_store import open_store
+from server.lab import Lab
+from server.memory import TooMuchMemory, WorkingMemory
+from server.store import MemoryStore, OutOfSpace
+
+pytestmark = pytest.mark.anyio
+
+N = 500
+PROMPT, OTHER = [1, *(i % 251 for i in range(1, N))], [2, *(i % 251 for i in range(1, N))]
+STEER = {"layer": 1, "vector": {"random_seed": 1}, "alpha": 2.0}
+CUT = {"kind": "knockout", "layers": [1], "keys": [0]}
+PATCH = {"kind": "patch", "layers": "all", "point": "mlp_act", "donor": OTHER}
+
+CALLS: list[tuple[str, dict[str, Any]]] = [
+    ("capture_residuals", {"prompt": PROMPT, "points": ["mlp_act", "z"], "positions": "all"}),
+    ("capture_residuals", {"prompt": PROMPT, "points": ["attn_pattern"], "positions": "all"}),
+    ("capture_residuals", {"prompt": PROMPT, "points": ["attn_pattern"], "positions": "last"}),
+    ("logit_lens", {"prompt": PROMPT, "layers": [1], "positions": list(range(450)), "k": 1}),
+    ("track_token", {"prompt": PROMPT, "token": "c"}),
+    ("track_race", {"prompt": PROMPT}),
+    ("attention_pattern", {"prompt": PROMPT, "layers": "all"}),
+    ("forward_ablate", {"prompt": PROMPT, "layers": [1], "point": "attn_pattern"}),
+    ("forward_ablate", {"prompt": PROMPT, "layers": "all", "point": "mlp_act", "mode": "mean", "mean_over": [OTHER]}),
+    ("forward_steer", {"prompt": PROMPT, "steers": [STEER], "interventions": [CUT]}),
+    ("forward_steer", {"prompt": PROMPT, "interventions": [PATCH]}),
+    ("patch_activations", {"donor": OTHER, "recipient": PROMPT, "targets": [{"layer": 2, "position": 400}]}),
+    ("causal_trace", {"clean": OTHER, "corrupt": PROMPT, "token": "c", "positions": [-1]}),
+    ("generate_with_hooks", {"prompt": PROMPT, "max_new_tokens": 2, "steers": [STEER]}),
+    ("prefill_inject", {"recipient": PROMPT, "donor": OTHER, "max_new_tokens": 2, "keep": True}),
+    ("kv_inject_test", {"recipient": PROMPT, "donor": OTHER, "target": "d", "layers": [0, 2]}),
+    ("compare", {"a": PROMPT, "b": OTHER}),
+]
+
+
+@pytest.mark.parametrize(("tool", "arguments"), CALLS, ids=[f"{tool}-{i}" for i, (tool, _) in enumerate(CALLS)])
+async def test_a_call_holds_what_its_dry_run_says(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tool: str, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(blas, "most_threads", lambda: 1)  # several seldom hold the most at one time
+    async with connected(build_server(lab)) as client:
+        said = (await ask(client, "start_job", tool=tool, arguments=arguments, dry_run=True))["estimate"]["bytes"]
+        await ask(client, tool, **arguments)
+        tracemalloc.start()
+        await ask(client, tool, **arguments)
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert 0.8 * held < said < 2.5 * held
+
+
+def small_lab(budget: int, store: MemoryStore | None = None) -> tuple[Lab, Entered]:
+    """A lab of so little memory, and the layers that its model enters."""
+    lab = Lab(store, memory_budget=budget)
+    lab.load("synthetic", "dense")
+    entered = Entered(lab.models[0].model, seconds=0)
+    lab.models[0].model = entered.model
+    return lab, entered
+
+
+@pytest.mark.parametrize(("tool", "arguments"), CALLS, ids=[f"{tool}-{i}" for i, (tool, _) in enumerate(CALLS)])
+async def test_more_than_the_budget_is_refused_before_a_layer_runs(tool: str, arguments: dict[str, Any]) -> None:
+    lab, entered = small_lab(1 << 20)
+    async with connected(build_server(lab)) as client:
+        said = await refused(client, tool, **arguments)
+        assert said == await refused(client, "start_job", tool=tool, arguments=arguments, dry_run=True)
+    assert entered.count == 0
+    assert re.match(r"this needs \S+ while it works, and 1.0MiB of the 1.0MiB for calls and captures are free", said)
+    assert "What would fit: " in said
+
+
+async def test_what_is_said_to_fit_fits() -> None:
+    lab, _ = small_lab(25 << 20)
+    patterns = {"points": ["attn_pattern"], "positions": "all", "prompt": PROMPT}
+    async with connected(build_server(lab)) as client:
+        said = await refused(client, "capture_residuals", **patterns)
+        layers, positions = map(int, re.search(r"fit: (\d+) layers or (\d+) positions", said).groups())
+        assert (layers, 0 < positions < N) == (1, True)
+        kept = await ask(client, "capture_residuals", **patterns | {"layers": [0]})
+        await ask(client, "release", handle=kept["handle"])
+        await refused(client, "capture_residuals", **patterns | {"layers": [0, 1]})
+        await ask(client, "capture_residuals", **patterns | {"positions": list(range(positions))})
+    lab, _ = small_lab(2 << 20)
+    async with connected(build_server(lab)) as client:
+        said = await refused(client, "logit_lens", prompt=PROMPT)
+        tokens = int(re.search(r"fit: a prompt of (\d+) tokens", said)[1])
+        await ask(client, "logit_lens", prompt=PROMPT[:tokens])
+
+
+async def test_more_entries_than_an_answer_has_are_refused_before_a_layer_runs() -> None:
+    lab, entered = small_lab(1 << 30)
+    async with connected(build_server(lab)) as client:
+        assert "500 entries" in await refused(client, "logit_lens", prompt=PROMPT, positions="all")
+        assert "500 entries" in await refused(client, "capture_residuals", prompt=PROMPT, positions="all", lens_k=1)
+        assert "500 entries" in await refused(client, "attention_pattern", prompt=PROMPT, layers="all", positions="all")
+    assert entered.count == 0
+
+
+@pytest.mark.parametrize("tool", ["capture_residuals", "causal_trace", "prefill_inject"])
+async def test_a_store_without_room_refuses_before_a_layer_runs(tool: str) -> None:
+    lab, entered = small_lab(1 << 30, MemoryStore(100))
+    arguments = {
+        "capture_residuals": {"prompt": PROMPT, "positions": "all"},
+        "causal_trace": {"clean": OTHER, "corrupt": PROMPT, "token": "c"},
+        "prefill_inject": {"recipient": PROMPT, "donor": OTHER, "keep": True},
+    }
+    async with connected(build_server(lab)) as client:
+        assert "0B of 100B are used: nothing was kept" in await refused(client, tool, **arguments[tool])
+    assert entered.count == 0
+
+
+async def test_room_is_given_back_when_a_call_ends_however_it_does() -> None:
+    lab, _ = small_lab(6 << 20)
+    async with connected(build_server(lab)) as client:
+        for _ in range(3):
+            await ask(client, "track_token", prompt=PROMPT, token="c")
+            await refused(client, "forward_ablate", prompt=PROMPT, layers=[1], token="no token")
+    lab.memory.take("another", Cost(nbytes=6 << 20), 1)
+    lab.memory.give_back("another")
+
+
+def test_calls_together_stay_within_the_budget_and_captures_count() -> None:
+    store = MemoryStore()
+    memory = WorkingMemory(store, 1000)
+    memory.take("a", Cost(nbytes=600), 10)
+    with pytest.raises(TooMuchMemory, match=r"400B of the 1000B .* calls that work now hold 600B: call again"):
+        memory.take("b", Cost(nbytes=500), 10)
+    memory.take("a", Cost(nbytes=900), 10)
+    memory.give_back("a")
+    handle = store.put("act", "x", LOCAL, {"a": np.zeros(200, np.float32)}, {})
+    with pytest.raises(TooMuchMemory, match=r"200B of the 1000B .* captures and caches hold 800B: release"):
+        memory.take("b", Cost(nbytes=500), 10)
+    store.release(handle, LOCAL)
+    memory.take("b", Cost(nbytes=500), 10)
+
+
+def test_captures_that_are_on_the_disk_make_room_for_work(tmp_path: Path) -> None:
+    store = open_store(tmp_path, 1000, 1 << 20)
+    handles = [store.put("act", "x", LOCAL, {"a": np.full(100, i, np.float32)}, {}) for i in range(2)]
+    assert store.bytes_in_memory == 800
+    WorkingMemory(store, 1000).take("a", Cost(nbytes=500), 1)
+    assert store.bytes_in_memory == 400
+    assert [store.get(handle, LOCAL).tensors["a"][0] for handle in handles] == [0, 1]
+    store.close()
+
+
+def test_what_fits_is_told_in_what_bytes_grow_with() -> None:
+    patterns = Cost(nbytes=100).holding(900, layers=30, positions=2000)
+    assert what_fits(patterns, 2000, 550) == "15 layers or 1000 positions"
+    assert what_fits(patterns, 2000, 50) == "a prompt of 100 tokens"
+    assert what_fits(patterns, 10, 0) == "nothing of this kind"
+
+
+def test_the_runs_of_a_store_in_memory_count() -> None:
+    store = MemoryStore(10_000)
+    run = store.start_run(LOCAL, "logit_lens", {"prompt": "x" * 3000}, {})
+    assert 7000 < store.bytes_in_memory < 8000
+    with pytest.raises(OutOfSpace, match="nothing was kept"):
+        store.start_run(LOCAL, "logit_lens", {"prompt": "x" * 3000}, {})
+    store.save_run(replace(run, state="done", result={"rows": "x" * 20_000}))
+    ended = store.run(run.handle, LOCAL)
+    assert (ended.state, ended.result) == ("failed", None)
+    assert "could not be kept" in (ended.error or "")
+    store.release(run.handle, LOCAL)
+    assert store.bytes_in_memory == 0
