@@ -1,11 +1,11 @@
-"""Break the engine in named ways and expect the tests to notice: `make mutants`.
+"""Break the engine and the server in named ways and expect the tests to notice: `make mutants`.
 
 misplaced   mutants whose text is not in its file exactly once, or that are not Python
 main        control runs, then every mutant in a copy of the engine, two at a time; exit 1 if one survives
 
 Mutants of the architectures are run on the golden numbers of the rows that they concern, and each row must be off by at
-least 100 times what is allowed. The others are run on the test that each names, and on the whole engine's tests if that
-one does not notice. Every run checks that it imports the copy.
+least 100 times what is allowed. The others are run on the test that each names, and those of the engine on all of its
+tests if that one does not notice. Every run checks that it imports the copy.
 """
 
 import ast
@@ -35,6 +35,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from server_mutants import SERVER_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("docs", "engine", "schemas", "server", "tests", "pyproject.toml")
@@ -47,15 +48,15 @@ RUNNER = f"""
 import sys
 from pathlib import Path
 copy = Path(sys.argv.pop(1))
-import engine
-if not Path(engine.__file__).resolve().is_relative_to(copy):
+import engine, server
+if not all(Path(package.__file__).resolve().is_relative_to(copy) for package in (engine, server)):
     sys.exit({WRONG_ENGINE})
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-MUTANTS = (*PLAIN_MUTANTS, *GGUF_MUTANTS, *FAMILY_MUTANTS)
+MUTANTS = (*PLAIN_MUTANTS, *GGUF_MUTANTS, *FAMILY_MUTANTS, *SERVER_MUTANTS)
 
 
 class Verdict(NamedTuple):
@@ -67,7 +68,7 @@ class Verdict(NamedTuple):
 
 def misplaced() -> list[str]:
     """Names of mutants whose text does not occur exactly once in its file, changes nothing, or is not Python after."""
-    return [mutant.name for mutant in MUTANTS if not _fits(mutant, (ROOT / "engine" / mutant.file).read_text("utf-8"))]
+    return [mutant.name for mutant in MUTANTS if not _fits(mutant, (ROOT / mutant.path).read_text("utf-8"))]
 
 
 def _fits(mutant: Mutant, source: str) -> bool:
@@ -95,7 +96,7 @@ def project_copy(mutant: Mutant | None = None) -> Iterator[Path]:
             else:
                 shutil.copy(source, copy / name)
         if mutant is not None:
-            path = copy / "engine" / mutant.file
+            path = copy / mutant.path
             path.write_text(path.read_text("utf-8").replace(mutant.old, mutant.new), "utf-8")
         yield copy
 
@@ -127,7 +128,7 @@ def failed_test(copy: Path, marker: str, files: list[str]) -> str | None:
         return f"nothing within {SECONDS} s"
     if ran.returncode in (0, NO_TESTS):
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (?:tests/engine/)?(.+?)(?: - .*)?$", ran.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (?:tests/(?:engine|server)/)?(.+?)(?: - .*)?$", ran.stdout, re.MULTILINE)
     if found is None or ran.returncode != 1:
         raise stopped(ran)
     return found[1]
@@ -136,19 +137,17 @@ def failed_test(copy: Path, marker: str, files: list[str]) -> str | None:
 def caught_by(mutant: Mutant) -> Verdict:
     """The test that notices the mutant, the one it names first."""
     with project_copy(mutant) as copy:
-        for files in ([f"tests/engine/{mutant.at}"], ["tests/engine"]):
+        for files in ([mutant.test], ["tests/engine"])[: 2 if mutant.package == "engine" else 1]:
             for phase in PHASES:
                 if found := failed_test(copy, phase, files):
-                    return Verdict(
-                        True, found if files == [f"tests/engine/{mutant.at}"] else f"{found}, not {mutant.at}"
-                    )
+                    return Verdict(True, found if files == [mutant.test] else f"{found}, not {mutant.at}")
     return Verdict(False, "nothing: it survives")
 
 
 def broken_test(phase: str) -> str | None:
     """A test that fails without any mutant."""
     with project_copy() as copy:
-        return failed_test(copy, phase, ["tests/engine"])
+        return failed_test(copy, phase, ["tests/engine", *sorted({mutant.test for mutant in SERVER_MUTANTS})])
 
 
 # --- mutants that the golden numbers notice -------------------------------------------------------------------------

@@ -29,9 +29,15 @@ MECHSCOPE = (str(SCRIPT),)
 class Served:
     """A server process. Its log is read as it is written, so that it never blocks."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, command: Sequence[str] = MECHSCOPE) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        command: Sequence[str] = MECHSCOPE,
+        cwd: Path | None = None,
+    ) -> None:
         whole = [*command, "serve", "--http", "--port", "0", *arguments]
-        self.process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
+        self.process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}), cwd=cwd)
         self.log: list[dict[str, Any]] = []
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from family_mutants import FAMILY_MUTANTS, uncovered
 from mutants import MUTANTS, ROOT, misplaced
 from plain_mutants import PLAIN_MUTANTS
+from server_mutants import SERVER_MUTANTS
 
 from engine.families import known
 
@@ -41,6 +42,6 @@ def test_every_family_has_a_mutant_of_its_own():
 
 
 def test_every_other_mutant_names_a_test_that_exists():
-    for mutant in PLAIN_MUTANTS:
-        file, _, test = mutant.at.partition("::")
-        assert f"def {test}(" in (ROOT / "tests/engine" / file).read_text("utf-8"), mutant.name
+    for mutant in (*PLAIN_MUTANTS, *SERVER_MUTANTS):
+        file, _, test = mutant.test.partition("::")
+        assert f"def {test}(" in (ROOT / file).read_text("utf-8"), mutant.name
