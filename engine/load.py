@@ -21,6 +21,7 @@ from engine.model import Model
 from engine.network import ROUNDED
 from engine.params import LayerParams, Params, in_bfloat16, in_panels
 from engine.planted import planted
+from engine.scaled import dequantised
 from engine.synthetic import synthetic
 from engine.vouched import DamagedConversion
 from engine.weight_files import weight_files
@@ -222,7 +223,7 @@ def _from_directory(
         _refuse_code(path, "tokenizer_config.json", read_json(path / "tokenizer_config.json"))
     reader = family(raw.get("model_type"))
     files = weight_files(path, raw)
-    tensors, words = Safetensors(files.read), _words(path, raw, None)
+    tensors, words = dequantised(Safetensors(files.read), raw), _words(path, raw, None)
     read = _assembled(name, weights, reader, raw, [tensors], words, files.read, budget, tick, room)
     return replace(read, model=replace(read.model, left_aside=files.left_aside))
 

@@ -1,4 +1,4 @@
-"""Lazy sources of tensors: `Tensors`, `Counted`, `Prefixed`, and `Safetensors` for files in f32, f16 or bf16.
+"""Lazy sources of tensors: `Tensors`, `Counted`, `Prefixed`, and `Safetensors` for files of floating-point numbers.
 
 A source gives float32 arrays in the shape files store them, (out, in) for matrices. Families ask for a name and the
 shape that the config implies; a missing tensor or another shape is a `DamagedFile`, never a guess.
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.errors import DamagedFile, clipped
+from engine.floats import to_float32
 from engine.ops import Array
 
 
@@ -115,17 +116,23 @@ class Safetensors:
     def names(self) -> Iterable[str]:
         return self._entries
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Array:
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The type and the shape of a tensor that is there."""
+        _, dtype, shape, _, _ = self._entries[name]
+        return dtype, shape
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+        """`dtype` takes the place of the type that the file names, for bytes that stand for numbers."""
         if name not in self._entries:
             raise DamagedFile(f"the weights have no tensor {name!r}, which config.json implies")
-        path, dtype, found, start, stop = self._entries[name]
+        path, named, found, start, stop = self._entries[name]
         if found != shape:
             raise DamagedFile(f"{path.name}: {name} has shape {clipped(found)}, but the config implies {shape}")
         try:
             raw = np.memmap(path, np.uint8, "r", offset=start, shape=(stop - start,))
         except (OSError, ValueError):
             raise DamagedFile(f"{path.name} has changed or gone since it was loaded; load the model again") from None
-        return _to_float32(raw, dtype, name).reshape(shape)
+        return to_float32(raw, dtype or named, name).reshape(shape)
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, tuple[Path, str, tuple[int, ...], int, int]]]:
@@ -143,16 +150,6 @@ def _read_header(path: Path) -> Iterator[tuple[str, tuple[Path, str, tuple[int, 
         if name != "__metadata__":
             start, stop = row["data_offsets"]
             yield name, (path, row["dtype"], tuple(row["shape"]), 8 + size + start, 8 + size + stop)
-
-
-def _to_float32(raw: np.ndarray[Any, np.dtype[np.uint8]], dtype: str, name: str) -> Array:
-    if dtype == "F32":
-        return np.array(raw.view(np.float32))
-    if dtype == "F16":
-        return raw.view(np.float16).astype(np.float32)
-    if dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    raise DamagedFile(f"{name} is stored as {clipped(dtype)}; F32, F16 and BF16 are supported")
 
 
 _MOST_JSON = 256 << 20

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from oracle import checks, config_keys, families, layouts, multimodal, tiny
+from oracle import checks, config_keys, families, float8, layouts, multimodal, tiny
 from oracle.cases import CASES, GOLDEN, TRANSPLANTS
 from oracle.golden import STRIDE, Golden, differences
 from oracle.measure import Measure, Result, allowed
@@ -58,6 +58,7 @@ def everything(bench: checks.Bench) -> Iterable[Result]:
     yield from multimodal.multimodal_agrees()
     yield from layouts.layouts_agree()
     yield from config_keys.config_keys_agree()
+    yield from float8.float8_agrees()
 
 
 # --- golden files -------------------------------------------------------------------------------------------------
