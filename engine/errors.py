@@ -4,6 +4,7 @@
     ├── ModelError             the model or its files
     │   ├── UnknownModel       no such name, directory, file or family
     │   ├── DamagedFile        a weights, config or tokenizer file that cannot be trusted
+    │   │   └── DamagedConversion  converted weights that are not those that were written
     │   └── FetchFailed        a download that did not arrive whole
     └── InputError             what the caller asked for
         ├── PromptError        empty, too long, not token ids
@@ -36,6 +37,10 @@ class UnknownModel(ModelError):
 
 class DamagedFile(ModelError):
     """A file that is truncated, inconsistent or of an unsupported kind."""
+
+
+class DamagedConversion(DamagedFile):
+    """Converted weights that are not those that were written: they are deleted, so load the model again."""
 
 
 class FetchFailed(ModelError):

@@ -11,7 +11,16 @@ from typing import Any
 from engine import catalog, fast, gguf_tokenizer, tokenizer, tokenizer_files
 from engine.converted import LEAST, Conversion, Stamp, find, keep, stamp
 from engine.decoder import Tick
-from engine.errors import DamagedFile, EngineError, InputError, ModelError, TokenError, UnknownModel, clipped
+from engine.errors import (
+    DamagedConversion,
+    DamagedFile,
+    EngineError,
+    InputError,
+    ModelError,
+    TokenError,
+    UnknownModel,
+    clipped,
+)
 from engine.families import Family, family, part_read, prefix
 from engine.families._gguf import GgufTensors, config_json
 from engine.gguf_file import GgufFile
@@ -23,7 +32,6 @@ from engine.params import LayerParams, Params, in_bfloat16, in_panels
 from engine.planted import planted
 from engine.scaled import dequantised
 from engine.synthetic import synthetic
-from engine.vouched import DamagedConversion
 from engine.weight_files import weight_files
 from engine.weights import Counted, Prefixed, Safetensors, Tensors, read_json
 

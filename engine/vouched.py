@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import DamagedFile
+from engine.errors import DamagedConversion
 from engine.matrices import Array
 
 PIECE, ROW = 4 << 20, 4 << 10
@@ -23,10 +23,6 @@ PIECE, ROW = 4 << 20, 4 << 10
 
 Digests = dict[str, list[int]]
 """By the name of an array: of its pieces, in order."""
-
-
-class DamagedConversion(DamagedFile):
-    """Converted weights that are not those that were written."""
 
 
 Bytes = npt.NDArray[np.uint8]

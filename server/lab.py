@@ -12,7 +12,7 @@ from pydantic import ByteSize
 from engine import Model, load_model
 from engine.catalog import SYNTHETIC, Progress
 from engine.decoder import Tick
-from engine.errors import DamagedFile, InputError, ModelError, UnknownModel, clipped
+from engine.errors import DamagedConversion, InputError, ModelError, UnknownModel, clipped
 from engine.load import layer_budget
 from server.logs import log
 from server.memory import MEMORY_BUDGET, WorkingMemory
@@ -187,7 +187,7 @@ class Lab:
         try:
             if loaded is not None and loaded.model.params.vouched is not None:
                 loaded.model.params.vouched.require_all()
-        except DamagedFile as error:
+        except DamagedConversion as error:
             log.warning("converted weights are damaged", extra={"model": slot.handle, "reason": str(error)})
             slot.loaded = loaded = None
         return loaded
