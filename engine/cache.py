@@ -287,4 +287,5 @@ def _shape(config: Config) -> tuple[int, int]:
 
 def _check_range(start: int, end: int, length: int) -> None:
     if not 0 <= start < end <= length:
-        raise CacheError(f"positions [{start}, {end}) do not lie in the {length} that the cache holds")
+        said = "hold no row" if 0 <= end <= start <= length else f"do not lie in the {length} that the cache holds"
+        raise CacheError(f"positions [{start}, {end}) {said}; valid: 0 <= start < end <= {length}")

@@ -123,25 +123,28 @@ def plus(vec: Array, alpha: float, unit: Unit = "raw") -> EditFunction:
     """An edit function: rows + alpha * vec, in one of the units."""
     if unit != "raw":
         vec = unit_vector(vec)
-    step = np.float32(alpha) * vec
-    if unit == "row":
-        return lambda rows, pos, key_pos: rows + np.linalg.norm(rows, axis=-1, keepdims=True) * step
-    return lambda rows, pos, key_pos: rows + step
+    step = number(alpha) * np.asarray(vec, np.float32)
+
+    def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        _check_width(step, rows)
+        added = np.linalg.norm(rows, axis=-1, keepdims=True) * step if unit == "row" else step
+        out: Array = rows + added
+        return out
+
+    return function
 
 
 def times(factor: float) -> EditFunction:
     """An edit function: rows * factor."""
-    return lambda rows, pos, key_pos: rows * np.float32(factor)
+    by = number(factor)
+    return lambda rows, pos, key_pos: rows * by
 
 
 def replaced_by(row: Array) -> EditFunction:
     """An edit function: every row becomes `row`; a row without a head axis, the same in every head."""
 
     def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
-        wanted = rows.shape[2:]
-        if row.shape not in (wanted, wanted[1:]):
-            raise HookError(f"a row of shape {row.shape} cannot take the place of rows of shape {wanted}")
-        return np.broadcast_to(row, rows.shape)
+        return np.broadcast_to(_fitting(row, rows), rows.shape)
 
     return function
 
@@ -168,6 +171,7 @@ def component_set(vec: Array, component: float) -> EditFunction:
     unit = unit_vector(vec)
 
     def function(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
+        _check_width(unit, rows)
         return rows + (np.float32(component) - rows @ unit)[..., None] * unit
 
     return function
@@ -179,7 +183,7 @@ def placed(row_of: Callable[[int], Array]) -> EditFunction:
     def function(x: Array, pos: IntArray, key_pos: IntArray | None) -> Array:
         chosen = np.empty(x.shape[1:], np.float32)
         for place, p in enumerate(pos.tolist()):
-            chosen[place] = row_of(p)
+            chosen[place] = _fitting(row_of(p), x)
         return np.broadcast_to(chosen, x.shape)
 
     return function
@@ -192,6 +196,27 @@ def drawn(pool: Array, seed: int, position: int) -> Array:
     al. 2022, "Causal scrubbing").
     """
     row: Array = pool[np.random.default_rng((seed, position)).integers(len(pool))]
+    return row
+
+
+def number(value: float) -> np.float32:
+    """One number: an array would scale every feature by its own. Raises `HookError`."""
+    if np.ndim(value) != 0:
+        raise HookError(f"a factor or alpha is one number, not an array of shape {np.shape(value)}")
+    return np.float32(value)
+
+
+def _check_width(vec: Array, rows: Array) -> None:
+    """Raise `VectorError` for a vector that numpy would stretch over the features, or over the rows."""
+    if vec.shape != rows.shape[-1:]:
+        raise VectorError(f"a vector of shape {vec.shape} has no place in rows of {rows.shape[-1]} features")
+
+
+def _fitting(row: Array, rows: Array) -> Array:
+    """A row that can take the place of each of `rows` (b, s, [heads,] width), with heads or the same in every head."""
+    wanted = rows.shape[2:]
+    if row.shape not in (wanted, wanted[-1:]):
+        raise HookError(f"a row of shape {row.shape} cannot take the place of rows of shape {wanted}")
     return row
 
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from engine.edits import Edit, Scope, plus, replaced_by, rows_in_scope, times, zeroed
-from engine.errors import HookError
+from engine.edits import Edit, Scope, plus, replaced_by, resolve_positions, rows_in_scope, times, zeroed
+from engine.errors import HookError, PositionError
 from engine.ops import Array, IntArray
-from engine.points import ONCE, POINTS, RESIDUAL_STREAM, point
+from engine.points import ONCE, POINTS, RESIDUAL_STREAM, only_layer, point
 
 
 class LayerHook:
@@ -81,7 +81,7 @@ class Listeners:
             (name, layer)
             for layer in (layers if hook is not None else ())
             for name in POINTS
-            if not (name in ONCE and layer != (0 if name == "embed" else last_layer)) and self._hook.wants(name, layer)
+            if only_layer(name, last_layer + 1) in (None, layer) and self._hook.wants(name, layer)
         }
 
     def wanted(self, name: str, layer: int) -> bool:
@@ -267,7 +267,7 @@ class SteerHook(EditHook):
     """Adds alpha * vec to rows of `resid_post`; several vectors at one layer add up."""
 
     def add(self, layer: int, vec: Array, alpha: float, positions: Scope = "last") -> "SteerHook":
-        """vec: (d_model,). Returns the hook, so that calls can be chained."""
+        """vec: (d_model,), alpha a number. Returns the hook, so that calls can be chained."""
         self.edits.append(Edit("resid_post", layer, plus(vec, alpha), positions))
         return self
 
@@ -290,6 +290,18 @@ class PatchHook(EditHook):
         super().__init__(
             Edit("resid_post", layer, replaced_by(row), [position]) for (layer, position), row in rows.items()
         )
+        self._places = list(rows)
+
+    def begin_run(self, prompt_length: int, past: int) -> None:
+        """Raises `PositionError` when two rows would go to one place: -1 is a position by another name."""
+        super().begin_run(prompt_length, past)
+        taken: dict[tuple[int, int], int] = {}
+        for layer, position in self._places:
+            place = resolve_positions([position], prompt_length)[0]
+            if (layer, place) in taken:
+                first = taken[layer, place]
+                raise PositionError(f"positions {first} and {position} of layer {layer} are one place: give one row")
+            taken[layer, place] = position
 
 
 class CompositeHook(LayerHook):

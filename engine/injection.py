@@ -15,7 +15,7 @@ from engine.cache import KVCache
 from engine.cost import Cost, cache_bytes, of_pass
 from engine.decoder import Tick, forward
 from engine.distribution import kl_divergence, softmax_of
-from engine.errors import PromptError
+from engine.errors import CacheError, PromptError
 from engine.forks import Variant
 from engine.generate import Generation, generate
 from engine.metrics import Metric
@@ -83,6 +83,8 @@ def prefill_inject(
     theirs.bind(model.config)
     chosen = model.resolve_layers(range(model.config.n_layers) if layers is None else layers)
     dest = dest if dest is not None else 0 if source is None else source[0]
+    if source is None and not 0 <= dest < mine.length:
+        raise CacheError(f"dest {dest} does not lie in the {mine.length} positions that the cache holds from 0 on")
     rows = (0, min(theirs.length, mine.length - dest)) if source is None else source
     edited = mine.fork()
     replaced = edited.transplant(theirs, chosen, rows, dest, what, heads, rope)

@@ -38,7 +38,7 @@ from engine.errors import HookError, InputError, PointError, VectorError, clippe
 from engine.hooks import EditHook
 from engine.network import Network, check_numbers
 from engine.ops import LARGEST, Array
-from engine.points import ONCE, point
+from engine.points import only_layer, point
 
 Kind = Literal["zero", "mean", "resample", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -98,9 +98,8 @@ def _layers(model: Network, item: Intervention, name: str) -> list[int]:
     layers = model.resolve_layers(item.layers)
     if not layers:
         raise InputError(f"the intervention {item.kind!r} names no layer")
-    if name in ONCE:
-        return [0 if name == "embed" else model.config.n_layers - 1]
-    return layers
+    only = only_layer(name, model.config.n_layers)
+    return layers if only is None else [only]
 
 
 def _heads(model: Network, name: str, heads: Sequence[int]) -> tuple[int, ...]:

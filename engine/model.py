@@ -12,7 +12,7 @@ from engine.generate import generate
 from engine.hooks import CompositeHook, PatchHook, SteerHook, ZeroAblateHook
 from engine.network import Network, Tokens
 from engine.ops import Array
-from engine.patching import capture_donor_state, trace_forward
+from engine.patching import capture_donor_state, destinations, trace_forward
 
 Steer = tuple[int, Array, float]
 """(layer, vector (d_model,), alpha)."""
@@ -61,9 +61,9 @@ class Model(Network):
         wanted = [(self.resolve_layer(layer), position) for layer, position in targets]
         donor_ids, recipient_ids = self.encode(donor), self.encode(recipient)
         rows = capture_donor_state(self, donor_ids, wanted).rows
-        lengths = [self.token_batch(ids).shape[1] for ids in (donor_ids, recipient_ids)]
-        places = [(layer, *(self.resolve_position(p, n) for n in lengths)) for layer, p in wanted]
-        hook = PatchHook({(layer, to): rows[layer, source] for layer, source, to in places})
+        first, second = (self.token_batch(ids).shape[1] for ids in (donor_ids, recipient_ids))
+        places = [(layer, self.resolve_position(p, first), self.resolve_position(p, second)) for layer, p in wanted]
+        hook = PatchHook({(layer, to): rows[layer, source] for (layer, to), source in destinations(places).items()})
         return _last(trace_forward(self, recipient_ids, hook=hook, capture_layers=capture_layers).residuals)
 
     def generate_with_hooks(

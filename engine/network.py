@@ -108,7 +108,10 @@ class Network:
         except (TypeError, ValueError):
             raise VectorError(f"a vector is {self.config.d_model} numbers") from None
         if checked.ndim not in (1, 2) or checked.shape[-1] != self.config.d_model:
-            raise VectorError(f"the vector has shape {checked.shape}; it must have {self.config.d_model} features")
+            raise VectorError(
+                f"the vector has shape {checked.shape}; it must be "
+                f"({self.config.d_model},), or (n, {self.config.d_model}) for several"
+            )
         check_numbers(checked)
         return checked
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from engine.decoder import Tick, forward
 from engine.edits import Edit, Scope, replaced_by
-from engine.errors import HookError, InputError, LayerError
+from engine.errors import HookError, InputError, LayerError, PositionError
 from engine.hooks import CompositeHook, EditHook, LayerHook, RecordHook
 from engine.network import Network, Tokens
 from engine.ops import Array, IntArray
 from engine.params import LayerParams
-from engine.points import ONCE
+from engine.points import only_layer
 from engine.points import point as point_named
 
 HeadFunction = Callable[[Array], Array]
@@ -86,8 +86,8 @@ def capture_donor_state(
     if not resolved:
         raise InputError("name at least one (layer, position) to capture")
     layers = {layer for layer, _ in resolved}
-    only = 0 if name == "embed" else model.config.n_layers - 1
-    if name in ONCE and layers != {only}:
+    only = only_layer(name, model.config.n_layers)
+    if only is not None and layers != {only}:
         raise LayerError(f"{name} exists once, at layer {only}; ask for it there")
     places = sorted({pos for _, pos in resolved})
     record = RecordHook.for_layers(layers, points=[name], positions=places)
@@ -119,13 +119,30 @@ def patch_and_trace(
 
 
 def patch_hook(model: Network, tokens: Tokens, donor: DonorState, to: Mapping[int, int] | None = None) -> EditHook:
-    """The hook that writes the donor's rows; raises `PositionError` for rows the recipient does not have."""
+    """The hook that writes the donor's rows; raises `PositionError` for rows the recipient does not have, and for two
+    that would go to one place.
+    """
     length = model.token_batch(tokens).shape[1]
     place = to or {}
+    moves = [(layer, pos, model.resolve_position(place.get(pos, pos), length)) for layer, pos in donor.rows]
     return EditHook(
-        Edit(donor.point, layer, replaced_by(row), [model.resolve_position(place.get(pos, pos), length)])
-        for (layer, pos), row in donor.rows.items()
+        Edit(donor.point, layer, replaced_by(donor.rows[layer, source]), [dest])
+        for (layer, dest), source in destinations(moves).items()
     )
+
+
+def destinations(moves: Iterable[tuple[int, int, int]]) -> dict[tuple[int, int], int]:
+    """[(layer, donor position, recipient position), ...], resolved, as {(layer, recipient position): donor position}.
+
+    Raises `PositionError` for two donor rows that would go to one place.
+    """
+    sources: dict[tuple[int, int], int] = {}
+    for layer, source, dest in moves:
+        if (first := sources.setdefault((layer, dest), source)) != source:
+            raise PositionError(
+                f"layer {layer}: the donor's positions {first} and {source} both go to position {dest}; one row fits"
+            )
+    return sources
 
 
 def map_pre_o_head(

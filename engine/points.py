@@ -60,6 +60,11 @@ ONCE = ("embed", "final_norm")
 """Points that exist once per pass: `embed` fires with layer 0, `final_norm` with the last layer."""
 
 
+def only_layer(name: str, n_layers: int) -> int | None:
+    """Where a point that exists once per pass is; None for one that every layer has."""
+    return {"embed": 0, "final_norm": n_layers - 1}.get(name)
+
+
 def point(name: str) -> Point:
     """The row of `POINTS` called `name`; raises `PointError` naming the valid ones."""
     if name not in POINTS:

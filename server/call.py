@@ -60,6 +60,8 @@ class Call:
     chat: bool | str = False
     """Texts are the user's turns in the model's chat template; a text is how the answers begin."""
     expected: int | None = None
+    needs: int | None = None
+    """Bytes that the work takes beside the weights, about, once that is known."""
     _read: dict[tuple[Model, str, bool], list[int]] = field(default_factory=dict)
     _ticks: int = 0
     _reported: float = field(default=0.0)
@@ -75,6 +77,7 @@ class Call:
         self.lab.memory.take(self, cost, length)
         if self.dry:
             raise Costed(model, cost, length)
+        self.needs = cost.nbytes
         self.expected = self._ticks + cost.layers  # a model may have been loaded before
 
     def tick(self, done: int, total: int, what: str) -> None:
@@ -106,6 +109,9 @@ class Call:
 
     def record(self, handle: str, kind: str | None = None, model: Model | None = None) -> Record:
         """A stored record; `kind` says which kind the argument takes, `model` which model must have made it."""
+        if handle.startswith("run:"):
+            job = self.lab.store.run(handle, self.owner).handle
+            raise InputError(f"{job} is a job, which has no tensors of its own; get_job shows its result")
         record = self.lab.store.get(handle, self.owner)
         if kind is not None and not handle.startswith(f"{kind}:"):
             raise InputError(f"{clipped(handle)} is not a {kind}: handle")
@@ -145,8 +151,14 @@ class Call:
         """The vector a vector argument stands for: (width,), d_model unless said otherwise."""
         width = model.config.d_model if width is None else width
         made = self._vector(model, spec, width)
+        if made.ndim > 1:
+            heads, each = made.shape
+            raise VectorError(
+                f"the handle holds {heads} heads of {each} features there, not one vector; read the numbers of one "
+                "with read_tensor and give them as values"
+            )
         if made.shape != (width,):
-            raise VectorError(f"the vector has {made.shape[-1]} features; it must have {width}")
+            raise VectorError(f"the vector has {len(made)} features; it must have {width}")
         check_numbers(made)
         return made.astype(np.float32, copy=False)
 
@@ -172,10 +184,16 @@ class Call:
             raise VectorError(f"{spec.handle!r} holds no vectors; give the act: handle of a capture")
         rows = record.provenance["rows"]
         point = _point_of(spec.point, rows["points"])
-        layer = _one_of(spec.layer, rows["layers"], model.config.n_layers, "layer", LayerError)
+        layer = _one_of(spec.layer, layers_held(record, point), model.config.n_layers, "layer", LayerError)
         position = _one_of(spec.position, rows["positions"], rows["prompt_length"], "position", PositionError)
         stored: Array = record.tensors[f"{point}.{layer}"][rows["positions"].index(position)]
         return stored
+
+
+def layers_held(record: Record, point: str) -> list[int]:
+    """The layers at which a capture holds a point."""
+    named = (name.rpartition(".") for name in record.provenance["tensors"])
+    return [int(layer) for found, _, layer in named if found == point]
 
 
 def _point_of(asked: str | None, held: Sequence[str]) -> str:

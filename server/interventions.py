@@ -9,6 +9,7 @@ from engine.cost import Cost, of_capture, of_pass, pattern_bytes
 from engine.edits import Scope
 from engine.errors import InputError
 from engine.ops import Array
+from engine.patching import destinations
 from engine.points import point as point_named
 from engine.pools import pooled_rows_cost
 from schemas import interventions as described
@@ -116,6 +117,7 @@ def _donor_rows(
         )
     pairs = [(p, p) for p in range(length)] if item.pairs is None else item.pairs
     places = [(model.resolve_position(a, len(donor)), model.resolve_position(b, length)) for a, b in pairs]
+    destinations((layers[0], *pair) for pair in places)  # one row for each place
     targets = [(layer, source) for layer in layers for source, _ in places]
     rows = capture_donor_state(model, donor, targets, point, call.tick).rows
     heads = slice(None) if item.heads is None else item.heads

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
@@ -46,6 +47,8 @@ class Slot:
     known: RememberedModel
     limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     loaded: LoadedModel | None = None
+    in_use: bool = False
+    """Whether it has been in memory here and could be had when last asked for."""
     users: int = 0
     used: float = 0.0
 
@@ -141,9 +144,10 @@ class Lab:
         if (loaded := self._in_memory(slot)) is not None:
             return loaded
         with self._loads_alone(progress):
-            return self._in_memory(slot) or self._reloaded(slot.known, tick, progress)
+            return self._in_memory(slot) or self._reloaded(slot, tick, progress)
 
-    def _reloaded(self, known: RememberedModel, tick: Tick | None, progress: Progress | None) -> LoadedModel:
+    def _reloaded(self, slot: Slot, tick: Tick | None, progress: Progress | None) -> LoadedModel:
+        known = slot.known
         scoped = known.dense_layers is not None
         layers = known.dense_layers if scoped and known.dense_layers != layer_budget("scoped", None) else None
         try:
@@ -151,8 +155,10 @@ class Lab:
             source = self.sources.checked(known.source)
             model = self._read(source, known.weights, layers, tick, progress)
         except ModelError as error:
+            slot.in_use &= type(error) is ModelError  # the others say that it is gone
             raise ModelError(f"{known.handle} cannot be loaded again: {error}") from error
         if model.fingerprint != known.fingerprint:
+            slot.in_use = False
             raise ModelError(
                 f"{known.handle} cannot be loaded again: {known.name} has other weights now (sha256 "
                 f"{model.fingerprint[:12]}, then {known.fingerprint[:12]}). Call load_model for a handle of the new "
@@ -174,6 +180,7 @@ class Lab:
         with self._lock:
             slot = self._slots.setdefault(known.handle, Slot(known))
             slot.loaded = LoadedModel(known.handle, known.source, model, slot.limiter)
+            slot.in_use = True
             slot.used = time.monotonic()
             return slot.loaded
 
@@ -227,18 +234,21 @@ class Lab:
 
     # --- finding ------------------------------------------------------------------------------------------
 
+    def known(self) -> list[RememberedModel]:
+        """The models that have handles, of those that this server may open: another one may open others."""
+        return [
+            model for model in self.store.models() if model.handle in self._slots or self.sources.allows(model.source)
+        ]
+
     def find(self, reference: str | None) -> Slot:
         """The place of the model a handle or name stands for; of the only one in use when None. Raises `UnknownModel`.
 
         What this process has not used yet may be known from before, by this workspace.
         """
         if reference is None:
-            if len(self.slots) == 1:
-                return self.slots[0]
-            how = "load one with load_model" if not self.slots else f"name one of them: {self._names()}"
-            raise UnknownModel(f"{len(self.slots)} models are loaded; {how}{self._remembered()}")
+            return self._only_one()
         found = [slot for slot in self.slots if _is_meant(slot.known, reference)]
-        found = found or [Slot(known) for known in self.store.models() if _is_meant(known, reference)]
+        found = found or [Slot(known) for known in self.known() if _is_meant(known, reference)]
         if len(found) == 1:
             with self._lock:
                 return self._slots.setdefault(found[0].handle, found[0])
@@ -250,13 +260,24 @@ class Lab:
             f"Call load_model first (for example smollm2-135m-instruct or {SYNTHETIC})"
         )
 
+    def _only_one(self) -> Slot:
+        used = self._used()
+        if len(used) == 1:
+            return used[0]
+        how = f"name one of them: {self._names()}" if used else "load one with load_model"
+        raise UnknownModel(f"{len(used)} models are loaded; {how}{self._remembered()}")
+
+    def _used(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.in_use]
+
     def _names(self) -> str:
-        return ", ".join(f"{slot.known.name} ({slot.handle})" for slot in self.slots)
+        return ", ".join(_called([slot.known for slot in self._used()]))
 
     def _remembered(self) -> str:
-        """Models of other times, which a handle brings back."""
-        known = [model.handle for model in self.store.models() if model.handle not in self._slots]
-        return f". Known from before, and loaded when used: {', '.join(known[-5:])}" if known else ""
+        """Models of other times, which their names bring back."""
+        used = {slot.handle for slot in self._used()}
+        called = _called([model for model in self.known() if model.handle not in used])
+        return f". Known from before, and loaded when used: {', '.join(called[-5:])}" if called else ""
 
     def release_model(self, handle: str) -> int:
         """Let a model leave memory; returns the bytes it took. Others may have its handle: it stays, and brings the
@@ -269,6 +290,12 @@ class Lab:
             freed, slot.loaded = slot.nbytes, None
             self._slots.pop(slot.handle, None)
         return freed
+
+
+def _called(models: Sequence[RememberedModel]) -> list[str]:
+    """What to give as `model`: the name, or the handle where two have the name."""
+    names = Counter(model.name for model in models)
+    return [model.name if names[model.name] == 1 else model.handle for model in models]
 
 
 def _is_meant(known: RememberedModel, reference: str) -> bool:

@@ -37,6 +37,14 @@ class Sources:
             return name  # the engine says what is wrong with it
         raise UnknownModel(f"there is no model {clipped(name)} here{meant(name) * self._downloads}; {self._valid()}")
 
+    def allows(self, source: str) -> bool:
+        """Whether `load_model` would be let look for it; a file that is gone may still be asked for."""
+        try:
+            self.checked(source)
+        except UnknownModel:
+            return False
+        return True
+
     def names(self) -> list[str]:
         """What may be loaded by a path relative to the folders: directories with a config.json, and .gguf files."""
         found = [path for root in self._roots or () for path in sorted(root.iterdir())]

@@ -18,7 +18,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
 from mcp.types import CallToolResult, TextContent, ToolAnnotations
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.cost import seconds
@@ -73,6 +73,8 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
             raise
         except (EngineError, StoreError) as error:
             raise ToolError(str(error)) from error
+        except MemoryError as error:
+            raise ToolError(_out_of_memory(function.__name__, call.needs, str(error))) from error
         except Exception as error:
             fault = secrets.token_hex(4)
             log.exception("fault %s in %s", fault, function.__name__)
@@ -91,6 +93,16 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
     run.__name__, run.__doc__ = function.__name__, inspect.getdoc(function)
     made = Tool.from_function(run, context_kwarg="ctx", annotations=_annotations(function), title=_title(function))
     return StrictTool.of(made)
+
+
+def _out_of_memory(tool: str, needs: int | None, said: str) -> str:
+    """How much was needed, as far as anyone knows; numpy says what did not fit."""
+    known = [] if needs is None else [f"about {ByteSize(needs).human_readable()} beside the weights"]
+    known += [said[:1].lower() + said[1:]] if said else []
+    return (
+        f"{tool} needs more memory than there is: {'; '.join(known) or 'how much is not known'}. Nothing was kept; ask "
+        "for fewer layers, points or positions, or give a shorter prompt"
+    )
 
 
 def _noticed(result: BaseModel, more: str | None) -> BaseModel:

@@ -11,6 +11,7 @@ from engine.distribution import kl_divergence, softmax_of
 from engine.edits import Edit, Scope
 from engine.errors import InputError
 from engine.ops import Array
+from engine.patching import destinations
 from schemas.arguments import Layers, MatchName, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
 from schemas.arguments import Scope as ScopeArgument
 from schemas.base import Integers
@@ -159,7 +160,8 @@ def patch_activations(
     loaded = call.loaded(model)
     engine = loaded.model
     ids, donor_ids = call.ids(engine, recipient), call.ids(engine, donor)
-    pairs = dict.fromkeys(_pair(engine, target, len(donor_ids), len(ids)) for target in targets)
+    moves = destinations(_pair(engine, target, len(donor_ids), len(ids)) for target in targets)
+    pairs = [(layer, source, dest) for (layer, dest), source in moves.items()]
     layers = list({layer for layer, _, _ in pairs})
     rows = donor_rows_cost(engine.config, len(donor_ids), point, layers, len({source for _, source, _ in pairs}))
     donors = of_pass(engine.config, len(donor_ids), max(layers) + 1) + of_pass(engine.config, len(donor_ids))
@@ -173,6 +175,7 @@ def patch_activations(
     donor_logits = forward(engine, donor_ids, tick=call.tick).logits
     assert donor_logits is not None
     effect = _compared(call, loaded, ids, made, interventions, token, against)
+    effect.notice = joined(effect.notice, _pairing(engine, targets, donor_ids, ids))
     return PatchEffect(
         **{name: getattr(effect, name) for name in type(effect).model_fields},
         donor=probabilities(engine, donor_logits[0, -1], SHOWN),
@@ -196,6 +199,18 @@ def _pair(model: Model, target: Target, donor_length: int, length: int) -> tuple
         )
     layer = model.resolve_layer(target.layer)
     return layer, model.resolve_position(source, donor_length), model.resolve_position(dest, length)
+
+
+def _pairing(model: Model, targets: Sequence[Target], donor: list[int], recipient: list[int]) -> str | None:
+    """What is at the one position that stands for both prompts, when they are of different lengths."""
+    alike = (target.position for target in targets if target.position is not None and target.position >= 0)
+    if len(donor) == len(recipient) or (first := next(alike, None)) is None:
+        return None
+    here, there = (repr(model.tokenizer.piece(ids[first])) for ids in (donor, recipient))
+    return (
+        f"the prompts have {len(donor)} and {len(recipient)} tokens: position {first} is {here} in the donor and "
+        f"{there} in the recipient; donor_position and recipient_position pair others"
+    )
 
 
 def _recovered(asked: TokenEffect | None, donor_logits: Array) -> float | None:

@@ -13,10 +13,10 @@ from engine.distribution import rank_of, softmax_of, top_k
 from engine.errors import InputError
 from engine.lens import lens_logits, most_probable
 from engine.ops import Array
-from engine.points import POINTS
+from engine.points import ONCE, POINTS, only_layer
 from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, TokenRef, TopK
 from schemas.reading import Capture, Crossing, Lens, LensRow, PointNorm, Race, RaceRow, Track, TrackRow
-from server.call import Call, label, layer_list, position_list, ranked, require_one, token_id, token_shown
+from server.call import Call, label, layer_list, layers_held, position_list, ranked, require_one, token_id, token_shown
 from server.lab import LoadedModel
 from server.store import Record
 
@@ -47,17 +47,19 @@ def capture_residuals(
     names: list[str] = list(dict.fromkeys(points))
     for name in names:
         engine.check_point(name)
+    at = {name: [only] if (only := only_layer(name, engine.config.n_layers)) is not None else chosen for name in names}
+    there = list(dict.fromkeys(layer for layers in at.values() for layer in layers))
     if lens_k:
         _check_entries(len(chosen), len(rows), lens_k)
-    held = of_capture(engine.config, len(ids), names, len(chosen), len(rows))
+    held = of_capture(engine.config, len(ids), names, len(there), len(rows))
     call.expect(engine, of_pass(engine.config, len(ids)).beside(held), len(ids), keeps=held.growing)
     kept = _recorded(call, engine, ids, chosen, names, rows)
     tensors = {f"{name}.{layer}": array for name, by_layer in kept.items() for layer, array in by_layer.items()}
     lens = _lens_of_capture(engine, kept, rows, lens_k) if lens_k else None
-    about = f"{', '.join(names)} of {len(chosen)} layers at {len(rows)} positions"
+    about = f"{', '.join(names)} of {len(there)} layers at {len(rows)} positions"
     handle = call.lab.store.put(
         "act",
-        label(engine, ids, f"L{chosen[0]}-{chosen[-1]}"),
+        label(engine, ids, f"L{there[0]}-{there[-1]}"),
         call.owner,
         tensors,
         {
@@ -65,16 +67,16 @@ def capture_residuals(
             "model": loaded.handle,
             "fingerprint": engine.fingerprint,
             "prompt_ids": ids,
-            "rows": {"points": names, "layers": chosen, "positions": rows, "prompt_length": len(ids)},
+            "rows": {"points": names, "layers": there, "positions": rows, "prompt_length": len(ids)},
         },
     )
     return Capture(
         model=loaded.handle,
-        notice=loaded.notice,
+        notice=". ".join(filter(None, [loaded.notice, _once(at, chosen)])) or None,
         handle=handle,
         prompt_tokens=len(ids),
         points=names,
-        layers=chosen,
+        layers=there,
         positions=rows,
         shape=list(next(iter(tensors.values())).shape),
         bytes=sum(array.nbytes for array in tensors.values()),
@@ -90,6 +92,12 @@ def _recorded(
     record = RecordHook.for_layers(layers, points=points, positions=sorted(rows))
     forward(model, ids, hook=record, logits_at="none", tick=call.tick)
     return {name: _ordered(record.get(name), name, rows) for name in points}
+
+
+def _once(at: dict[str, list[int]], asked: list[int]) -> str | None:
+    """Of points that exist once per pass: where they are, unless just that was asked for."""
+    told = [f"{name} exists once, at layer {layers[0]}" for name, layers in at.items() if name in ONCE]
+    return "; ".join(told) if told and any(layers != asked for layers in at.values()) else None
 
 
 def _ordered(by_layer: dict[int, Array], point: str, rows: list[int]) -> dict[int, Array]:
@@ -201,12 +209,13 @@ def held_residuals(record: Record, layers: list[int] | str, rows: Sequence[int],
     point = next((name for name in RESIDUALS if name in held["points"]), None)
     if point is None:
         raise InputError(f"{record.handle} holds {', '.join(held['points'])}; the lens reads the residual stream")
-    chosen = held["layers"] if layers == "all" else layer_list(model, layers)
-    missing = [f"layer {x}" for x in chosen if x not in held["layers"]]
+    at_point = layers_held(record, point)
+    chosen = at_point if layers == "all" else layer_list(model, layers)
+    missing = [f"layer {x}" for x in chosen if x not in at_point]
     missing += [f"position {x}" for x in rows if x not in held["positions"]]
     if missing:
         raise InputError(
-            f"{', '.join(missing[:5])} not in {record.handle}, which holds layers {held['layers']}, "
+            f"{', '.join(missing[:5])} not in {record.handle}, which holds {point} of layers {at_point}, "
             f"positions {held['positions']}"
         )
     where = [held["positions"].index(row) for row in rows]

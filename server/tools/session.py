@@ -84,7 +84,7 @@ def list_session(call: Call, start: Annotated[int, Field(ge=0)] = 0) -> SessionI
 def held(lab: Lab, owner: str, start: int = 0) -> SessionInfo:
     """The models, and a page of the handles of one principal: jobs, then records."""
     loaded = {item.handle: item.model for item in lab.models}
-    known = {model.handle: model for model in [*lab.store.models(), *(slot.known for slot in lab.slots)]}
+    known = {model.handle: model for model in [*lab.known(), *(slot.known for slot in lab.slots)]}
     models = [_held_model(model, loaded.get(handle)) for handle, model in known.items()]
     handles = [
         Held(handle=r.handle, about=str(r.provenance.get("about", "")), bytes=r.nbytes, in_memory=r.in_memory)

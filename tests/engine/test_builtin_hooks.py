@@ -18,7 +18,9 @@ from engine import (
     forward,
     generate,
 )
-from engine.errors import PointError
+from engine.edits import Edit, component_set, placed
+from engine.errors import HookError, PointError, PositionError, VectorError
+from engine.hooks import EditHook
 
 
 def vector(model, seed: int = 0) -> np.ndarray:
@@ -248,6 +250,36 @@ def test_patching_writes_the_given_rows(model, ids, clean, layer):
     expected = clean["resid_post", layer].copy()
     expected[1], expected[-1] = vector(model, 1), vector(model, 2)
     assert_same(after(model, ids, PatchHook(rows), layer), expected)
+
+
+STRETCHED = {
+    "one number for all features": lambda v: SteerHook().add(1, v[:1], 1.0),
+    "several rows": lambda v: SteerHook().add(1, np.stack([v, v]), 1.0),
+    "no axis": lambda v: SteerHook().add(1, v[0], 1.0),
+    "too few features": lambda v: SteerHook().add(1, v[:-1], 1.0),
+    "an alpha for each feature": lambda v: SteerHook().add(1, v, v),
+    "a factor for each feature": lambda v: ScaleHook.for_layers([1], v),
+    "one number in place of a row": lambda v: PatchHook({(1, 0): v[:1]}),
+    "a bare number in place of a row": lambda v: PatchHook({(1, 0): v[0]}),
+    "rows in place of a row": lambda v: PatchHook({(1, 0): np.stack([v, v])}),
+    "a component along one number": lambda v: EditHook([Edit("resid_post", 1, component_set(v[:1], 1.0))]),
+    "one number placed": lambda v: EditHook([Edit("resid_post", 1, placed(lambda p: v[:1]))]),
+}
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_no_hook_stretches_a_vector_over_features_rows_or_heads(synthetic, name):
+    with pytest.raises((VectorError, HookError), match="shape"):
+        forward(synthetic, [1, 2, 3], hook=STRETCHED[name](vector(synthetic)))
+
+
+def test_two_rows_for_one_position_are_refused_and_both_named(synthetic):
+    row = vector(synthetic)
+    hook = PatchHook({(1, 2): row, (1, -1): 2 * row, (2, -1): row})
+    with pytest.raises(PositionError, match="positions 2 and -1 of layer 1 are one place"):
+        forward(synthetic, [1, 2, 3], hook=hook)
+    forward(synthetic, [1, 2, 3, 4], hook=hook)
+    assert [edit.fired for edit in hook.edits] == [1, 1, 1]
 
 
 def test_ablation_then_steering_leaves_the_steering_vector(model, ids, layer):

@@ -113,7 +113,7 @@ def test_cloning_a_range_of_positions_leaves_only_the_range(mine, theirs, layer)
     assert_same(k, theirs.layer(layer).k[:, :, 1:3])
     assert_same(v, theirs.layer(layer).v[:, :, 1:3])
     for start, end in ((-1, 2), (2, 2), (3, 1), (0, 99)):
-        with pytest.raises(CacheError, match=rf"\[{start}, {end}\) do not lie in the"):
+        with pytest.raises(CacheError, match=rf"\[{start}, {end}\) (do not lie in the|hold no row)"):
             mine.clone_layer_position_range(theirs, layer, start, end)
 
 
@@ -209,7 +209,7 @@ def test_kept_keys_stay_as_they_were(model, ids, mine, theirs, layer):
     ("arguments", "message"),
     [
         ({"source": (0, 99)}, r"\[0, 99\) do not lie in the"),
-        ({"source": (2, 2)}, r"\[2, 2\) do not lie in the"),
+        ({"source": (2, 2)}, r"\[2, 2\) hold no row"),
         ({"source": (-1, 2)}, r"\[-1, 2\) do not lie in the"),
         ({"dest": 99}, r"\[99, 101\) do not lie in the"),
         ({"dest": -1}, r"\[-1, 1\) do not lie in the"),

@@ -79,6 +79,15 @@ def test_captures_of_the_model_are_rows_of_the_trace(model, ids, clean, layer):
     assert_moved(whole[layer][-2], last[layer])
 
 
+def test_two_donor_rows_for_one_place_are_refused_and_both_named(synthetic):
+    state = capture_donor_state(synthetic, [1, 2, 3, 4], [(1, 0), (1, 2), (2, 1)])
+    with pytest.raises(PositionError, match="layer 1: the donor's positions 0 and 2 both go to position 1; one row"):
+        patch_and_trace(synthetic, [5, 6, 7], state, to={0: 1, 2: 1})
+    patch_and_trace(synthetic, [5, 6, 7], state, to={2: 1})
+    with pytest.raises(PositionError, match="positions 3 and 2 both go to position 2"):
+        synthetic.patch_activations([1, 2, 3, 4], [5, 6, 7], [(1, -1), (1, 2)], [-1])
+
+
 @pytest.mark.parametrize("name", POINTS)
 def test_a_donor_state_holds_the_rows_asked_for(model, ids, clean, layer, name):
     at = {"embed": 0, "final_norm": model.config.n_layers - 1}.get(name, layer)

@@ -11,8 +11,9 @@ from pathlib import Path
 import anyio
 import httpx2 as httpx
 import pytest
-from clients import ERAS, ask
-from serving import TRANSPORTS, Served, ending, headers, reached, serving, token_file
+import tiny_files
+from clients import ERAS, ask, connected
+from serving import TRANSPORTS, Served, ending, headers, over_stdio, reached, serving, token_file
 from typer.testing import CliRunner
 
 from server.__main__ import app
@@ -323,3 +324,20 @@ async def test_a_toolset_offers_its_tools_only() -> None:
             names = {tool.name for tool in (await client.list_tools()).tools}
     assert "logit_lens" in names
     assert "causal_trace" not in names
+
+
+@pytest.mark.anyio
+async def test_a_model_that_stdio_loaded_by_path_does_not_exist_over_http(tmp_path: Path) -> None:
+    path = str(tiny_files.hf_directory(tmp_path / "secret-place"))
+    workspace = ("--workspace", str(tmp_path / "workspace"))
+    async with connected(over_stdio(*workspace)) as client:
+        own = (await ask(client, "load_model", model=path))["model"]
+    with serving(*workspace) as served:
+        async with reached(served.base, "http") as client:
+            assert (await ask(client, "list_session"))["models"] == []
+            for named in ({"model": own}, {"model": "secret-place"}, {}):
+                said = (await client.call_tool("tokenize", {"text": "the", **named})).content[0].text
+                assert "load_model" in said
+                assert "secret-place" not in said.replace(named.get("model", ""), "")
+    async with connected(over_stdio(*workspace)) as client:
+        assert (await ask(client, "tokenize", text="the", model=own))["model"] == own

@@ -17,6 +17,7 @@ from server.app import build_server
 from server.lab import Lab
 from server.sources import Sources
 from server.store import MemoryStore
+from server.tools.session import held
 
 IDS = [1, 2, 3]
 
@@ -150,7 +151,7 @@ def test_another_process_of_the_workspace_knows_the_handle_and_the_name(paths: l
     assert Lab(store).model(handle).handle == handle
     assert Lab(store).model("m0").handle == handle
     assert Lab(store).load(paths[0], "dense").handle == handle
-    with pytest.raises(UnknownModel, match=f"Known from before.*{handle}"):
+    with pytest.raises(UnknownModel, match=r"Known from before, and loaded when used: m0$"):
         Lab(store).model(None)
 
 
@@ -171,8 +172,48 @@ def test_a_model_that_a_server_may_not_open_does_not_come_back_there(paths: list
     store = MemoryStore()
     handle = Lab(store).load(paths[0], "dense").handle
     (tmp_path / "empty").mkdir()
+    elsewhere = Lab(store, Sources([tmp_path / "empty"]))
+    for reference in (handle, "m0", None):
+        with pytest.raises(UnknownModel) as refused:
+            elsewhere.model(reference)
+        assert paths[0] not in str(refused.value)
+        assert reference is not None or "m0" not in str(refused.value)
+    assert held(elsewhere, "local").models == []
+    assert [item.handle for item in held(Lab(store), "local").models] == [handle]
+
+
+def test_naming_a_model_that_is_gone_leaves_the_other_the_only_one(paths: list[str], tmp_path: Path) -> None:
+    store = MemoryStore()
+    gone = Lab(store).load(paths[0], "dense").handle
+    Path(paths[0]).rename(tmp_path / "elsewhere")
+    lab = Lab(store)
+    only = lab.load(paths[1], "dense").handle
     with pytest.raises(ModelError, match="cannot be loaded again"):
-        Lab(store, Sources([tmp_path / "empty"])).model(handle)
+        lab.model(gone)
+    assert lab.model(None).handle == only
+    (tmp_path / "elsewhere").rename(paths[0])
+    assert lab.model(gone).handle == gone
+    with pytest.raises(UnknownModel, match=r"2 models are loaded; name one of them: m1, m0$"):
+        lab.model(None)
+
+
+def test_a_model_that_left_memory_and_is_gone_is_not_in_use(paths: list[str], tmp_path: Path, size: int) -> None:
+    lab = Lab(model_budget=size)
+    gone, only = (lab.load(path, "dense").handle for path in paths[:2])
+    Path(paths[0]).rename(tmp_path / "elsewhere")
+    with pytest.raises(UnknownModel, match="2 models"):
+        lab.model(None)
+    with pytest.raises(ModelError, match="cannot be loaded again"):
+        lab.model(gone)
+    assert lab.model(None).handle == only
+
+
+def test_models_of_one_name_are_told_apart_by_their_handles(paths: list[str]) -> None:
+    lab = Lab()
+    dense, scoped, other = lab.load(paths[0], "dense"), lab.load(paths[0], "scoped"), lab.load(paths[1], "dense")
+    with pytest.raises(UnknownModel, match=f"name one of them: {dense.handle}, {scoped.handle}, m1$"):
+        lab.model(None)
+    assert lab.model("m1") is other
 
 
 @pytest.mark.anyio
