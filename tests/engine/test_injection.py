@@ -203,7 +203,7 @@ def test_a_prompt_of_one_token_has_nothing_to_edit(synthetic, run):
 def test_rows_that_do_not_exist_are_refused(synthetic):
     with pytest.raises(CacheError, match=r"\[0, 3\) do not lie in the 2"):
         prefill_inject(synthetic, [1, 2, 3], [4, 5, 6], source=(0, 3))
-    with pytest.raises(CacheError, match="do not lie in the 2"):
+    with pytest.raises(CacheError, match="dest 2 does not lie in the 2"):
         prefill_inject(synthetic, [1, 2, 3], [4, 5, 6], dest=2)
     with pytest.raises(CacheError, match="3 layers, the model 4"):
         prefill_inject(synthetic, [1, 2, 3], KVCache.with_layers(3))
