@@ -21,8 +21,9 @@ SERVER_MUTANTS = (
             "test_tools.py::test_every_result_on_the_synthetic_model_says_that_it_is_synthetic"),
     _server("server: rounded weights are not told", "lab.py", "[ROUNDED_NOTICE] *", "[] *",
             "test_models.py::test_weights_in_bfloat16_are_another_model_and_every_result_says_so"),
-    _server("server: the chat template is left out", "call.py", "model.encode_chat if self.chat else model.encode",
-            "model.encode", "test_chat.py::test_the_tokens_are_those_of_the_templated_text"),
+    _server("server: the chat template is left out", "call.py", "if not self.chat:\n            return",
+            "if True:\n            return",
+            "test_chat.py::test_the_tokens_are_those_of_the_templated_text"),
     # --- what is refused
     _server("server: another model's capture is read", "call.py", '!= model.fingerprint:',
             '!= model.fingerprint and False:',
@@ -57,6 +58,7 @@ SERVER_MUTANTS = (
             "test_messages.py::test_a_quoted_message_is_what_one_gets"),
     _server("server: one call too many in all", "gate.py", "self.inside >= self._most", "self.inside > self._most",
             "test_jobs.py::test_jobs_count_as_calls_and_a_full_server_can_still_be_asked_and_relieved"),
-    _server("server: memory has no bound", "store.py", "size > self._budget", "size > 1000 * self._budget",
+    _server("server: memory has no bound", "store.py", "used + wanted > self._budget:",
+            "used + wanted > 1000 * self._budget:",
             "test_store.py::test_a_budget_that_is_used_up_is_an_error_that_names_what_to_release"),
 )  # fmt: skip
