@@ -1,14 +1,20 @@
 """Whether the compiled kernels of the `fast` extra are in use: `prepare`, `switch_off`, `kernels`, `using`, `state`.
 
 They are used when numba is installed and MECHSCOPE_FAST is not "no", from the first `prepare` on, which `load_model`
-calls. Compiling takes half a minute once per machine, reading numba's cache a second per process.
+calls. Compiling takes half a minute once per machine and version, whatever the environment; reading what was compiled,
+a second per process.
 """
 
+import atexit
 import hashlib
 import os
+import shutil
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -121,22 +127,41 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 def _compiled() -> ModuleType:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     import numba
-    from platformdirs import user_cache_path
 
     settings: Any = numba.config
-    kept = settings.CACHE_DIR
-    settings.CACHE_DIR = str(Path(kept or user_cache_path("mechscope") / "kernels") / _sources())
+    kept = settings.CACHE_DIR, settings.CACHE_LOCATOR_CLASSES
+    settings.CACHE_DIR, settings.CACHE_LOCATOR_CLASSES = str(_folder(kept[0])), "engine.kernel_cache.KernelFolder"
     try:
         from engine import kernels
     finally:
-        settings.CACHE_DIR = kept
+        settings.CACHE_DIR, settings.CACHE_LOCATOR_CLASSES = kept
     return kernels
 
 
+def _folder(asked: str) -> Path:
+    """Of compiled kernels: below numba's own setting or the cache directory. Where that cannot be written, one that
+    ends with the process.
+    """
+    from platformdirs import user_cache_path
+
+    folder = Path(asked or user_cache_path("mechscope") / "kernels") / _sources()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        passing = Path(tempfile.mkdtemp(prefix="mechscope-kernels-"))
+        atexit.register(shutil.rmtree, passing, ignore_errors=True)
+        return passing
+
+
 def _sources() -> str:
-    """A digest of what kernels are compiled from: numba's cache looks at one file, and may have no place beside it."""
+    """A digest of what kernels are compiled from, and with: the same in every environment of a machine. The processor
+    is in numba's own keys.
+    """
     found, engine = library(), Path(__file__).parent
     digest = hashlib.sha256(b"" if found is None else bytes([found.bits]))
+    digest.update(repr((sys.version_info[:3], version("numba"), version("llvmlite"))).encode())
     for path in (engine / "activations.py", *sorted((engine / "kernels").glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

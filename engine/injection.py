@@ -21,6 +21,7 @@ from engine.generate import Generation, generate
 from engine.metrics import Metric
 from engine.network import Network
 from engine.ops import Array
+from engine.shares import Progress
 from engine.sweep import Base, Read, base_run, sweep, sweep_cost
 
 LEAST_GAP = 0.05
@@ -179,6 +180,8 @@ def kv_inject_test(
     _check_prompt(recipient)
     _check_prompt(donor)
     random = [int(i) for i in np.random.default_rng(seed).integers(0, model.config.d_vocab, len(donor))]
+    if tick is not None:
+        tick = Progress(tick, kv_inject_cost(model, recipient, donor, chosen).layers)
     base, logits, others = _runs(model, recipient, [donor, random], chosen[0], tick)
     rows = (0, min(len(recipient), len(donor)) - 1)
     moved, unrelated, own = (_transplanted(base.cache, cache, chosen, rows) for cache in (*others, base.cache))

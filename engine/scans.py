@@ -33,6 +33,7 @@ from engine.points import ONCE
 from engine.points import point as point_named
 from engine.pools import pooled_points
 from engine.replacements import Match, matched_scope, replacement
+from engine.shares import Progress
 from engine.sweep import BUDGET, Base, base_run, sweep, sweep_cost
 
 GridBy = Literal["position", "head", "head_position"]
@@ -98,8 +99,12 @@ def patching_grid(
     head at one position; heads are key-value heads at k and v. Both prompts must have the same number of tokens; cells
     before the first token that differs are answered without a run.
     """
-    axes, cells = _grid(model, donor, recipient, point, by, layers, positions)
+    places = None if positions is None else list(positions)
+    axes, cells = _grid(model, donor, recipient, point, by, layers, places)
     _check(model, metric, axes)
+    if tick is not None:
+        cost = patching_grid_cost(model, donor, recipient, point, by, axes["layer"], places, budget)
+        tick = Progress(tick, cost.layers)
     record = RecordHook.for_layers(axes["layer"], points=[point])
     beside = _beside(model, donor, recipient)
     base = base_run(model, recipient, min(axes["layer"]), beside=beside, hook=record, tick=tick)

@@ -60,15 +60,15 @@ def pays(rows: Sequence[int], batches: int) -> bool:
 
 
 class Progress:
-    """Counts the layers of all passes for the caller's tick."""
+    """Counts the layers that all passes have entered for the caller's tick: 1, 2, ... to the total."""
 
     def __init__(self, tick: Tick | None, total: int) -> None:
         self._tick, self._total, self._done = tick, total, 0
 
     def __call__(self, done: int, total: int, what: str) -> None:
+        self._done += 1
         if self._tick is not None:
             self._tick(self._done, self._total, what)
-        self._done += 1
 
 
 def side_by_side(shares: Sequence[Share], tick: Tick) -> None:

@@ -6,12 +6,14 @@ from tolerances import assert_close, assert_same
 
 from engine import (
     KVCache,
+    Metric,
     capture_donor_state,
     forward,
     generate,
     kv_inject_test,
     load_model,
     patch_and_trace,
+    patching_grid,
     prefill_inject,
     trace_forward,
 )
@@ -35,8 +37,8 @@ WORK = {
 }
 PASSES = {"generate": 2, "prefill_inject": 6}
 """Before a sweep; a scan's prompts are one pass."""
-SWEPT = {"kv_inject_test": 1}
-"""Slices of a sweep, which count together."""
+SWEPT = {"kv_inject_test": 2}
+"""Passes of a sweep, which count together."""
 
 
 @pytest.mark.parametrize("name", WORK)
@@ -45,7 +47,17 @@ def test_tick_is_called_for_every_layer_of_every_pass(model, ids, donor, name):
     WORK[name](model, ids, donor, lambda *tick: ticks.append(tick))
     swept = n * SWEPT.get(name, 0)
     expected = [(layer, n, f"layer {layer}") for layer in range(n)] * PASSES.get(name, 1)
-    assert ticks == expected + [(i, swept, f"layer {i % n}") for i in range(swept)]
+    assert ticks == ([(i + 1, swept, f"layer {i % n}") for i in range(swept)] or expected)
+
+
+@pytest.mark.parametrize("by", ["position", "head"])
+def test_the_progress_of_a_grid_is_one_count_that_ends_at_its_total(synthetic, by):
+    told, metric = [], Metric("kl")
+    options = {"point": "z", "by": by, "positions": iter([1, 2]), "layers": iter([1, 3])}
+    patching_grid(synthetic, [1, 2, 3, 4], [1, 5, 3, 4], metric, tick=lambda *t: told.append(t[:2]), **options)
+    total = len(told)
+    assert total > synthetic.config.n_layers
+    assert told == [(i + 1, total) for i in range(total)]
 
 
 @pytest.mark.parametrize("name", WORK)

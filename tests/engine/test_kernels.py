@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import weakref
@@ -399,6 +400,29 @@ print(len(compiled) > 5, [name for name, stats in compiled.items() if stats.cach
 def test_another_process_compiles_nothing_again() -> None:
     ran = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True)
     assert ran.stdout.strip() == "True []", ran.stderr
+
+
+def test_another_environment_compiles_nothing_again_and_needs_no_place_beside_its_sources(tmp_path: Path) -> None:
+    copy = shutil.copytree(Path(fast.__file__).parent, tmp_path / "site" / "engine", copy_function=shutil.copy)
+    for place in (copy, *copy.rglob("*")):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    script = f"import sys; sys.path.insert(0, {str(copy.parent)!r})\n" + AGAIN.replace("sys.path[:0]", "sys.path[1:1]")
+    script += f"import engine; assert engine.__file__.startswith({str(tmp_path)!r})"
+    ran = subprocess.run([sys.executable, "-P", "-B", "-c", script], capture_output=True, text=True)
+    for place in (copy, *copy.rglob("*")):
+        place.chmod(0o755)
+    assert ran.stdout.strip() == "True []", ran.stderr
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_kernels_without_a_place_for_good_are_kept_as_long_as_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert fast._folder(str(tmp_path)).parent == tmp_path
+    passing = fast._folder(str(tmp_path / "file"))
+    assert passing.is_dir()
+    assert passing.name.startswith("mechscope-kernels-")
 
 
 def test_a_model_loaded_with_kernels_in_use_has_panels_unless_its_layers_come_and_go(tmp_path: Path) -> None:

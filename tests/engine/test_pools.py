@@ -83,7 +83,7 @@ def test_prompts_of_one_length_run_together_and_layers_are_counted(small: Model,
     ticks: list[tuple[int, int]] = []
     pooled_rows(small, PROMPTS, [-1], tick=lambda done, total, what: ticks.append((done, total)))
     cost = pooled_rows_cost(small, PROMPTS, [-1])
-    assert ticks == [(done, cost.layers) for done in range(cost.layers)]
+    assert ticks == [(done + 1, cost.layers) for done in range(cost.layers)]
     assert cost.layers == LAYERS * (4 if threads == 1 else 5)  # of 1, 3, 5 and 7 tokens; 9 rows of 3 are a third
     assert (cost.rows, cost.steps) == (LAYERS * 26, LAYERS * 1)
 

@@ -114,7 +114,7 @@ def test_the_callers_thread_alone_is_told_of_every_layer_of_all_threads(syntheti
     sweep(synthetic, IDS, zeroing(range(4)), read, tick=tick)
     total = sweep_cost(synthetic, IDS, zeroing(range(4))).layers
     assert total == 4 * (1 + threads)
-    assert told == [(threading.get_ident(), i, total) for i in range(total)]
+    assert told == [(threading.get_ident(), i + 1, total) for i in range(total)]
     assert len(readers) == threads
 
 

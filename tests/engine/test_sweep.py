@@ -178,14 +178,14 @@ def test_progress_counts_every_layer_of_every_pass(synthetic):
     run = sweep(synthetic, [1, 2, 3], variants, budget=1, tick=lambda done, total, what: seen.append((done, total)))
     assert run.slices == 4
     total = 4 + 4 + 3 + 2 + 1
-    assert seen == [(i, total) for i in range(total)]
+    assert seen == [(i + 1, total) for i in range(total)]
 
 
 def test_raising_from_tick_stops_a_sweep_before_its_next_layer(monkeypatch, synthetic):
     rows = counted(monkeypatch)
 
     def stop(done, total, what):
-        if done == 6:
+        if done == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
