@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -159,6 +158,8 @@ def _sources() -> str:
     """A digest of what kernels are compiled from, and with: the same in every environment of a machine. The processor
     is in numba's own keys.
     """
+    from importlib.metadata import version
+
     found, engine = library(), Path(__file__).parent
     digest = hashlib.sha256(b"" if found is None else bytes([found.bits]))
     digest.update(repr((sys.version_info[:3], version("numba"), version("llvmlite"))).encode())
