@@ -94,10 +94,14 @@ class KVCache:
             return 0
         return 1 + max(int(layer.pos[layer.length - 1]) for layer in self.layers if layer is not None)
 
+    def serves(self, length: int) -> bool:
+        """Whether the cached keys keep their rotary frequencies when the sequence becomes so long."""
+        ropes = {rope for rope in self.config.ropes if rope is not None} if self.config is not None else set()
+        return not self.length or all(rope.frequencies(self.rope_length) == rope.frequencies(length) for rope in ropes)
+
     def grow_to(self, length: int) -> None:
         """Say how long the sequence becomes; raises `CacheError` where that changes the frequencies of cached keys."""
-        ropes = {rope for rope in self.config.ropes if rope is not None} if self.config is not None else set()
-        if self.length and any(rope.frequencies(self.rope_length) != rope.frequencies(length) for rope in ropes):
+        if not self.serves(length):
             raise CacheError(
                 f"this model's rotary frequencies change between {self.rope_length} and {length} tokens, so the "
                 "cached keys no longer fit; run the whole sequence in one pass, without a cache"

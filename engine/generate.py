@@ -16,11 +16,16 @@ from engine.ops import Array
 
 @dataclass(frozen=True)
 class Generation:
-    """ids and text of the new tokens (an end-of-text token ends the run and is not among them)."""
+    """ids and text of the new tokens (an end-of-text token ends the run and is not among them).
+
+    `stopped`: at max_new_tokens, at an end-of-text token, or since no further position can be computed; `why` says what
+    stands in the way then.
+    """
 
     ids: list[int]
     text: str
     stopped: Literal["length", "end_of_text", "context"]
+    why: str | None = None
 
 
 def generate(
@@ -42,21 +47,30 @@ def generate(
     `cache` may hold earlier positions; `tokens` follow them. `window` keeps only the last positions of the cache,
     which stay at their absolute positions. temperature 0 is greedy; otherwise nucleus sampling (Holtzman et al.
     2020) from a generator seeded with `seed`. `on_token(id, text)` is called for each new token.
+
+    Where rotary frequencies change with the length (longrope once, dynamic at every token beyond its context) the whole
+    sequence is computed anew, hooks included, as transformers does for Phi-3: the numbers are those without a cache. A
+    cache whose tokens are not known here, or that a window has cut, ends the text at that place.
     """
     _check(max_new_tokens, temperature, top_p)
     ids = model.token_batch(tokens)
     if len(ids) != 1:
         raise InputError(f"generation continues one prompt at a time, not {len(ids)}")
     cache = KVCache.with_layers(model.config.n_layers) if cache is None else cache
+    whole = cache.length == 0 and window is None
     prompt_length = cache.next_position + ids.shape[1]
     rng = np.random.default_rng(seed)
     new: list[int] = []
     feed = ids.tolist()
     stopped: Literal["length", "end_of_text", "context"] = "length"
+    why = None
     while len(new) < max_new_tokens:
-        if new and cache.next_position >= model.config.n_ctx:
+        if new and (why := _no_further(model, cache, whole)) is not None:
             stopped = "context"
             break
+        if new and not cache.serves(cache.next_position + 1):
+            cache.crop(0)
+            feed = [[*ids[0].tolist(), *new]]
         result = forward(model, feed, hook=hook, cache=cache, prompt_length=prompt_length, tick=tick)
         assert result.logits is not None
         if window is not None:
@@ -69,7 +83,19 @@ def generate(
         feed = [[token]]
         if on_token is not None:
             on_token(token, model.tokenizer.piece(token))
-    return Generation(new, model.tokenizer.decode(new, inside=True), stopped)
+    return Generation(new, model.tokenizer.decode(new, inside=True), stopped, why)
+
+
+def _no_further(model: Network, cache: KVCache, whole: bool) -> str | None:
+    """Why the next token cannot be computed; None where it can. `whole`: every token of the cache is known."""
+    if (length := cache.next_position) >= model.config.n_ctx:
+        return f"the context of {model.config.n_ctx} tokens is full"
+    if whole or cache.serves(length + 1):
+        return None
+    return (
+        f"rotary frequencies change after {length} tokens, and this cache's keys cannot be computed anew: generate "
+        "from the whole prompt, without a cache or window"
+    )
 
 
 def pick(logits: Array, temperature: float, top_p: float, rng: np.random.Generator) -> int:

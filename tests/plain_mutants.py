@@ -464,6 +464,9 @@ PLAIN_MUTANTS = (
            "test_converted.py::test_a_digest_changes_with"),
     Mutant("digits are not split off", "gguf_tokenizer.py", "[digits, pre_tokenizers.ByteLevel(",
            "[pre_tokenizers.ByteLevel(", "test_tokenizer.py::test_ids_equal_llama_cpps"),
+    Mutant("keys of other frequencies go on in generation", "generate.py", "if new and not cache.serves(",
+           "if not new and not cache.serves(",
+           "test_long_contexts.py::test_generation_goes_on_across_the_boundary_as_without_a_cache"),
     # --- config.json
     Mutant("a tied file's own head is left unread", "families/_parts.py", "else (stored[0], stored[-1])",
            "else (stored[0], stored[0])",

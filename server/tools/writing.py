@@ -63,7 +63,7 @@ def generate_with_hooks(
 def continuation(made: Generation) -> Continuation:
     """A generation as results show it."""
     count_tokens("written", len(made.ids))
-    return Continuation(text=made.text, ids=made.ids, stopped=made.stopped)
+    return Continuation(text=made.text, ids=made.ids, stopped=made.stopped, why=made.why)
 
 
 def held_cache(call: Call, model: Model, handle: str) -> KVCache:

@@ -7,7 +7,7 @@ from declared import boundary
 from recording import cached
 from tolerances import assert_close, assert_moved, assert_same
 
-from engine import KVCache, Model, forward, generate
+from engine import CompositeHook, KVCache, LayerHook, Model, RecordHook, SteerHook, forward, generate
 from engine.errors import CacheError
 
 ROWS = [row for row in families.ROWS if boundary(families.tiny(row))]
@@ -73,7 +73,39 @@ def test_the_length_changes_earlier_rows_too(long, edge, tokens):
     assert_close(shorter, whole(long, tokens[:edge])[: edge - 3])
 
 
-def test_generation_stops_at_the_boundary_with_the_reason(long, edge, tokens):
-    assert len(generate(long, tokens[: edge - 2], 2).ids) == 2
-    with pytest.raises(CacheError, match=REFUSED):
-        generate(long, tokens[: edge - 2], 5)
+def greedy(model: Model, ids: list[int], steps: int, hook: LayerHook | None = None) -> tuple[list[int], np.ndarray]:
+    """Tokens by passes without a cache, and the logits of the last pass."""
+    new: list[int] = []
+    for _ in range(steps):
+        logits = forward(model, ids + new, hook=hook, prompt_length=len(ids)).logits[0, -1]
+        new.append(int(logits.argmax()))
+    return new, logits
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_generation_goes_on_across_the_boundary_as_without_a_cache(long, edge, tokens, given):
+    cache = KVCache.with_layers(long.config.n_layers) if given else None
+    made = generate(long, tokens[: edge - 2], 6, cache=cache)
+    assert (made.ids, made.stopped, made.why) == (greedy(long, tokens[: edge - 2], 6)[0], "length", None)
+    if cache is not None:
+        assert cache.next_position == edge + 3
+
+
+def test_hooks_go_on_across_the_boundary(long, edge, tokens):
+    vector = np.random.default_rng(5).standard_normal(long.config.d_model).astype(np.float32)
+    steer, record = SteerHook().add(1, vector, 2.0), RecordHook.for_layers([1], points=["resid_post"])
+    found = generate(long, tokens[: edge - 2], 6, hook=CompositeHook([steer, record]))
+    expected, _ = greedy(long, tokens[: edge - 2], 6, SteerHook().add(1, vector, 2.0))
+    assert found.ids == expected
+    assert expected != greedy(long, tokens[: edge - 2], 6)[0]
+    assert record.positions.tolist() == list(range(edge + 3))
+
+
+def test_a_cache_of_unknown_tokens_or_a_window_ends_the_text_there(long, edge, tokens):
+    cache = KVCache.with_layers(long.config.n_layers)
+    forward(long, tokens[: edge - 3], cache=cache)
+    expected, _ = greedy(long, tokens[: edge - 2], 3)
+    for kept in ({"cache": cache}, {"window": edge}):
+        made = generate(long, tokens[edge - 3 : edge - 2] if "cache" in kept else tokens[: edge - 2], 6, **kept)
+        assert (made.ids, made.stopped) == (expected, "context")
+        assert f"change after {edge} tokens" in made.why
