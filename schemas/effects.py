@@ -62,7 +62,6 @@ class Continuation(Strict):
     text: str
     ids: list[int]
     stopped: Literal["length", "end_of_text", "context"]
-    why: str | None = Field(None, description="of context: why no further token can be computed")
 
 
 class HookedGeneration(Result):

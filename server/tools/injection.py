@@ -16,7 +16,8 @@ from schemas.base import Integers
 from schemas.effects import InjectionResult, InjectionTest
 from server.call import Call, label, layer_list, probabilities, token_id
 from server.lab import LoadedModel
-from server.tools.writing import continuation, held_cache
+from server.tools.effects import joined
+from server.tools.writing import continuation, cut_short, held_cache
 
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 
@@ -97,7 +98,7 @@ def _shown(
     dest = [result.dest, result.dest + end - start]
     return InjectionResult(
         model=loaded.handle,
-        notice=loaded.notice,
+        notice=joined(loaded.notice, cut_short(result.baseline_text, result.injected_text)),
         baseline=probabilities(engine, result.baseline, 5),
         injected=probabilities(engine, result.injected, 5),
         kl=result.kl,

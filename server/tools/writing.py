@@ -52,7 +52,7 @@ def generate_with_hooks(
     )
     return HookedGeneration(
         model=loaded.handle,
-        notice=joined(loaded.notice, sources(made, generating=True)),
+        notice=joined(loaded.notice, sources(made, generating=True), cut_short(baseline, hooked)),
         baseline=continuation(baseline),
         hooked=continuation(hooked),
         first_difference=_first_difference(baseline.ids, hooked.ids),
@@ -60,10 +60,15 @@ def generate_with_hooks(
     )
 
 
+def cut_short(*made: Generation) -> str | None:
+    """Why no further token can be computed, where a text ends for that."""
+    return joined(*dict.fromkeys(text.why for text in made))
+
+
 def continuation(made: Generation) -> Continuation:
     """A generation as results show it."""
     count_tokens("written", len(made.ids))
-    return Continuation(text=made.text, ids=made.ids, stopped=made.stopped, why=made.why)
+    return Continuation(text=made.text, ids=made.ids, stopped=made.stopped)
 
 
 def held_cache(call: Call, model: Model, handle: str) -> KVCache:

@@ -322,6 +322,14 @@ async def test_generation_shows_the_text_with_and_without_the_hooks(lab: Lab, sy
     assert {(a["kind"], a["fired"]) for a in answer["applied"]} == {("zero", 11 + 5), ("steer", 6)}
 
 
+async def test_a_text_that_ends_for_want_of_room_says_so(lab: Lab) -> None:
+    steer = {"layer": 1, "vector": {"random_seed": 1}, "alpha": 5.0}
+    async with connected(build_server(lab)) as client:
+        made = await ask(client, "generate_with_hooks", prompt=[1] * 510, max_new_tokens=9, steers=[steer])
+    assert [made[side]["stopped"] for side in ("baseline", "hooked")] == ["context"] * 2
+    assert made["notice"].count("the context of 512 tokens is full") == 1
+
+
 async def test_sampling_with_one_seed_repeats_itself_and_alpha_zero_changes_nothing(lab: Lab) -> None:
     arguments = {"prompt": PROMPT, "max_new_tokens": 12, "temperature": 1.5, "seed": 7}
     none = {"layer": 1, "vector": {"random_seed": 3}, "alpha": 0.0}
