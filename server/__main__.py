@@ -1,5 +1,6 @@
 """The command line: serve, demo, fetch, doctor."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A microscope for language models, for LLM agents.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mechscope {version('mechscope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = (
+        False
+    ),
+) -> None:
+    """What comes before a command."""
+
 
 MODEL = "smollm2-135m-instruct"
 

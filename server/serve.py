@@ -6,11 +6,15 @@ before a call returns; of what is written while stopping there is only how jobs 
 """
 
 import asyncio
+import errno
 import gc
 import logging
 import os
 import signal
+import socket
+import sys
 from types import FrameType
+from typing import Any
 
 import anyio
 import uvicorn
@@ -30,10 +34,23 @@ from server.settings import OF_HTTP, BadSettings, Settings
 from server.sources import Sources
 from server.store import MemoryStore, SessionStore, StoreError
 from server.watch import Watch
-from server.web import http_app
+from server.web import http_app, name_in_url
 
 FLUSH = 0.2
 """Seconds for the answers of ended calls to be written."""
+
+WAITS = """\
+mechscope waits for an MCP client on its standard input, and this is a terminal. A client starts it by itself:
+  Claude Code     claude mcp add mechscope -- {script} serve
+  other clients   "command": "{script}", "args": ["serve"]
+Over HTTP, at http://127.0.0.1:{port}/mcp:
+  {script} serve --http
+Control-C ends it."""
+
+SERVES_HTTP = """\
+mechscope serves MCP at http://{place}/mcp (and SSE at http://{place}/sse). Connect a client, for example:
+  claude mcp add --transport http mechscope http://{place}/mcp
+Control-C ends it."""
 
 
 def serve(settings: Settings) -> None:
@@ -49,6 +66,8 @@ def serve(settings: Settings) -> None:
     gc.freeze()  # a full collection goes through modules and schemas for 0.1 s, and nobody is answered meanwhile
     if unused := sorted(settings.model_fields_set & OF_HTTP) if not settings.http else ():
         logs.log.warning("without --http these settings do nothing", extra={"settings": ", ".join(unused)})
+    if not settings.http and sys.stdin is not None and sys.stdin.isatty():
+        print(WAITS.format(script=sys.argv[0], port=settings.port), file=sys.stderr)
     if settings.http:
         _serve_http(server, settings, watch)
     else:
@@ -124,7 +143,39 @@ def _serve_http(server: MCPServer[None], settings: Settings, watch: Watch) -> No
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=2,
     )
-    Draining(config, watch.gate, settings.stop_within).run()
+    Draining(config, watch.gate, settings.stop_within).run(listening(settings.host, settings.port))
+
+
+def listening(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address that the host has here, all on one port. Raises `BadSettings`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise BadSettings(f"host: {host} has no address here: {error.strerror}") from None
+    made: list[socket.socket] = []
+    wrong: OSError | None = None
+    for family, _, _, _, place in dict.fromkeys(found):
+        try:
+            made.append(_bound(family, (place[0], made[0].getsockname()[1] if made else port, *place[2:])))
+        except OSError as error:  # localhost may have an address of a family that is switched off
+            wrong = error
+    if wrong is not None and (not made or wrong.errno == errno.EADDRINUSE):
+        raise BadSettings(f"port: {host}:{port} cannot be listened on: {wrong.strerror}")
+    return made
+
+
+def _bound(family: int, place: tuple[Any, ...]) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(place)
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 class Draining(uvicorn.Server):
@@ -138,9 +189,10 @@ class Draining(uvicorn.Server):
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         await super().startup(sockets)  # type: ignore[arg-type]
         self._loop = asyncio.get_running_loop()
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        place = f"{name_in_url(self.config.host)}:{self.servers[0].sockets[0].getsockname()[1]}"
         logs.log.info("serving", extra={"url": f"http://{place}/mcp", "sse": f"http://{place}/sse"})
+        if sys.stderr.isatty():
+            print(SERVES_HTTP.format(place=place), file=sys.stderr)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.started or self._gate.closed:

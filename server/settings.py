@@ -7,6 +7,7 @@ flags           the command line's options, made from the fields of Settings
 import inspect
 import ipaddress
 import os
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -151,13 +152,27 @@ def read_settings(given: Mapping[str, Any], config: Path | None = None) -> Setti
     class Configured(Settings):
         model_config = SettingsConfigDict(toml_file=path)
 
+    known = {name: value for name, value in given.items() if value is not None}
+    if "http" not in known and f"{PREFIX}HTTP" not in os.environ and _has_client():
+        known["http"] = False
     try:
-        return Configured(**{name: value for name, value in given.items() if value is not None})
+        return Configured(**known)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc'][:1])) or 'settings'}: {_reason(e)}" for e in error.errors()]
         raise BadSettings("; ".join(wrong)) from None
     except tomllib.TOMLDecodeError as error:
         raise BadSettings(f"{path} is not TOML: {error}") from None
+
+
+def _has_client() -> bool:
+    """Whether stdin is another program's: a client that started this process would wait for its answers in vain when a
+    file says http.
+    """
+    try:
+        kind = os.fstat(0).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)
 
 
 def _reason(error: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ the demand for a token; errors about its body come to name it. `/health` and `/r
 process, and skip the checks.
 """
 
+import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -55,13 +56,25 @@ def http_app(server: MCPServer[None], settings: Settings, watch: Watch, tokens: 
     )
 
 
+def name_in_url(host: str) -> str:
+    """What stands for `--host` in a URL: a name, or an address as browsers write it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower()
+    if address.is_unspecified:  # every address, of which this machine can reach its own
+        address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
+    return f"[{address.compressed}]" if address.version == 6 else address.compressed
+
+
 def transport_security(settings: Settings) -> TransportSecuritySettings:
-    """Which Host and Origin headers are answered: localhost's, and those in the settings, on every bind."""
-    names = [*LOCAL_NAMES, *settings.allowed_hosts]
+    """Which Host and Origin headers are answered: localhost's, `--host`'s, and those in the settings, on every bind."""
+    own = list(dict.fromkeys([*LOCAL_NAMES, name_in_url(settings.host)]))
+    names = [*own, *settings.allowed_hosts]
     return TransportSecuritySettings(
         allowed_hosts=[*names, *(f"{name}:*" for name in names if _without_port(name))],
         allowed_origins=[
-            *(f"http://{name}{port}" for name in LOCAL_NAMES for port in ("", ":*")),
+            *(f"http://{name}{port}" for name in own for port in ("", ":*")),
             *settings.allowed_origins,
         ],
     )
