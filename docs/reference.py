@@ -10,7 +10,7 @@ from library import cell
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from schemas.arguments import PointName
+from schemas.arguments import Chat, PointName
 from schemas.interventions import NEEDS, TAKES, Intervention
 
 INTRO = """\
@@ -19,13 +19,16 @@ INTRO = """\
 Written by `make docs` from the code; the order is the one agents see. The [types](#types) that arguments and results
 name are at the end.
 
-`model` is a `model:` handle or a model's readable name; it may be left out when exactly one is loaded. A prompt is text
-or a list of token ids; with `chat` true, a text is the user's turn in the model's own chat template, and the notice of
-the result shows exactly what the model read. `layers` are numbers from 0, negative ones from the end. An argument whose
-default is not shown may be left out. A result field that is null by default is left out when it has nothing to say."""
+`model` is a `model:` handle or a model's readable name; it may be left out when exactly one is loaded. A prompt is
+text or a list of token ids; with `chat` true, a text is the user's turn in the model's own chat template, with a text
+as `chat` that begins the answer, too; the notice of the result shows exactly what the model read. `layers` are
+numbers from 0, negative ones from the end. An argument whose default is not shown may be left out. A result field
+that is null by default is left out when it has nothing to say."""
 
 WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null", Any: "any"}
 POINT = "[point](concepts.md#points)"
+ADDED = {"chat": Chat}
+"""Arguments that the server adds to functions."""
 SENT = ("schemas.arguments", "schemas.interventions")
 """Modules of the types that agents send: which of their fields are required matters."""
 
@@ -40,12 +43,10 @@ def tools_page(tools: Iterable[Any], functions: Iterable[Callable[..., Any]]) ->
 
 def _tables(types: "Types", tool: Any, function: Callable[..., Any]) -> tuple[str, str]:
     """Arguments, in the order and with the defaults that are published; result fields."""
-    hints = get_type_hints(function, include_extras=True)
+    hints = ADDED | get_type_hints(function, include_extras=True)
     published, required = tool.input_schema["properties"], tool.input_schema.get("required", ())
     rows = [
-        types.row(
-            name, _without_null(hints.get(name, bool)), _description(hints.get(name)), _given(name, field, required)
-        )
+        types.row(name, _without_null(hints[name]), _description(hints[name]), _given(name, field, required))
         for name, field in published.items()
     ]
     return _table("argument", rows) if rows else "No arguments.", types.fields("result", hints["return"])

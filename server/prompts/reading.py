@@ -3,7 +3,7 @@
 from engine import Model
 from server.prompts.steps import LAYER, POSITION, Answer, Found, ModelName, Rival, Text, call, loading, protocol
 
-EARLIER, WHOLE = Found("EARLIER"), Found("WHOLE")
+EARLIER = Found("EARLIER")
 
 
 def factual_recall(known: Model | None, prompt: Text, answer: Answer, rival: Rival, model: ModelName = None) -> str:
@@ -36,14 +36,13 @@ def factual_recall(known: Model | None, prompt: Text, answer: Answer, rival: Riv
 
 
 def _in_chat(prompt: str, answer: str, model: str | None) -> str:
+    more = {"max_new_tokens": 20, "model": model}
     return (
-        "To ask in chat, where the model has a template: the first token of a reply is seldom the answer. "
-        f"{call('generate_with_hooks', prompt=prompt, chat=True, max_new_tokens=20, model=model)} shows how it opens; "
-        f"OPENING is what stands before {answer!r}. If that does not come, the model does not recall it in chat: stop. "
-        f"{call('tokenize', text=prompt, chat=True, model=model)} gives the ids of the question, "
-        f"{call('tokenize', text='OPENING', model=model)} those that must be appended: WHOLE is the list of both. "
-        f"{call('track_token', prompt=WHOLE, token=answer, model=model)} then reads the token where the model is about "
-        "to say it."
+        "To ask in chat, where the model has a template: the first token of a reply is seldom the answer, so that the "
+        f"answer's opening must be appended. {call('generate_with_hooks', prompt=prompt, chat=True, **more)} shows how "
+        f"it opens; OPENING is what stands before {answer!r}. If that does not come, the model does not recall it in "
+        f"chat: stop. {call('track_token', prompt=prompt, token=answer, chat='OPENING', model=model)} then reads the "
+        "token where the model is about to say it; the other calls take chat in the same way."
     )
 
 

@@ -104,11 +104,6 @@ def _read(tool: str, arguments: dict[str, Any], answer: dict[str, Any], found: F
             return {"RUN": answer["run"]}
         case "generate_with_hooks" if arguments.get("chat"):
             return {"OPENING": answer["baseline"]["text"].partition(" Paris")[0]}
-        case "tokenize":
-            ids = [token["id"] for token in answer["tokens"]]
-            return (
-                {"WHOLE": ids} if arguments.get("chat") else {"WHOLE": found["WHOLE"] + ids} if "WHOLE" in found else {}
-            )
     return {}
 
 
