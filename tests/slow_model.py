@@ -3,12 +3,17 @@
 python -P tests/slow_model.py COUNTED serve [options]      the file COUNTED grows by a byte with every layer entered
 """
 
+import asyncio
 import dataclasses
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import anyio.from_thread
+import anyio.to_thread
 
 from engine import Model
 from engine.params import Ends, LayerParams, Params
@@ -23,16 +28,45 @@ class Entered:
         self, model: Model, entered: Callable[[], None] = lambda: None, seconds: float = LAYER_SECONDS
     ) -> None:
         self.count = 0
+        self.opened = threading.Event()
+        self.opened.set()
+        self._held_at: int | None = None
+        self._reached = threading.Event()
         inner = model.params
 
         def load(layer: int) -> LayerParams:
             self.count += 1
             entered()
-            time.sleep(seconds)
+            if self.count == self._held_at:
+                self._reached.set()
+            if self._held_at is None or self.count < self._held_at:
+                time.sleep(seconds)
+            else:
+                self._wait()
             return inner.layer(layer)
 
         params = Params(Ends(inner.embed, inner.unembed, inner.final_norm), load, keep=0)
         self.model = dataclasses.replace(model, params=params)
+
+    def _wait(self) -> None:
+        """Until the layer is let go, or its call is cancelled."""
+        while not self.opened.wait(0.01):
+            try:
+                anyio.from_thread.check_cancelled()
+            except asyncio.CancelledError:
+                return
+
+    def hold_at(self, count: int) -> None:
+        """From the layer that is entered as number `count` on, each waits until `let_go`."""
+        self._held_at = count
+        self.opened.clear()
+
+    async def held(self) -> None:
+        """Returns when that layer has been entered, and waits."""
+        await anyio.to_thread.run_sync(self._reached.wait)
+
+    def let_go(self) -> None:
+        self.opened.set()
 
 
 def main() -> None:
