@@ -8,6 +8,7 @@ a second per process.
 import atexit
 import hashlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -68,7 +69,7 @@ def _prepare(say: Callable[[str], None] | None) -> None:
     elif os.environ.get(VARIABLE, "yes").lower() in ("no", "0", "false", "off", "n", "f"):
         _why_not = f"switched off by {VARIABLE}"
     elif find_spec("numba") is None:
-        _why_not = "not installed: pip install 'mechscope[fast]'"
+        _why_not = f"not installed; into this environment: {shlex.quote(sys.executable)} -m pip install numba"
     else:
         if say is not None:
             say("preparing compiled kernels (half a minute the first time)")
