@@ -84,6 +84,10 @@ class Config:
         """Query heads per key-value head."""
         return self.n_heads // self.n_kv_heads
 
+    def query_heads(self, kv_head: int) -> range:
+        """The heads that read the keys and values of a key-value head."""
+        return range(kv_head * self.group, (kv_head + 1) * self.group)
+
     @property
     def qkv_widths(self) -> tuple[int, int, int]:
         """Features of a position's queries, keys and values, all heads together."""

@@ -18,14 +18,11 @@ from engine.distribution import kl_divergence, softmax_of
 from engine.errors import CacheError, PromptError
 from engine.forks import Variant
 from engine.generate import Generation, generate
-from engine.metrics import Metric
+from engine.metrics import Metric, recovered
 from engine.network import Network
 from engine.ops import Array
 from engine.shares import Progress
 from engine.sweep import Base, Read, base_run, sweep, sweep_cost
-
-LEAST_GAP = 0.05
-"""`recovered` is not reported when donor and baseline probabilities differ by less."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class Injection:
     """Baseline and injected run: next-token logits (d_vocab,), KL(injected || baseline) in nats, continuations;
     `source` [start, end) of the donor went to `dest` of the recipient; `cache` is the edited cache (n-1 tokens).
     `unseen` is {layer: positions} of rows that were replaced where the next token's sliding window does not reach.
+    `donor` are the donor's own next-token logits, where it was a prompt.
     """
 
     baseline: Array
@@ -46,6 +44,15 @@ class Injection:
     rows_replaced: int
     cache: KVCache
     unseen: dict[int, list[int]]
+    donor: Array | None = None
+
+    def recovered(self, metric: Metric) -> float | None:
+        """How much of the way from recipient to donor (`metrics.recovered`); None where the donor was a cache."""
+        if self.donor is None:
+            return None
+        at = (self.baseline, self.injected, self.donor)
+        baseline, injected, donor = (float(metric(logits[None], self.baseline)[0]) for logits in at)
+        return recovered(metric.kind, injected, baseline, donor)
 
 
 def prefilled(model: Network, tokens: Sequence[int], tick: Tick | None = None) -> KVCache:
@@ -94,7 +101,10 @@ def prefill_inject(
     kl = kl_divergence(injected, baseline)
     places = range(dest, dest + rows[1] - rows[0])
     unseen = _out_of_window(model, chosen, places, len(recipient) - 1)
-    return Injection(baseline, injected, kl, baseline_text, injected_text, chosen, rows, dest, replaced, edited, unseen)
+    donors = None if isinstance(donor, KVCache) else next_logits(model, theirs, donor[-1], tick)
+    return Injection(
+        baseline, injected, kl, baseline_text, injected_text, chosen, rows, dest, replaced, edited, unseen, donors
+    )
 
 
 def prefill_inject_cost(
@@ -102,7 +112,7 @@ def prefill_inject_cost(
 ) -> Cost:
     """What `prefill_inject` will take."""
     cfg = model.config
-    theirs = Cost() if isinstance(donor, KVCache) else of_pass(cfg, len(donor) - 1)
+    theirs = Cost() if isinstance(donor, KVCache) else of_pass(cfg, len(donor) - 1) + of_pass(cfg, 1)
     decoded = of_pass(cfg, 1) + of_pass(cfg, 1) * max_new_tokens
     caches = cache_bytes(cfg, 3 * len(recipient) + max_new_tokens)
     return (of_pass(cfg, len(recipient) - 1) + theirs + decoded * 2).holding(caches)
@@ -134,8 +144,8 @@ def next_logits(model: Network, cache: KVCache, token: int, tick: Tick | None = 
 
 @dataclass(frozen=True)
 class InjectionCell:
-    """One transplant: the target's probability, the part of the donor's effect recovered (None when donor and
-    baseline are closer than `LEAST_GAP`), and KL(injected || baseline) in nats.
+    """One transplant: the target's probability, how much of the way to the donor's that is (`metrics.recovered`), and
+    KL(injected || baseline) in nats.
     """
 
     layers: list[int]
@@ -173,7 +183,7 @@ def kv_inject_test(
     """Does the donor's cache carry the answer `target`, and in which layers?
 
     All donor positions that fit, from position 0. The unrelated donor is as long as the donor, of random tokens
-    from `seed`. recovered = (injected - baseline) / (donor - baseline), of probabilities.
+    from `seed`.
     """
     token = model.check_token(target)
     chosen = sorted(model.resolve_layers(range(model.config.n_layers) if layers is None else layers))
@@ -193,9 +203,7 @@ def kv_inject_test(
 
     def cell(kv: Mapping[int, Any], values: Array) -> InjectionCell:
         probability, kl = map(float, values)
-        gap = carried - baseline
-        recovered = (probability - baseline) / gap if abs(gap) >= LEAST_GAP else None
-        return InjectionCell(list(kv), probability, recovered, kl)
+        return InjectionCell(list(kv), probability, recovered("probability", probability, baseline, carried), kl)
 
     cells = list(map(cell, moves, run.values))
     each, from_last, from_first = ([cells[spans.index(span)] for span in kind] for kind in _kinds(chosen))

@@ -1,6 +1,7 @@
 """Reading residuals in the vocabulary: the logit lens (nostalgebraist 2020) and projections.
 
 lens_logits, logit_lens_topk, most_probable, track_token, track_race    final norm, unembedding, logit scale, softcap
+leads, emergence_layer     whether a token is more than on top by chance, and from which layer on
 project_through_unembed    raw W_U @ vec: no norm, no softcap (raw direct logit attribution)
 embedding_neighbors        cosine against the unscaled W_E
 embedding_row, embedding_row_scaled, unembedding_row    single rows of W_E and W_U
@@ -17,6 +18,7 @@ from engine.decoder import norm, unembed
 from engine.distribution import softmax_of, top_k
 from engine.errors import VectorError
 from engine.matrices import rows_of, stretches
+from engine.metrics import Metric, rounding
 from engine.network import Network
 from engine.ops import Array, inner, softmax
 
@@ -68,6 +70,26 @@ def most_probable(model: Network, rows: Array, k: int) -> list[Ranked]:
         probabilities = softmax(lens_logits(model, rows[start : start + READ_AT_ONCE]))
         found += [top_k(row, k) for row in probabilities]
     return found
+
+
+def leads(logits: Array, token: int) -> bool:
+    """Whether a token is on top of (d_vocab,) logits by more than chance.
+
+    On top of a distribution that is near uniform some token always is. So the leader needs at least d_vocab^-1/2 of
+    the probability, which is half of the way from uniform to certain in nats, and a lead that rounding cannot make.
+    """
+    others = np.delete(logits, token)
+    ahead = float(logits[token]) - float(others.max(initial=-np.inf))
+    probability = float(softmax_of(logits)[token])
+    return ahead > rounding(Metric("logit_difference"), logits) and probability >= len(logits) ** -0.5
+
+
+def emergence_layer(logits: Mapping[int, Array], token: int) -> int | None:
+    """The first of these layers from which the token `leads` to the last of them; None if it does not lead there."""
+    since = None
+    for layer, row in logits.items():
+        since = (layer if since is None else since) if leads(row, token) else None
+    return since
 
 
 def project_through_unembed(model: Network, vec: Array, k: int = 10) -> Ranked | list[Ranked]:

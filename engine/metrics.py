@@ -1,13 +1,18 @@
-"""One number from a next-token distribution: `Metric`.
+"""One number from a next-token distribution: `Metric`; and when differences of it mean something.
 
 probability         of a token
 logit               of a token
 logit_difference    logit(token) - logit(against)
 kl                  KL(this || baseline) in nats
+
+recovered     the part of the way from one run to another
+LEAST_GAP     how far those must be apart
+rounding      what rounding alone can change
+saturating    where a metric hardly moves, whatever the logits do
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -18,6 +23,19 @@ from engine.ops import Array
 
 MetricKind = Literal["probability", "logit", "logit_difference", "kl"]
 METRICS: tuple[str, ...] = get_args(MetricKind)
+
+LEAST_GAP: dict[MetricKind, float] = {"probability": 0.05, "logit": 0.1, "logit_difference": 0.1, "kl": 0.01}
+"""`recovered` is of no use between runs that are closer than this, in units of the metric: a tenth of a logit is one
+part in ten of the odds, and rounding in thirty layers some hundredths of it; 0.01 nats go with 0.05 of probability.
+"""
+
+ROUNDING = 1e-4
+"""What float32 may do to a logit in thirty layers, relative to the largest logit."""
+
+FLAT = 0.01
+"""The slope p (1 - p) of a probability below which a whole logit moves it by less than that much."""
+
+Value = TypeVar("Value", float, Array)
 
 
 @dataclass(frozen=True)
@@ -58,3 +76,37 @@ class Metric:
         else:
             out = logits[:, self.token] - logits[:, self.against]
         return np.ascontiguousarray(out)
+
+
+def recovered(kind: MetricKind, value: Value, baseline: float, donor: float) -> Value | None:
+    """The part of the way from baseline to donor, (value - baseline) / (donor - baseline).
+
+    Above 1 it went past the donor, below 0 away from it. None where the two are closer than `LEAST_GAP`.
+    """
+    gap = donor - baseline
+    return (value - baseline) / gap if abs(gap) >= LEAST_GAP[kind] else None
+
+
+def rounding(metric: Metric, logits: Array) -> float:
+    """How much rounding alone may change the metric of a run with these (d_vocab,) logits, in its own units.
+
+    Every logit may be off by e, so differences by 2e. A probability follows with slope p (1 - p), KL to second order.
+    """
+    e = ROUNDING * float(np.abs(logits).max())
+    if metric.kind == "probability":
+        p = float(softmax_of(logits)[metric.token])
+        return 2 * e * p * (1 - p)
+    return {"logit": e, "logit_difference": 2 * e, "kl": 2 * e**2}[metric.kind]
+
+
+def saturating(metric: Metric, logits: Array) -> float | None:
+    """The probability that saturates the metric in a run with these (d_vocab,) logits; None where nothing does.
+
+    A probability near 0 or 1 hardly follows its logit; nor does KL any logit where one token has nearly all.
+    """
+    if metric.kind not in ("probability", "kl"):
+        return None
+    p = softmax_of(logits)
+    found = float(p.max() if metric.token is None else p[metric.token])
+    alone = metric.kind == "probability" or found > 0.5
+    return found if alone and found * (1 - found) < FLAT else None

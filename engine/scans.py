@@ -25,7 +25,7 @@ from engine.errors import InputError, PointError, PromptError, clipped
 from engine.forks import Variant
 from engine.hooks import RecordHook
 from engine.interventions import Intervention
-from engine.metrics import Metric
+from engine.metrics import Metric, recovered, rounding
 from engine.network import Network, Tokens
 from engine.ops import Array
 from engine.patching import by_position
@@ -43,6 +43,9 @@ KnockoutBy = Literal["key", "head"]
 
 Axes = dict[str, Sequence[Any]]
 
+Cell = tuple[tuple[Any, ...], float]
+"""A cell's labels, one of each axis, and its value."""
+
 COMPONENTS = ("attn_out", "mlp_out")
 """What a layer adds to the residual."""
 
@@ -53,29 +56,55 @@ class Scan:
 
     `axes` is {name: what it runs over}, such as {"layer": (0, 1), "position": (0, 1, 2)}; values: the metric in each
     cell, an array with these axes. `baseline` is the metric of the unchanged run, `donor` the donor's, where there is
-    one. identical: True where donor and recipient are the same by construction, so that nothing was run. `applied`
-    counts the rows that interventions changed; `layer_rows` the rows that went through a layer in the sweep.
+    one; `logits` and `donor_logits` are those runs' (d_vocab,). identical: True where donor and recipient are the same
+    by construction, so that nothing was run. `applied` counts the rows that interventions changed; `layer_rows` those
+    that went through a layer in the sweep. `source` says what mean or resample ablation put in.
     """
 
+    metric: Metric
     axes: dict[str, tuple[Any, ...]]
     values: Array
     baseline: float
     donor: float | None
+    logits: Array
+    donor_logits: Array | None
     identical: npt.NDArray[np.bool_]
     applied: int
     layer_rows: int
     slices: int
+    source: str = ""
 
     def recovered(self) -> Array | None:
-        """(value - baseline) / (donor - baseline) of each cell; None without a donor that differs."""
-        if self.donor is None or self.donor == self.baseline:
-            return None
-        out: Array = (self.values - np.float32(self.baseline)) / np.float32(self.donor - self.baseline)
+        """`metrics.recovered` of each cell: above 1 past the donor, below 0 away from it; None without a donor that
+        differs.
+        """
+        return None if self.donor is None else recovered(self.metric.kind, self.values, self.baseline, self.donor)
+
+    @property
+    def changes(self) -> Array:
+        """Value - baseline of each cell."""
+        out: Array = self.values - np.float32(self.baseline)
         return out
 
-    def largest(self, k: int) -> list[tuple[tuple[Any, ...], float]]:
+    @property
+    def floor(self) -> float:
+        """Smaller changes are no findings: a hundredth of the gap to the donor, or what rounding can do."""
+        gap = 0.0 if self.donor is None else abs(self.donor - self.baseline)
+        return max(gap / 100, rounding(self.metric, self.logits))
+
+    def ends(self, k: int) -> tuple[list[Cell], list[Cell]]:
+        """The k cells that raise the metric most, and the k that lower it most, as (labels, value), each from the
+        largest change on; cells that change it by less than `floor` are in neither.
+        """
+        cells, changes, floor = list(product(*self.axes.values())), self.changes.ravel(), self.floor
+        order = np.argsort(-changes, kind="stable")
+        found = [(cells[i], float(self.values.flat[i])) for i in order if abs(changes[i]) >= floor]
+        raised = [cell for cell in found if cell[1] > self.baseline]
+        return raised[:k], found[len(raised) :][::-1][:k]
+
+    def largest(self, k: int) -> list[Cell]:
         """The k cells that lie farthest from the baseline, as (labels, value), farthest first."""
-        distance = np.abs(self.values - np.float32(self.baseline)).ravel()
+        distance = np.abs(self.changes).ravel()
         order = np.argsort(-distance, kind="stable")[:k]
         cells = list(product(*self.axes.values()))
         return [(cells[i], float(self.values.flat[i])) for i in order]
@@ -96,8 +125,8 @@ def patching_grid(
     """Put the donor's rows of a point into the recipient's run, one cell at a time.
 
     `by` says what a cell is: one position of a layer (all its heads), one head (at all `positions` together), or one
-    head at one position; heads are key-value heads at k and v. Both prompts must have the same number of tokens; cells
-    before the first token that differs are answered without a run.
+    head at one position; at k and v heads are key-value heads, and their axis is called kv_head. Both prompts must have
+    the same number of tokens; cells before the first token that differs are answered without a run.
     """
     places = None if positions is None else list(positions)
     axes, cells = _grid(model, donor, recipient, point, by, layers, places)
@@ -171,9 +200,8 @@ def _grid(
     axes = _grid_axes(model, point, by, _grid_layers(model, point, layers), places)
     first = next((i for i, (mine, other) in enumerate(zip(ids, theirs, strict=True)) if mine != other), len(ids))
 
-    def cell(
-        rows: Mapping[int, Array], layer: int, head: int | None = None, position: int | None = None
-    ) -> Variant | None:
+    def cell(rows: Mapping[int, Array], layer: int, *, position: int | None = None, **heads: int) -> Variant | None:
+        head = next(iter(heads.values()), None)  # of a head or kv_head axis
         moved = [p for p in (places if position is None else [position]) if p >= first]
         which = {p: rows[layer][p] if head is None else rows[layer][p, [head]] for p in moved}
         only = None if head is None else (head,)
@@ -230,7 +258,9 @@ def ablation_scan(
     else:
         axes["head"] = range(model.config.n_heads)
         variants = [Variant((away(layer, "z", head),)) for layer, head in product(*axes.values())]
-    return _scan(model, prompt, metric, axes, variants, budget, tick)
+    scan = _scan(model, prompt, metric, axes, variants, budget, tick)
+    sources = dict.fromkeys(item.source for variant in variants for item in variant.interventions if item.source)
+    return replace(scan, source=". ".join(sources))
 
 
 def knockout_scan(
@@ -309,10 +339,13 @@ def _scan(
     shape = [len(labels) for labels in axes.values()]
     donor = None if base is None else (*base.beside_logits, base.logits)[0]
     return Scan(
+        metric=metric,
         axes={name: tuple(labels) for name, labels in axes.items()},
         values=values.reshape(shape),
         baseline=float(run.baseline),
         donor=None if donor is None else float(metric(donor[None], run.logits)[0]),
+        logits=run.logits,
+        donor_logits=donor,
         identical=identical.reshape(shape),
         applied=sum(edit.fired for edits in run.edits for edit in edits),
         layer_rows=run.layer_rows,
@@ -344,12 +377,13 @@ def _grid_layers(model: Network, point: str, layers: Iterable[int] | None) -> li
 
 def _grid_axes(model: Network, point: str, by: GridBy, layers: list[int], places: list[int]) -> Axes:
     _one_of("by", by, GridBy)
-    heads = range(model.config.n_kv_heads if point in ("k", "v") else model.config.n_heads)
     if by == "position":
         return {"layer": layers, "position": places}
     if point_named(point).head_axis is None:
         raise PointError(f"{point} has no heads; points with heads are q, k, v and z")
-    return {"layer": layers, "head": heads} | ({"position": places} if by == "head_position" else {})
+    shared = point in ("k", "v")
+    heads: Axes = {"kv_head": range(model.config.n_kv_heads)} if shared else {"head": range(model.config.n_heads)}
+    return {"layer": layers, **heads} | ({"position": places} if by == "head_position" else {})
 
 
 def _prompts(model: Network, mode: AblateMode, over: Iterable[Tokens] | None) -> list[list[int]]:

@@ -51,8 +51,9 @@ class PatchEffect(Effect):
 
     donor: list[TokenProbability]
     recovered: Number | None = Field(
-        description="(effect - baseline) / (donor - baseline) of the token's probability; null without a token or when "
-        "donor and baseline are closer than 0.05",
+        description="(effect - baseline) / (donor - baseline) of the logit difference, without against of the token's "
+        "probability: above 1 past the donor, below 0 away from it; null without a token or when donor and baseline "
+        "are closer than 0.1 of a logit or 0.05 of probability",
     )
 
 
@@ -91,6 +92,11 @@ class InjectionResult(Result):
     replaced_text: str = Field(description="the recipient's tokens whose cache rows were replaced")
     donor_text: str | None = Field(None, description="the donor's tokens whose rows took their place")
     handle: str | None = Field(None, description="kv: handle of the edited cache, when keep was true")
+    token: TokenEffect | None = None
+    recovered: Number | None = Field(
+        None,
+        description="of the token's probability, as in kv_inject_test; left out where null, or for a cache as donor",
+    )
 
 
 class InjectionCell(Strict):
@@ -98,7 +104,10 @@ class InjectionCell(Strict):
 
     layers: str
     probability: Number
-    recovered: Number | None
+    recovered: Number | None = Field(
+        description="(probability - baseline) / (donor - baseline): above 1 past the donor, below 0 away from it; null "
+        "when donor and baseline are closer than 0.05"
+    )
     kl: Number
 
 

@@ -61,7 +61,8 @@ class Track(Result):
     position: int
     rows: list[TrackRow]
     emergence_layer: int | None = Field(
-        description="the first layer read from which the token stays on top to the last; null if it does not end on top"
+        description="the first layer read from which the token leads to the last; null if it does not lead there. It "
+        "leads when it is on top with at least 1 / sqrt(d_vocab) of the probability, and by more than rounding"
     )
     peak_layer: int
 
@@ -121,6 +122,9 @@ class Attention(Result):
     """Attention patterns, the largest weights of each row."""
 
     rows: list[AttentionRow]
+    key_groups: list[list[int]] | None = Field(
+        None, description="heads that share keys and values, those of key-value head 0 first; left out if none do"
+    )
 
 
 class LayerComparison(Strict):

@@ -19,7 +19,10 @@ class GridCell(Strict):
     layer: int
     position: int | None = None
     head: int | None = None
+    kv_head: int | None = Field(None, description="at k and v")
+    query_heads: list[int] | None = Field(None, description="the heads that read this kv_head")
     value: Number
+    change: Number = Field(description="value - corrupt")
     recovered: Number | None
 
 
@@ -31,8 +34,13 @@ class CausalTrace(Result):
     corrupt: Number = Field(description="the metric of the corrupt run, without patching")
     axes: dict[str, list[int]] = Field(description="what the grid's axes run over, in their order")
     top: list[GridCell] = Field(
-        description="the cells farthest from the corrupt run; recovered = (value - corrupt) / (clean - corrupt), null "
-        "when the two are closer than 0.05 (or, for logits and KL, equal)"
+        description="the k cells that raise the metric most; recovered = (value - corrupt) / (clean - corrupt): above "
+        "1 past the clean run, below 0 away from it; null when clean and corrupt are closer than 0.05 of probability, "
+        "0.1 of a logit or 0.01 nats"
+    )
+    bottom: list[GridCell] = Field(
+        description="the k cells that lower it most. Cells that change it by less than a hundredth of clean - corrupt, "
+        "or than rounding may, are in neither; the notice says how many that were"
     )
     differs: list[TokenPair] = Field(description="where the prompts' tokens differ (the first 20)")
     cells: int

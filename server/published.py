@@ -3,8 +3,7 @@
 Arguments: an option of null that is also the default goes, because leaving the argument out says the same (null is
 still accepted); so does a default of false. Results: descriptions go, they are in docs/tools.md; objects are open, so
 that a client with an older list accepts a field that came later; which fields are always there is said of the result
-itself, not of its parts; a choice of plain types is a list of them. A definition that is used once stands where it is
-used.
+itself, not of its parts. A definition that is used once stands where it is used, a choice of plain types is a list.
 """
 
 from collections import Counter
@@ -23,7 +22,8 @@ NULL = {"type": "null"}
 
 def arguments(schema: Schema) -> Schema:
     """The input schema to publish."""
-    return _inlined(_rewritten(schema, frozenset({"title"})))
+    made: Schema = _listed(_inlined(_rewritten(schema, frozenset({"title"}))))
+    return made
 
 
 def result(schema: Schema) -> Schema:
@@ -70,17 +70,23 @@ def _without_null(node: Schema) -> Schema:
 
 
 def _listed(node: Any) -> Any:
-    """Options that are a type and nothing else as one list of types."""
+    """Options of different types as one list of types, where only the array says more of itself."""
     if isinstance(node, list):
         return [_listed(item) for item in node]
     if not isinstance(node, dict):
         return node
     made = {key: _listed(value) for key, value in node.items()}
     options = made.get("anyOf")
-    if isinstance(options, list) and all(set(option) == {"type"} for option in options):
+    if isinstance(options, list) and all(_plain(option) for option in options):
         del made["anyOf"]
+        made |= {key: value for option in options for key, value in option.items()}
         made["type"] = [option["type"] for option in options]
     return made
+
+
+def _plain(option: Schema) -> bool:
+    of_arrays = {"items", "minItems", "maxItems"} if option.get("type") == "array" else set()
+    return isinstance(option.get("type"), str) and set(option) <= {"type"} | of_arrays
 
 
 def _options(item: Schema) -> list[Schema]:

@@ -81,7 +81,7 @@ def _track(a: Answer) -> list[RenderableType]:
     for row in _thinned(a["rows"]):
         table.add_row(str(row["layer"]), _percent(row["probability"]), str(row["rank"]), f"{row['logit']:.2f}")
     since = a["emergence_layer"]
-    verdict = "does not end on top" if since is None else f"is on top from layer {since} to the end"
+    verdict = "does not lead at the end" if since is None else f"leads from layer {since} to the end"
     return [table, f"{_text(a['token']['text'])} {verdict}"]
 
 
@@ -111,7 +111,7 @@ def _effect(a: Answer) -> list[RenderableType]:
         difference = f"logit({_text(d['token'])}) - logit({_text(d['against'])})"
         told.append(f"{difference}: {d['baseline']:.2f} -> {d['effect']:.2f}")
     if a.get("recovered") is not None:
-        told.append(f"recovered {_percent(a['recovered'])} of the way to the donor")
+        told.append(f"recovered {100 * a['recovered']:.1f}% of the way to the donor")
     lines.append(", ".join(told))
     return [*lines, _applied(a)]
 
@@ -123,7 +123,7 @@ def _applied(a: Answer) -> str:
 
 def _trace(a: Answer) -> list[RenderableType]:
     table = _table(*a["axes"], "value", "recovered")
-    for cell in a["top"]:
+    for cell in [*a["top"], *a["bottom"][::-1]]:
         recovered = "-" if cell["recovered"] is None else f"{100 * cell['recovered']:.0f}%"
         table.add_row(*(str(cell[axis]) for axis in a["axes"]), f"{cell['value']:.3f}", recovered)
     differs = "; ".join(f"position {d['position']}: {_text(d['clean'])}, {_text(d['corrupt'])}" for d in a["differs"])
@@ -171,7 +171,7 @@ def _injection(a: Answer) -> list[RenderableType]:
 def _scan(a: Answer) -> list[RenderableType]:
     table = _table("layers", "probability", "recovered", "KL")
     for cell in _thinned(a["from_last"]):
-        recovered = "-" if cell["recovered"] is None else _percent(cell["recovered"])
+        recovered = "-" if cell["recovered"] is None else f"{100 * cell['recovered']:.1f}%"
         table.add_row(cell["layers"], _percent(cell["probability"]), recovered, f"{cell['kl']:.3f}")
     target = f"{_text(a['target'])}: {_percent(a['baseline'])} in the recipient, {_percent(a['donor'])} in the donor"
     controls = (

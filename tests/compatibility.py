@@ -62,7 +62,7 @@ class _Comparison:
             yield from (f"{place} {self.no_fit} {value!r}" for value in missing)
         yield from (f"{place} {self.less} {key} {other[key]}" for key in _tighter(one, other))
         yield from self._fields(place, one, other)
-        if "items" in other:
+        if "items" in other and other.get("type") in (None, "array"):  # of one of several types, it is of arrays only
             yield from self._between(f"{place}[]", one.get("items", {}), other["items"])
 
     def _fields(self, place: str, one: Schema, other: Schema) -> Iterator[str]:

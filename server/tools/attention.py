@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import Model, RecordHook, forward
+from engine.config import Config
 from engine.cost import of_capture, of_pass
 from engine.errors import InputError
 from engine.ops import Array
@@ -61,7 +62,12 @@ def attention_pattern(
             for head in of
             for row in rows
         ],
+        key_groups=_key_groups(engine.config),
     )
+
+
+def _key_groups(cfg: Config) -> list[list[int]] | None:
+    return None if cfg.group == 1 else [list(cfg.query_heads(head)) for head in range(cfg.n_kv_heads)]
 
 
 def _entropy(weights: Array) -> float:

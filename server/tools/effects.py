@@ -1,6 +1,6 @@
 """One forward pass with something changed: forward_ablate, forward_steer, patch_activations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,6 +10,7 @@ from engine.cost import Cost, of_pass
 from engine.distribution import kl_divergence, softmax_of
 from engine.edits import Edit, Scope
 from engine.errors import InputError
+from engine.metrics import LEAST_GAP, Metric, MetricKind, recovered, saturating
 from engine.ops import Array
 from engine.patching import destinations
 from schemas.arguments import Layers, MatchName, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
@@ -29,7 +30,6 @@ from server.interventions import (
 )
 from server.lab import LoadedModel
 
-LEAST_GAP = 0.05
 SHOWN = 5
 
 Heads = Annotated[Integers | None, Field(description="at q, k, v, attn_pattern, z")]
@@ -175,11 +175,12 @@ def patch_activations(
     donor_logits = forward(engine, donor_ids, tick=call.tick).logits
     assert donor_logits is not None
     effect = _compared(call, loaded, ids, made, interventions, token, against)
-    effect.notice = joined(effect.notice, _pairing(engine, targets, donor_ids, ids))
+    part, told = _recovered(effect, asked_metric(engine, token, against), donor_logits[0, -1])
+    effect.notice = joined(effect.notice, _pairing(engine, targets, donor_ids, ids), told)
     return PatchEffect(
         **{name: getattr(effect, name) for name in type(effect).model_fields},
         donor=probabilities(engine, donor_logits[0, -1], SHOWN),
-        recovered=_recovered(effect.token, donor_logits[0, -1]),
+        recovered=part,
     )
 
 
@@ -213,11 +214,43 @@ def _pairing(model: Model, targets: Sequence[Target], donor: list[int], recipien
     )
 
 
-def _recovered(asked: TokenEffect | None, donor_logits: Array) -> float | None:
-    if asked is None:
+def asked_metric(model: Model, token: str | int | None, against: str | int | None) -> Metric | None:
+    """What `recovered` is of: the token's probability, or the logit difference; raises `InputError` for half of it."""
+    if against is not None and token is None:
+        raise InputError("against needs token: logit(token) - logit(against) is reported")
+    if token is None:
         return None
-    gap = float(softmax_of(donor_logits)[asked.id]) - asked.baseline_probability
-    return (asked.probability - asked.baseline_probability) / gap if abs(gap) >= LEAST_GAP else None
+    if against is None:
+        return Metric("probability", token_id(model, token))
+    return Metric("logit_difference", token_id(model, token), token_id(model, against))
+
+
+def _recovered(effect: Effect, metric: Metric | None, donor: Array) -> tuple[float | None, str | None]:
+    """How much of the way to the donor, and what must be said of it."""
+    if metric is None or effect.token is None:
+        return None, None
+    asked, difference = effect.token, effect.logit_difference
+    value, baseline = (
+        (asked.probability, asked.baseline_probability)
+        if difference is None
+        else (difference.effect, difference.baseline)
+    )
+    theirs = float(metric(donor[None], donor)[0])
+    part = recovered(metric.kind, value, baseline, theirs)
+    return part, recovered_notice(metric.kind, [part], baseline, theirs)
+
+
+def recovered_notice(kind: MetricKind, parts: Iterable[float | None], baseline: float, donor: float) -> str | None:
+    """What a reader of `recovered` must know where it is null, above 1 or below 0; a twentieth is no matter."""
+    if abs(donor - baseline) < LEAST_GAP[kind]:
+        return (
+            f"recovered is null: the {kind} is {baseline:.6g} before and {donor:.6g} in the donor, closer than "
+            f"{LEAST_GAP[kind]}"
+        )
+    told = [part for part in parts if part is not None]
+    over = ["above 1 is past the donor"] * any(part > 1.05 for part in told)
+    under = ["below 0 is away from the donor"] * any(part < -0.05 for part in told)
+    return f"recovered, of the {kind}: {', '.join([*over, *under])}" if over or under else None
 
 
 def _compared(
@@ -231,10 +264,7 @@ def _compared(
 ) -> Effect:
     """The prompt's next-token distribution without and with the interventions: the tool's own, then those described."""
     engine = loaded.model
-    if against is not None and token is None:
-        raise InputError("against needs token: logit(token) - logit(against) is reported")
-    asked = None if token is None else token_id(engine, token)
-    other = None if against is None else token_id(engine, against)
+    asked = asked_metric(engine, token, against)
     made = [*own, *described_interventions(call, engine, described, len(ids))]
     if not made:
         raise InputError("nothing would be changed: give the tool's own arguments, or interventions")
@@ -245,24 +275,29 @@ def _compared(
     baseline, effect = base[0, -1], changed[0, -1]
     return Effect(
         model=loaded.handle,
-        notice=joined(loaded.notice, sources(made)),
+        notice=joined(loaded.notice, sources(made), None if asked is not None else _certain(baseline, effect)),
         baseline=probabilities(engine, baseline, SHOWN),
         effect=probabilities(engine, effect, SHOWN),
         kl=kl_divergence(effect, baseline),
-        token=None if asked is None else _token_effect(engine, asked, baseline, effect),
-        logit_difference=None
-        if asked is None or other is None
-        else LogitDifference(
-            token=engine.tokenizer.piece(asked),
-            against=engine.tokenizer.piece(other),
-            baseline=float(baseline[asked] - baseline[other]),
-            effect=float(effect[asked] - effect[other]),
-        ),
+        token=token_effect(engine, asked, baseline, effect),
+        logit_difference=logit_difference(engine, asked, baseline, effect),
         applied=applied(hook.edits, len(ids)),
     )
 
 
-def _token_effect(model: Model, index: int, baseline: Array, effect: Array) -> TokenEffect:
+def _certain(baseline: Array, effect: Array) -> str | None:
+    """What KL hides where one token has nearly all of the probability without and with the intervention."""
+    kl = Metric("kl")
+    shares = [saturating(kl, logits) for logits in (baseline, effect)]
+    if None in shares or baseline.argmax() != effect.argmax():
+        return None
+    return f"KL is saturated: the leading token has {shares[0]:.6g} and {shares[1]:.6g}. Give token to see its logit"
+
+
+def token_effect(model: Model, asked: Metric | None, baseline: Array, effect: Array) -> TokenEffect | None:
+    """The token that was asked about, in two runs' (d_vocab,) logits."""
+    if asked is None or (index := asked.token) is None:
+        return None
     return TokenEffect(
         id=index,
         text=model.tokenizer.piece(index),
@@ -271,6 +306,15 @@ def _token_effect(model: Model, index: int, baseline: Array, effect: Array) -> T
         logit=float(effect[index]),
         baseline_logit=float(baseline[index]),
     )
+
+
+def logit_difference(model: Model, asked: Metric | None, baseline: Array, effect: Array) -> LogitDifference | None:
+    """The difference that was asked about, in two runs' (d_vocab,) logits."""
+    if asked is None or asked.token is None or asked.against is None:
+        return None
+    piece = model.tokenizer.piece
+    before, after = (float(logits[asked.token] - logits[asked.against]) for logits in (baseline, effect))
+    return LogitDifference(token=piece(asked.token), against=piece(asked.against), baseline=before, effect=after)
 
 
 def applied(edits: Sequence[Edit], prompt_length: int) -> list[Applied]:

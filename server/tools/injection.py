@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from engine import KVCache, Model
+from engine import KVCache, Metric, Model
 from engine import kv_inject_test as scanned
 from engine import prefill_inject as injected
 from engine.cost import cache_bytes
@@ -16,7 +16,7 @@ from schemas.base import Integers
 from schemas.effects import InjectionResult, InjectionTest
 from server.call import Call, label, layer_list, probabilities, token_id
 from server.lab import LoadedModel
-from server.tools.effects import joined
+from server.tools.effects import Asked, asked_metric, joined, recovered_notice, token_effect
 from server.tools.writing import continuation, cut_short, held_cache
 
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -36,6 +36,7 @@ def prefill_inject(
     heads: Annotated[Integers | None, Field(description="key-value heads; left out: all")] = None,
     max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
     keep: Annotated[bool, Field(description="keep the cache as a kv: handle")] = False,
+    token: Asked = None,
     model: ModelRef = None,
 ) -> InjectionResult:
     """Transplant part of the donor's key-value cache into the recipient and continue from it.
@@ -47,6 +48,7 @@ def prefill_inject(
     engine = loaded.model
     ids = call.ids(engine, recipient)
     donor_ids, donor_cache = _donor(call, engine, donor)
+    asked = asked_metric(engine, token, None)
     cost = prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens)
     call.expect(engine, cost, len(ids), keeps=cache_bytes(engine.config, len(ids) - 1) if keep else 0)
     result = injected(
@@ -54,7 +56,7 @@ def prefill_inject(
         None if source is None else (source[0], source[1]), dest, what, rope, heads, max_new_tokens, call.tick,
     )  # fmt: skip
     handle = _kept(call, loaded, ids, donor_ids, result) if keep else None
-    return _shown(loaded, ids, donor_ids, result, what, rope, handle)
+    return _shown(loaded, ids, donor_ids, result, what, rope, handle, asked)
 
 
 def _donor(call: Call, model: Model, donor: str | Sequence[int]) -> tuple[list[int], KVCache | None]:
@@ -92,13 +94,14 @@ def _shown(
     what: str,
     rope: str,
     handle: str | None,
+    asked: Metric | None,
 ) -> InjectionResult:
     engine = loaded.model
     start, end = result.source
     dest = [result.dest, result.dest + end - start]
     return InjectionResult(
         model=loaded.handle,
-        notice=joined(loaded.notice, cut_short(result.baseline_text, result.injected_text)),
+        notice=joined(loaded.notice, cut_short(result.baseline_text, result.injected_text), _odd(result, asked)),
         baseline=probabilities(engine, result.baseline, 5),
         injected=probabilities(engine, result.injected, 5),
         kl=result.kl,
@@ -114,7 +117,19 @@ def _shown(
         replaced_text=engine.tokenizer.decode(ids[dest[0] : dest[1]]),
         donor_text=engine.tokenizer.decode(donor_ids[start:end]),
         handle=handle,
+        token=token_effect(engine, asked, result.baseline, result.injected),
+        recovered=None if asked is None else result.recovered(asked),
     )
+
+
+def _odd(result: Injection, asked: Metric | None) -> str | None:
+    """What a reader of `recovered` must know."""
+    if asked is None:
+        return None
+    if result.donor is None:
+        return "recovered is null: the donor is a cache, which says nothing by itself"
+    before, theirs = (float(asked(logits[None], result.baseline)[0]) for logits in (result.baseline, result.donor))
+    return recovered_notice(asked.kind, [result.recovered(asked)], before, theirs)
 
 
 def kv_inject_test(
@@ -136,9 +151,10 @@ def kv_inject_test(
     chosen, wanted = layer_list(engine, layers), token_id(engine, target)
     call.expect(engine, kv_inject_cost(engine, ids, donor_ids, chosen), len(ids))
     scan = scanned(engine, ids, donor_ids, wanted, chosen, tick=call.tick)
+    parts = [cell.recovered for cells in (scan.per_layer, scan.from_last, scan.from_first) for cell in cells]
     return InjectionTest(
         model=loaded.handle,
-        notice=loaded.notice,
+        notice=joined(loaded.notice, recovered_notice("probability", parts, scan.baseline, scan.donor)),
         target=engine.tokenizer.piece(wanted),
         baseline=scan.baseline,
         donor=scan.donor,

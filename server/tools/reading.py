@@ -11,7 +11,7 @@ from engine import Model, RecordHook, forward, trace_forward
 from engine.cost import Cost, of_capture, of_pass
 from engine.distribution import rank_of, softmax_of, top_k
 from engine.errors import InputError
-from engine.lens import lens_logits, most_probable
+from engine.lens import emergence_layer, lens_logits, most_probable
 from engine.ops import Array
 from engine.points import ONCE, POINTS, only_layer
 from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, TokenRef, TopK
@@ -19,12 +19,19 @@ from schemas.reading import Capture, Crossing, Lens, LensRow, PointNorm, Race, R
 from server.call import Call, label, layer_list, layers_held, position_list, ranked, require_one, token_id, token_shown
 from server.lab import LoadedModel
 from server.store import Record
+from server.tools.effects import joined
 
 RESIDUALS = ("resid_post", "resid_mid", "resid_pre", "embed")
 """The points of a capture that the lens can read, best first."""
 
 MOST_ENTRIES = 500
 """Tokens listed in one answer; more would not fit an agent's context."""
+
+
+TOO_FLAT = (
+    "The token ends on top of a distribution too flat for a lead: some token always is on top. It leads where it has "
+    "at least 1 / sqrt(d_vocab) of the probability"
+)
 
 
 def capture_residuals(
@@ -259,23 +266,16 @@ def track_token(
         )
         for layer, row in logits.items()
     ]
+    since = emergence_layer(logits, wanted)
     return Track(
         model=loaded.handle,
-        notice=loaded.notice,
+        notice=joined(loaded.notice, TOO_FLAT if since is None and rows[-1].rank == 0 else None),
         token=token_shown(engine, wanted),
         position=place,
         rows=rows,
-        emergence_layer=_emergence(rows),
+        emergence_layer=since,
         peak_layer=max(rows, key=lambda row: row.probability).layer,
     )
-
-
-def _emergence(rows: list[TrackRow]) -> int | None:
-    """The first layer from which the rank is 0 to the end."""
-    since = None
-    for row in rows:
-        since = (row.layer if since is None else since) if row.rank == 0 else None
-    return since
 
 
 def track_race(

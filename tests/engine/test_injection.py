@@ -5,10 +5,13 @@ import pytest
 from declared import moves, refuses_to_move
 from tolerances import LEAST_KL, assert_close, assert_moved, assert_same
 
-from engine import KVCache, forward, generate, kv_inject_test, prefill_inject
+from engine import KVCache, Metric, forward, generate, kv_inject_test, prefill_inject
 from engine.distribution import kl_divergence, softmax_of
 from engine.errors import CacheError, PromptError
-from engine.injection import LEAST_GAP, next_logits, prefilled
+from engine.injection import next_logits, prefilled
+from engine.metrics import LEAST_GAP as LEAST_GAPS
+
+LEAST_GAP = LEAST_GAPS["probability"]
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +189,27 @@ def test_all_layers_together_recover_the_whole_effect(synthetic):
 def test_recovery_is_left_out_where_donor_and_baseline_hardly_differ(model, ids):
     scan = kv_inject_test(model, ids, ids, 5, layers=[0])
     assert scan.per_layer[0].recovered is None
+
+
+def test_an_injection_says_how_much_of_the_donor_it_recovers(model, ids, donor, injection, logits, donor_logits):
+    token, other = int(donor_logits[0].argmax()), int(logits[0].argmin())
+    assert_close(injection.donor[None], donor_logits)
+    part = prefill_inject(model, ids, donor, layers=[1], max_new_tokens=1)
+    for metric in (Metric("logit", token), Metric("logit_difference", token, other), Metric("kl")):
+        before, after, theirs = (
+            float(metric(x[None], logits[0])[0]) for x in (logits[0], part.injected, donor_logits[0])
+        )
+        if abs(theirs - before) < LEAST_GAPS[metric.kind]:
+            assert part.recovered(metric) is None
+        else:
+            assert injection.recovered(metric) == pytest.approx(1, abs=1e-2)
+            assert part.recovered(metric) == pytest.approx((after - before) / (theirs - before), rel=1e-2, abs=1e-3)
+
+
+def test_a_cache_as_a_donor_has_no_answer_of_its_own_to_recover(synthetic):
+    moved = prefill_inject(synthetic, [1, 2, 3], prefilled(synthetic, [4, 5, 6]), max_new_tokens=1)
+    assert moved.donor is None
+    assert moved.recovered(Metric("logit", 5)) is None
 
 
 def test_the_unrelated_donor_depends_on_the_seed_only(synthetic):

@@ -10,6 +10,7 @@ from engine import RecordHook, forward, trace_forward
 from engine.decoder import unembed
 from engine.distribution import softmax_of
 from engine.errors import TokenError, VectorError
+from engine.lens import emergence_layer, leads
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +196,38 @@ def test_what_is_unembedded_at_a_time_is_bounded(synthetic, monkeypatch):
     monkeypatch.setattr("engine.lens.unembed", lambda model, x: shapes.append(x.shape) or unembed(model, x))
     model.track_race({layer: np.ones((100, model.config.d_model), np.float32) for layer in range(3)}, k=1)
     assert [rows for rows, _ in shapes] == [128, 128, 44]
+
+
+def test_a_token_leads_by_more_than_chance_or_not_at_all():
+    flat = np.zeros(257, np.float32)
+    noisy = flat + np.random.default_rng(0).normal(0, 0.3, 257).astype(np.float32)
+    decided, tied = flat.copy(), flat.copy()
+    decided[7], tied[[7, 8]] = 6, 6
+    best = int(noisy.argmax())
+    assert not leads(flat, 7)
+    assert not leads(noisy, best)
+    assert leads(decided, 7)
+    assert not leads(decided, 8)
+    assert not leads(tied, 7)
+    tied[7] += 1e-4
+    assert not leads(tied, 7), "by rounding"
+    tied[7] += 0.1
+    assert leads(tied, 7)
+
+
+@pytest.mark.parametrize("d_vocab", [5, 257, 50_000])
+def test_a_leader_has_half_of_the_nats_from_uniform_to_certain(d_vocab):
+    for share, found in ((0.9, False), (1.1, True)):
+        p = share * d_vocab**-0.5
+        logits = np.full(d_vocab, np.log((1 - p) / (d_vocab - 1)), np.float32)
+        logits[3] = np.log(p)
+        assert leads(logits, 3) == (found and p > 1 / d_vocab)
+
+
+def test_a_token_emerges_at_the_layer_from_which_it_leads_to_the_end():
+    flat, mine, other = np.zeros((3, 257), np.float32)
+    mine[7], other[8] = 9, 9
+    assert emergence_layer({0: mine, 1: other, 2: mine, 5: mine}, 7) == 2
+    assert emergence_layer({0: mine, 1: flat, 2: mine}, 7) == 2
+    assert emergence_layer({0: mine, 1: other}, 7) is None
+    assert emergence_layer({0: flat, 1: flat}, 0) is None

@@ -7,6 +7,8 @@ from tolerances import assert_same
 from engine import Metric, RecordHook, ablation_scan, forward, load_model, patching_grid
 from engine.distribution import softmax_of
 from engine.errors import UnknownModel
+from engine.lens import emergence_layer, leads, lens_logits
+from engine.metrics import saturating
 from engine.planted import CIRCUITS, N_HEADS, N_LAYERS, planted
 
 MARGIN = 5
@@ -53,6 +55,33 @@ def test_removing_a_suppressing_head_makes_the_answer_more_likely():
     scan = ablation_scan(model, model.encode(circuit.prompt), Metric("logit", ord("i")), "head")
     assert scan.values[circuit.heads["suppression"]] > scan.baseline
     assert scan.values[circuit.heads["copying"]] < scan.baseline
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_suppressor_that_kl_does_not_see_is_seen_in_its_logit(seed):
+    """Without it the answer, certain already, gains 14 of its logit: KL is some 5e-6."""
+    model, circuit = planted("copy-suppression", seed), CIRCUITS["copy-suppression"]
+    prompt, corrupt, head = model.encode(circuit.prompt), model.encode(circuit.corrupt), circuit.heads["suppression"]
+    by_kl, by_logit = (ablation_scan(model, prompt, m, "head") for m in (Metric("kl"), Metric("logit", ord("i"))))
+    assert by_kl.values[head] < 2e-5
+    assert by_logit.values[head] - by_logit.baseline == pytest.approx(14, abs=0.3)
+    assert by_kl.values[head] < 1e-5 * by_kl.values[circuit.heads["copying"]]
+    assert saturating(by_kl.metric, by_kl.logits) > 0.9999
+    assert [cell for cell, _ in by_logit.ends(5)[0]][:1] == [head]
+    assert saturating(by_logit.metric, by_logit.logits) is None
+    grid = patching_grid(model, prompt, corrupt, Metric("logit", ord("i")), "z", "head")
+    raised, lowered = grid.ends(5)
+    assert [cell for cell, _ in raised] == [circuit.heads["copying"]]
+    assert [cell for cell, _ in lowered] == [head]
+
+
+def test_the_token_of_a_circuit_emerges_where_the_head_writes_it():
+    model, circuit = planted("induction"), CIRCUITS["induction"]
+    rows = model.forward_with_capture(circuit.prompt, range(N_LAYERS))
+    lens = {layer: lens_logits(model, row[-1]) for layer, row in rows.items()}
+    assert emergence_layer(lens, ord(circuit.answer)) == circuit.heads["induction"][0]
+    first = int(lens[0].argmax())
+    assert not leads(lens[0], first), "the leader of a layer that writes nothing leads by chance"
 
 
 def test_attention_scores_name_the_previous_token_head():

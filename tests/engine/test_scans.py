@@ -23,6 +23,7 @@ from engine import (
 )
 from engine.distribution import kl_divergence, softmax_of
 from engine.errors import InputError, LayerError, PointError, PositionError, PromptError, TokenError
+from engine.metrics import rounding
 from engine.patching import patch_hook
 
 LOGIT = Metric("logit", 65)
@@ -58,8 +59,13 @@ def test_a_cell_of_a_grid_is_a_patch_of_its_own(model, ids, donor, some):
         close(grid.donor, logits(model, donor)[65], model, ids)
 
 
+def moved_most(model, ids, donor) -> Metric:
+    """The logit that differs most between the prompts."""
+    return Metric("logit", int(np.abs(logits(model, donor) - logits(model, ids)).argmax()))
+
+
 def test_patching_the_last_row_of_the_last_layer_recovers_everything(model, ids, donor):
-    grid = patching_grid(model, donor, ids, LOGIT, layers=[-1])
+    grid = patching_grid(model, donor, ids, moved_most(model, ids, donor), layers=[-1])
     recovered = grid.recovered()
     assert recovered[0, -1] == pytest.approx(1, abs=1e-3)
     assert np.abs(recovered[0, :-1]).max() < 1e-3
@@ -70,7 +76,7 @@ def test_patching_the_last_row_of_the_last_layer_recovers_everything(model, ids,
 def test_a_grid_by_head_patches_one_head_at_all_positions(model, ids, donor, point):
     heads = model.config.n_kv_heads if point in ("k", "v") else model.config.n_heads
     grid = patching_grid(model, donor, ids, LOGIT, point, by="head", layers=[1])
-    assert grid.axes == {"layer": (1,), "head": tuple(range(heads))}
+    assert grid.axes == {"layer": (1,), "kv_head" if point in ("k", "v") else "head": tuple(range(heads))}
     rows = pooled_rows(model, [donor], [1], point)[1]
     for head in range(heads):
         item = Intervention("patch", (1,), point, heads=(head,), rows=dict(enumerate(rows[:, [head]])))
@@ -85,6 +91,29 @@ def test_a_grid_by_head_and_position_has_a_cell_for_each(synthetic):
     row = pooled_rows(synthetic, [donor], [2], "z")[2][3, [1]]
     item = Intervention("patch", (2,), "z", heads=(1,), rows={3: row})
     close(grid.values[0, 1, 1], logits(synthetic, ids, item)[65], synthetic, ids)
+
+
+def test_the_ends_of_a_scan_are_signed_and_leave_out_what_is_below_the_floor(model, ids, donor):
+    metric = moved_most(model, ids, donor)
+    grid = patching_grid(model, donor, ids, metric, "mlp_out")
+    cells = {(layer, p): grid.values[layer, p] for layer, p in np.ndindex(grid.values.shape)}
+    found = {cell: value for cell, value in cells.items() if abs(value - np.float32(grid.baseline)) >= grid.floor}
+    highest = sorted((c for c in found if found[c] > grid.baseline), key=lambda c: -found[c])
+    lowest = sorted((c for c in found if found[c] < grid.baseline), key=lambda c: found[c])
+    raised, lowered = grid.ends(3)
+    assert [cell for cell, _ in raised] == highest[:3]
+    assert [cell for cell, _ in lowered] == lowest[:3]
+    assert all(value == found[cell] for cell, value in raised + lowered)
+    assert sum(map(len, grid.ends(10**6))) == len(found) < grid.values.size
+    assert grid.floor >= abs(grid.donor - grid.baseline) / 100
+
+
+def test_without_a_donor_the_floor_is_what_rounding_can_do(synthetic):
+    ids = [1, 2, 3, 4]
+    scan = ablation_scan(synthetic, ids, LOGIT)
+    assert scan.floor == rounding(LOGIT, logits(synthetic, ids))
+    same = ablation_scan(synthetic, ids, LOGIT, mode="mean", over=[ids])
+    assert same.ends(50) == ([], [])
 
 
 def test_cells_before_the_first_difference_are_answered_without_a_run(synthetic):
@@ -154,6 +183,7 @@ def test_a_cell_of_an_ablation_scan_is_an_ablation_of_its_own(model, ids, donor,
     for value, items in zip(scan.values.ravel(), cells, strict=True):
         close(value, logits(model, ids, *items)[65], model, ids)
     assert scan.applied == (len(ids) - short) * sum(map(len, cells))
+    assert scan.source == ". ".join(dict.fromkeys(item.source for items in cells for item in items if item.source))
 
 
 def test_a_scan_over_the_prompt_itself_changes_nothing(model, ids, donor):

@@ -164,14 +164,19 @@ async def test_track_token_gives_probability_rank_and_logit_per_layer(lab: Lab, 
         assert close(row["probability"], ranked[row["rank"]][1])
 
 
-async def test_a_token_that_ends_on_top_emerges_where_its_lead_begins(lab: Lab, synthetic: Model) -> None:
-    winner = int(probabilities(synthetic, PROMPT).argmax())
-    async with connected(build_server(lab)) as client:
-        answer = await ask(client, "track_token", prompt=PROMPT, token=winner)
-    ranks = [row["rank"] for row in answer["rows"]]
-    since = answer["emergence_layer"]
-    assert all(rank == 0 for rank in ranks[since:])
-    assert since == 0 or ranks[since - 1] != 0
+async def test_a_token_emerges_where_its_lead_begins_and_not_by_luck() -> None:
+    circuit = CIRCUITS["induction"]
+    async with connected(build_server()) as client:
+        await ask(client, "load_model", model="synthetic:induction")
+        lens = await ask(client, "logit_lens", prompt=circuit.prompt, layers=[0], k=1)
+        luck = lens["rows"][0]["top"][0]["id"]
+        by_luck = await ask(client, "track_token", prompt=circuit.prompt, token=luck, layers=[0])
+        written = await ask(client, "track_token", prompt=circuit.prompt, token=circuit.answer)
+    assert by_luck["rows"][-1]["rank"] == 0
+    assert by_luck["emergence_layer"] is None
+    assert "too flat for a lead" in by_luck["notice"]
+    assert written["emergence_layer"] == circuit.heads["induction"][0]
+    assert "too flat" not in written["notice"]
 
 
 async def test_a_race_names_the_leader_and_the_crossings(lab: Lab) -> None:
@@ -389,8 +394,12 @@ async def test_a_causal_trace_is_the_engines_grid(lab: Lab, synthetic: Model) ->
             asked = {"clean": DONOR, "corrupt": PROMPT, "metric": name, "point": "attn_out", "k": 3} | tokens
             answer = await ask(client, "causal_trace", **asked)
             grid = patching_grid(synthetic, clean, corrupt, metric, "attn_out")
-            assert [(cell["layer"], cell["position"]) for cell in answer["top"]] == [c for c, _ in grid.largest(3)]
-            assert close(answer["top"][0]["value"], grid.largest(1)[0][1])
+            for shown, end in zip((answer["top"], answer["bottom"]), grid.ends(3), strict=True):
+                assert [(cell["layer"], cell["position"]) for cell in shown] == [c for c, _ in end]
+                assert all(close(cell["value"], value) for cell, (_, value) in zip(shown, end, strict=True))
+                assert all(close(cell["change"], cell["value"] - answer["corrupt"]) for cell in shown)
+            assert len(answer["top"]) <= 3
+            assert answer["top"] + answer["bottom"]
             assert close(answer["clean"], grid.donor)
             assert close(answer["corrupt"], grid.baseline)
             assert (answer["cells"], answer["identical_cells"]) == (44, 8)
@@ -410,6 +419,75 @@ async def test_a_trace_of_the_planted_circuit_names_its_heads() -> None:
         answer = await ask(client, "causal_trace", **asked, metric="logit", k=2)
     assert {(cell["layer"], cell["head"]) for cell in answer["top"]} == set(circuit.heads.values())
     assert all(cell["recovered"] > 0.9 for cell in answer["top"])
+
+
+async def test_a_suppressor_that_kl_does_not_see_is_at_the_bottom_of_the_logit() -> None:
+    circuit = CIRCUITS["copy-suppression"]
+    asked = {"clean": circuit.prompt, "corrupt": circuit.corrupt, "point": "z", "by": "head"}
+    layer, head = circuit.heads["suppression"]
+    async with connected(build_server()) as client:
+        await ask(client, "load_model", model="synthetic:copy-suppression")
+        logit = await ask(client, "causal_trace", **asked, token="i")
+        difference = await ask(client, "causal_trace", **asked, token="i", against="x")
+        kl = await ask(client, "causal_trace", **asked, metric="kl")
+        probability = await ask(client, "causal_trace", **asked, token="i", metric="probability")
+        by_key = await ask(client, "causal_trace", **(asked | {"point": "k"}), token="i")
+        ablated = {"prompt": circuit.prompt, "layers": [layer], "point": "z", "heads": [head]}
+        unasked, shown = [await ask(client, "forward_ablate", **ablated, **more) for more in ({}, {"token": "i"})]
+    assert (logit["metric"], difference["metric"]) == ("logit of 'i'", "logit_difference of 'i' against 'x'")
+    for answer in (logit, difference):
+        assert [(cell["layer"], cell["head"]) for cell in answer["top"]] == [circuit.heads["copying"]]
+        assert [(cell["layer"], cell["head"]) for cell in answer["bottom"]] == [(layer, head)]
+        assert "30 cells that change the metric by less than" in answer["notice"]
+        assert "a hundredth of clean - corrupt" in answer["notice"]
+        assert "above 1 is past the donor, below 0 is away from the donor" in answer["notice"]
+        assert "saturated" not in answer["notice"]
+    assert logit["bottom"][0]["change"] == pytest.approx(-14, abs=0.5)
+    assert kl["bottom"] == probability["bottom"] == []
+    assert "kl is saturated in the corrupt run, where the leading token has 0.99998" in kl["notice"]
+    assert "probability is saturated in the corrupt run" in probability["notice"]
+    assert "what lowers its logit hardly shows. Metric logit" in probability["notice"]
+    assert by_key["axes"]["kv_head"] == [0, 1, 2, 3]
+    assert {(c["layer"], c["kv_head"], *c["query_heads"]) for c in by_key["top"] + by_key["bottom"]} == {(2, 3, 6, 7)}
+    assert unasked["kl"] < 1e-5
+    assert "KL is saturated: the leading token has" in unasked["notice"]
+    assert "saturated" not in shown["notice"]
+    assert shown["token"]["logit"] - shown["token"]["baseline_logit"] == pytest.approx(14, abs=0.3)
+
+
+async def test_recovered_is_of_what_was_asked_and_null_where_there_is_no_way(lab: Lab, synthetic: Model) -> None:
+    base, clean = (forward(synthetic, synthetic.encode(p)).logits[0, -1] for p in (PROMPT, DONOR))
+    gap = clean - base
+    far, near = int(np.abs(gap).argmax()), int(np.abs(gap).argmin())
+    asked = {"donor": DONOR, "recipient": PROMPT, "targets": [{"layer": 1, "position": -1}]}
+    async with connected(build_server(lab)) as client:
+        probability = await ask(client, "patch_activations", **asked, token=far)
+        difference = await ask(client, "patch_activations", **asked, token=far, against=near)
+        trace = await ask(client, "causal_trace", clean=DONOR, corrupt=PROMPT, token=near)
+        moved = await ask(client, "prefill_inject", recipient=PROMPT, donor=DONOR, token=far, max_new_tokens=1)
+        kept = await ask(client, "prefill_inject", recipient=PROMPT, donor=DONOR, keep=True, max_new_tokens=1)
+        by_cache = {"recipient": PROMPT, "donor": kept["handle"], "token": far, "max_new_tokens": 1}
+        cached = await ask(client, "prefill_inject", **by_cache)
+    d = difference["logit_difference"]
+    assert difference["recovered"] == pytest.approx((d["effect"] - d["baseline"]) / (gap[far] - gap[near]), rel=1e-3)
+    before, theirs = softmax_of(base)[far], softmax_of(clean)[far]
+    part = (probability["token"]["probability"] - before) / (theirs - before)
+    assert probability["recovered"] == (pytest.approx(part, rel=1e-3) if abs(theirs - before) >= 0.05 else None)
+    assert abs(gap[near]) < 0.1
+    assert all(cell["recovered"] is None for cell in trace["top"] + trace["bottom"])
+    assert "recovered is null: the logit is" in trace["notice"]
+    assert "closer than 0.1" in trace["notice"]
+    assert moved["token"]["probability"] == pytest.approx(theirs, rel=1e-3)
+    if abs(theirs - before) >= 0.05:
+        assert moved["recovered"] == pytest.approx(1, abs=1e-3)
+    assert "recovered" not in cached
+    assert "the donor is a cache" in cached["notice"]
+
+
+async def test_heads_that_share_keys_are_told(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "attention_pattern", prompt=PROMPT, layers=[2])
+    assert answer["key_groups"] == [[0, 1], [2, 3]]
 
 
 async def test_attention_patterns_show_the_largest_weights_and_the_entropy(lab: Lab, synthetic: Model) -> None:
