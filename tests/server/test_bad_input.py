@@ -188,7 +188,7 @@ CASES = {
         {"clean": "abc", "corrupt": "ab", "token": "a"},
         ["3", "2", "same"],
     ),
-    "metric without its token": ("causal_trace", {"clean": "ab", "corrupt": "cd"}, ["probability needs token"]),
+    "metric without its token": ("causal_trace", {"clean": "ab", "corrupt": "cd"}, ["logit needs token"]),
     "metric with a token too many": (
         "causal_trace",
         {"clean": "ab", "corrupt": "cd", "metric": "kl", "token": "a"},
