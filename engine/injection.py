@@ -18,6 +18,7 @@ from engine.distribution import kl_divergence, softmax_of
 from engine.errors import CacheError, PromptError
 from engine.forks import Variant
 from engine.generate import Generation, generate
+from engine.heads import Heads, heads_by_layer, name_layers
 from engine.metrics import Metric, recovered
 from engine.network import Network
 from engine.ops import Array
@@ -77,33 +78,35 @@ def prefill_inject(
     dest: int | None = None,
     what: Literal["kv", "k", "v"] = "kv",
     rope: Literal["realign", "keep"] = "realign",
-    heads: Sequence[int] | None = None,
+    heads: Heads | None = None,
     max_new_tokens: int = 20,
     tick: Tick | None = None,
 ) -> Injection:
     """Decode the recipient with part of the donor's cache in place of its own.
 
     By default all layers, and all donor positions that fit. `source` is [start, end) in the donor's n-1 cached
-    positions, `dest` where it goes in the recipient's: the same positions if left out. `heads` are key-value heads.
+    positions, `dest` where it goes in the recipient's: the same positions if left out. `heads` are key-value heads, by
+    number in each of the layers, or as pairs (layer, head) without `layers`.
     """
     mine = prefilled(model, recipient, tick)
     theirs = donor if isinstance(donor, KVCache) else prefilled(model, donor, tick)
     theirs.bind(model.config)
-    chosen = model.resolve_layers(range(model.config.n_layers) if layers is None else layers)
+    every = () if name_layers(heads) else range(model.config.n_layers)
+    which = heads_by_layer(model, every if layers is None else layers, heads, key_value=True)
     dest = dest if dest is not None else 0 if source is None else source[0]
     if source is None and not 0 <= dest < mine.length:
         raise CacheError(f"dest {dest} does not lie in the {mine.length} positions that the cache holds from 0 on")
     rows = (0, min(theirs.length, mine.length - dest)) if source is None else source
     edited = mine.fork()
-    replaced = edited.transplant(theirs, chosen, rows, dest, what, heads, rope)
+    replaced = sum(edited.transplant(theirs, [i], rows, dest, what, only, rope) for i, only in which.items())
     runs = [_decoded(model, cache, recipient[-1], max_new_tokens, tick) for cache in (mine, edited)]
     (baseline, baseline_text), (injected, injected_text) = runs
     kl = kl_divergence(injected, baseline)
     places = range(dest, dest + rows[1] - rows[0])
-    unseen = _out_of_window(model, chosen, places, len(recipient) - 1)
+    unseen = _out_of_window(model, which, places, len(recipient) - 1)
     donors = None if isinstance(donor, KVCache) else next_logits(model, theirs, donor[-1], tick)
     return Injection(
-        baseline, injected, kl, baseline_text, injected_text, chosen, rows, dest, replaced, edited, unseen, donors
+        baseline, injected, kl, baseline_text, injected_text, [*which], rows, dest, replaced, edited, unseen, donors
     )
 
 
@@ -157,7 +160,8 @@ class InjectionCell:
 @dataclass(frozen=True)
 class InjectionScan:
     """Where the donor's cache carries the target: by layer, from the last layer downwards, from the first upwards;
-    with two controls, the recipient's own cache and an unrelated donor's, at all layers.
+    with two controls, the recipient's own cache and an unrelated donor's, at all layers. `unrelated` are that donor's
+    tokens, `donor_logits` (d_vocab,) the donor's.
     """
 
     baseline: float
@@ -169,6 +173,8 @@ class InjectionScan:
     from_first: list[InjectionCell]
     self_control: InjectionCell
     unrelated_control: InjectionCell
+    unrelated: list[int]
+    donor_logits: Array
 
 
 def kv_inject_test(
@@ -207,7 +213,7 @@ def kv_inject_test(
 
     cells = list(map(cell, moves, run.values))
     each, from_last, from_first = ([cells[spans.index(span)] for span in kind] for kind in _kinds(chosen))
-    return InjectionScan(baseline, carried, rows, 0, each, from_last, from_first, cells[-2], cells[-1])
+    return InjectionScan(baseline, carried, rows, 0, each, from_last, from_first, cells[-2], cells[-1], random, logits)
 
 
 def _runs(

@@ -15,7 +15,7 @@ One description means the same in a forward pass, at every step of generation an
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -35,6 +35,7 @@ from engine.edits import (
     zeroed,
 )
 from engine.errors import HookError, InputError, PointError, VectorError, clipped
+from engine.heads import heads_by_layer
 from engine.hooks import EditHook
 from engine.network import Network, check_numbers
 from engine.ops import LARGEST, Array
@@ -52,17 +53,18 @@ BY_HEAD = ("mean", "resample", "patch")
 class Intervention:
     """One intervention at one point of some layers.
 
-    `positions` is a `Scope`. `heads` limits it to some heads (key-value heads at k and v), `neurons` to some neurons
-    (point mlp_act). `value` is the factor, alpha or component; `vector` the direction or replacement, as wide as a row
-    of the point; `rows` what takes a row's place by absolute position (a patch then needs no `positions`); `keys` the
-    absolute positions that a knockout hides; `source` says in words where the rows come from.
+    `positions` is a `Scope`. `heads` limits it to some heads (key-value heads at k and v): numbers mean those heads of
+    each of the layers, pairs (layer, head) name their layers, and `layers` is () then. `neurons` limits it to some
+    neurons (point mlp_act). `value` is the factor, alpha or component; `vector` the direction or replacement, as wide
+    as a row of the point; `rows` what takes a row's place by absolute position (a patch then needs no `positions`);
+    `keys` the absolute positions that a knockout hides; `source` says in words where the rows come from.
     """
 
     kind: Kind
     layers: tuple[int, ...]
     point: str = "resid_post"
     positions: Scope = "all"
-    heads: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | tuple[tuple[int, int], ...] | None = None
     neurons: tuple[int, ...] | None = None
     value: float = 0.0
     unit: Unit = "raw"
@@ -84,28 +86,25 @@ def compile_interventions(
     for item in interventions:
         name = point(item.point).name
         model.check_point(name)
-        heads = None if item.heads is None else _heads(model, name, item.heads)
         neurons = None if item.neurons is None else _neurons(model, item.neurons)
         positions = item.positions if item.kind != "patch" or item.rows is None else list(item.rows)
         scope = _scope(positions, prompt_length, new_tokens)
-        function = _function(model, item, prompt_length, new_tokens)
-        layers = _layers(model, item, name)
-        edits += [Edit(name, layer, function, scope, heads, neurons, kind=item.kind) for layer in layers]
+        for heads, layers in _by_heads(model, item, name).items():
+            part = item if heads is None else replace(item, heads=heads)
+            function = _function(model, part, prompt_length, new_tokens)
+            edits += [Edit(name, layer, function, scope, heads, neurons, kind=item.kind) for layer in layers]
     return EditHook(edits)
 
 
-def _layers(model: Network, item: Intervention, name: str) -> list[int]:
-    layers = model.resolve_layers(item.layers)
-    if not layers:
+def _by_heads(model: Network, item: Intervention, name: str) -> dict[tuple[int, ...] | None, list[int]]:
+    """{heads: the layers in which it is these}."""
+    groups: dict[tuple[int, ...] | None, list[int]] = {}
+    for layer, heads in heads_by_layer(model, item.layers, item.heads, key_value=name in ("k", "v")).items():
+        groups.setdefault(heads, []).append(layer)
+    if not groups:
         raise InputError(f"the intervention {item.kind!r} names no layer")
     only = only_layer(name, model.config.n_layers)
-    return layers if only is None else [only]
-
-
-def _heads(model: Network, name: str, heads: Sequence[int]) -> tuple[int, ...]:
-    if not heads:
-        raise InputError("heads is an empty list; leave it out to mean all heads")
-    return tuple(dict.fromkeys(model.resolve_head(head, key_value=name in ("k", "v")) for head in heads))
+    return groups if only is None else {heads: [only] for heads in groups}
 
 
 def _neurons(model: Network, neurons: Sequence[int]) -> tuple[int, ...]:

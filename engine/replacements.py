@@ -21,6 +21,7 @@ import numpy as np
 from engine.decoder import Tick
 from engine.edits import Scope, resolve_positions
 from engine.errors import InputError, clipped
+from engine.heads import Heads, heads_by_layer
 from engine.interventions import Intervention, Kind
 from engine.network import Network, Tokens
 from engine.ops import Array
@@ -41,7 +42,7 @@ def replacements(
     point: str = "resid_post",
     *,
     positions: Scope = "all",
-    heads: Iterable[int] | None = None,
+    heads: Heads | None = None,
     neurons: tuple[int, ...] | None = None,
     seed: int = 0,
     match: Match = "position",
@@ -54,10 +55,10 @@ def replacements(
     """
     prompts = [model.token_batch(prompt)[0].tolist() for prompt in over]
     matched_scope(kind, prompt_length, [*map(len, prompts)], positions, match)
-    which = None if heads is None else tuple(dict.fromkeys(model.resolve_head(h, point in ("k", "v")) for h in heads))
-    pools = pooled_points(model, prompts, layers, [point], tick=tick)[point]
-    put = partial(replacement, kind, prompt_length, point, heads=which, positions=positions, match=match)
-    return [replace(put(layer, rows), neurons=neurons, seed=seed) for layer, rows in pools.items()]
+    which = heads_by_layer(model, layers, heads, key_value=point in ("k", "v"))
+    pools = pooled_points(model, prompts, which, [point], tick=tick)[point]
+    put = partial(replacement, kind, prompt_length, point, positions=positions, match=match)
+    return [replace(put(i, rows, heads=which[i]), neurons=neurons, seed=seed) for i, rows in pools.items()]
 
 
 def matched_scope(

@@ -30,6 +30,12 @@ _POINT = "as in capture_residuals"
 PointRef = Annotated[PointName, Field(description=_POINT), WithJsonSchema({"type": "string", "description": _POINT})]
 """A point, where the names need not be published once more."""
 
+ResidualName = Annotated[
+    Literal["resid_post", "resid_mid", "resid_pre", "embed"],
+    WithJsonSchema({"type": "string"}),
+]
+"""A point that the lens can read."""
+
 ModelRef = str | None
 """A model: handle or the model's readable name; may be left out when exactly one is loaded."""
 
@@ -47,7 +53,7 @@ Chat = Annotated[
 
 TokenRef = Annotated[
     str | int,
-    Field(description="an id, or text that is exactly one token, as ' Paris' with its space"),
+    Field(description="an id, or text of one token: ' Paris' has its space"),
 ]
 
 
@@ -73,6 +79,15 @@ Scope = Annotated[
     Literal["last", "all", "all_but_first", "prompt", "generated"] | Integers,
     Field(description="last: rows that emit a token"),
 ]
+_HEADS = "numbers, or [layer, head] pairs without layers"
+
+Heads = Annotated[
+    list[int | Annotated[list[int], Field(min_length=2, max_length=2)]],
+    Field(fail_fast=True, min_length=1, description=_HEADS),
+    WithJsonSchema({"type": "array", "items": {}, "description": _HEADS}),
+]
+"""A set of heads: numbers in each of the layers beside them, or pairs that name a layer and a head each."""
+
 MatchName = Annotated[
     Literal["position", "pooled"],
     Field(description="default position; pooled: all rows for all"),
@@ -107,15 +122,16 @@ class ValuesVector(Strict):
 
 
 class RandomVector(Strict):
-    """A random direction of unit norm."""
+    """A random direction: of unit norm, of another vector's, or of each row's that it is added to."""
 
     random_seed: Annotated[int, Field(ge=0)]
+    norm_of: "Vector | Literal['row'] | None" = None
 
 
 _FORMS = ("handle", "token", "values", "random_seed", "minus")
 _VECTOR = (
-    "{handle, layer?, position?, point?} | {token, space: embed|unembed} | {values: [numbers]} | {random_seed} "
-    "| {minus: [vector, vector]}"
+    "{handle, layer?, position?, point?} | {token, space: embed|unembed} | {values: [numbers]} "
+    "| {random_seed, norm_of?: vector|'row'} | {minus: [vector, vector]}"
 )
 
 
@@ -156,6 +172,12 @@ Vector = Annotated[
 """The published schema is its description: written out, the five forms would cost an agent 2 kB wherever they occur."""
 
 
+_AS_NEIGHBORS = "as in embedding_neighbors"
+
+VectorRef = Annotated[Vector, WithJsonSchema({"type": "object", "description": _AS_NEIGHBORS})]
+"""The same, where the forms need not be published once more."""
+
+
 class Steer(Strict):
     """alpha * vector is added to resid_post of layer."""
 
@@ -175,7 +197,7 @@ Steers = Annotated[
 
 
 class Target(Strict):
-    """A row to patch: the same position in both prompts, or one in each; -1 is each prompt's last."""
+    """A row to patch: one position of both prompts, or one of each; -1 is each's last."""
 
     layer: int
     position: int | None = None

@@ -4,9 +4,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
-Number = Annotated[
-    float, Field(allow_inf_nan=False), PlainSerializer(lambda value: float(f"{value:.6g}"), return_type=float)
-]
+LEAST_SHOWN = 1e-12
+"""Smaller numbers show as 0: they are rounding, or a probability that no run tells from none."""
+
+
+def _shown(value: float) -> float:
+    return float(f"{value:.6g}") if abs(value) >= LEAST_SHOWN else 0.0
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), PlainSerializer(_shown, return_type=float)]
 """A finite float, shown to six significant digits."""
 
 Exact = Annotated[

@@ -123,3 +123,6 @@ class InjectionTest(Result):
     from_first: list[InjectionCell] = Field(description="the layers named and all below them")
     self_control: InjectionCell = Field(description="the recipient's own cache: must change nothing")
     unrelated_control: InjectionCell = Field(description="random tokens of the donor's length")
+    unrelated_donor: str = Field(
+        description="the text of those random tokens, the same in every call; its first 200 characters"
+    )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, WithJsonSchema, model_validator
 
-from schemas.arguments import Layers, MatchName, PointName, Prompt, Scope, Vector
+from schemas.arguments import Heads, Layers, MatchName, PointName, Prompt, Scope, Vector
 from schemas.base import Integers, Number, Strict
 
 Kind = Literal["zero", "mean", "resample", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
@@ -34,25 +34,23 @@ SPECIAL = ("over", "match", "value", "vector", "unit", "seed", "donor", "pairs",
 
 
 class Intervention(Strict):
-    """A change of some rows at one point of some layers, in every pass of the run."""
+    """A change of rows at a point, in every pass."""
 
     kind: Kind
-    layers: Layers
+    layers: Layers | None = None
     point: Annotated[
         PointName | None,
         Field(description="default resid_post, or attn_pattern for knockout"),
         WithJsonSchema({"type": "string", "description": "as elsewhere; default resid_post, knockout: attn_pattern"}),
     ] = None
     positions: Annotated[Scope | None, Field(description='default "last" for steer, "all" for the others')] = None
-    heads: Annotated[Integers | None, Field(description="at q, attn_pattern, z; key-value heads at k, v")] = None
+    heads: Annotated[Heads | None, Field(description="as in forward_ablate")] = None
     neurons: Annotated[Integers | None, Field(description="at mlp_act")] = None
     value: Annotated[Number | None, Field(description="scale: factor; steer: alpha; set_component: component")] = None
     vector: Annotated[Vector | None, Field(description="steer, set_component, project_out")] = None
     unit: Annotated[
         Literal["raw", "unit", "row"] | None,
-        Field(
-            description="steer: alpha is of the vector (raw, default), its unit vector, or that times the row's norm"
-        ),
+        Field(description="steer: alpha times the vector (default), its unit vector, or that in row norms"),
     ] = None
     over: Annotated[list[Prompt] | None, Field(min_length=1, max_length=50, description="mean, resample: prompts")] = (
         None
@@ -72,20 +70,34 @@ class Intervention(Strict):
         missing = [name for name in NEEDS[self.kind] if getattr(self, name) is None]
         allowed = (*NEEDS[self.kind], *TAKES.get(self.kind, ()))
         idle = [name for name in SPECIAL if getattr(self, name) is not None and name not in allowed]
+        told = [f"needs {', '.join(missing)}"] if missing else []
+        told += [f"takes no {', '.join(f'{name} ({_takers(name)})' for name in idle)}"] if idle else []
         if self.kind == "patch" and self.positions is not None:
-            idle.append("positions (give pairs)")
-        if missing or idle:
-            told = [f"needs {', '.join(missing)}"] if missing else []
-            told += [f"takes no {', '.join(idle)}"] if idle else []
+            told += self._no_identity()
+        if told:
             raise ValueError(f"{self.kind} {' and '.join(told)}")
         return self
+
+    def _no_identity(self) -> list[str]:
+        """Why `positions` of a patch are not the same rows in both prompts."""
+        if self.pairs is not None:
+            return ["takes pairs or positions, not both: positions [3] are the pairs [[3, 3]]"]
+        if self.positions in ("generated", "all_but_first"):
+            return [f'takes no positions "{self.positions}": give positions [3] for pairs [[3, 3]], or "last" or "all"']
+        return []
+
+
+def _takers(name: str) -> str:
+    """The kinds that take a field, and what they do."""
+    kinds = [kind for kind, needs in NEEDS.items() if name in (*needs, *TAKES.get(kind, ()))]
+    return f"{', '.join(kinds)} {'does' if len(kinds) == 1 else 'do'}"
 
 
 Interventions = Annotated[
     list[Intervention] | None, Field(max_length=64, description="applied after the others, in order")
 ]
 
-_ELSEWHERE = "applied after the others; as in generate_with_hooks"
+_ELSEWHERE = "applied last; as in generate_with_hooks"
 
 FurtherInterventions = Annotated[
     list[Intervention] | None,

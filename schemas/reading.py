@@ -1,8 +1,14 @@
 """Results of reading a run without changing it: captures, lenses, token tracks, vocabulary views."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from schemas.base import Number, Result, ScoredToken, Strict, Token, TokenProbability
+
+OwnAnswer = Annotated[
+    int | None, Field(description="the layer read whose lens is the model's own answer: its last; left out if none is")
+]
 
 
 class PointNorm(Strict):
@@ -33,13 +39,18 @@ class Capture(Result):
     shape: list[int] = Field(description="of each layer's tensor at the first point")
     bytes: int
     norms: list[PointNorm]
-    lens: list[LensRow] | None = None
+    lens: list[LensRow] | None = Field(
+        None, description="of the point that is residual stream, resid_post before others"
+    )
+    own_answer: OwnAnswer = None
 
 
 class Lens(Result):
     """The logit lens by layer and position."""
 
     rows: list[LensRow]
+    point: str = Field(description="what was read")
+    own_answer: OwnAnswer = None
     identity_error: Number | None = Field(
         None, description="largest difference between the last layer's lens and the model's own distribution"
     )
@@ -60,6 +71,7 @@ class Track(Result):
     token: Token
     position: int
     rows: list[TrackRow]
+    own_answer: OwnAnswer = None
     emergence_layer: int | None = Field(
         description="the first layer read from which the token leads to the last; null if it does not lead there. It "
         "leads when it is on top with at least 1 / sqrt(d_vocab) of the probability, and by more than rounding"
@@ -72,7 +84,7 @@ class RaceRow(Strict):
 
     layer: int
     probabilities: list[Number]
-    leader: str
+    leader: str = Field(description="its text, with its id where two runners' texts are alike")
 
 
 class Crossing(Strict):
@@ -89,6 +101,7 @@ class Race(Result):
     tokens: list[Token]
     position: int
     rows: list[RaceRow]
+    own_answer: OwnAnswer = None
     crossings: list[Crossing]
 
 
@@ -119,7 +132,7 @@ class AttentionRow(Strict):
 
 
 class Attention(Result):
-    """Attention patterns, the largest weights of each row."""
+    """Attention patterns, rows of the least entropy first, and the largest weights of each."""
 
     rows: list[AttentionRow]
     key_groups: list[list[int]] | None = Field(
@@ -142,6 +155,8 @@ class Comparison(Result):
     a: str
     b: str
     rows: list[LayerComparison]
-    top_a: list[TokenProbability] = Field(description="of the last layer compared")
+    own_answer: OwnAnswer = None
+    top_layer: int = Field(description="the last layer compared, of which top_a and top_b are")
+    top_a: list[TokenProbability]
     top_b: list[TokenProbability]
     first_divergence: int | None = Field(description="the first layer whose lens differs by more than 0.1 nats")

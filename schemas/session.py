@@ -99,11 +99,11 @@ class TensorSummary(Strict):
     name: str
     shape: list[int]
     dtype: str
-    mean: Number
-    std: Number
-    min: Number
-    max: Number
-    norm: Number
+    mean: Exact
+    std: Exact
+    min: Exact
+    max: Exact
+    norm: Exact
 
 
 class TensorRecord(Strict):
@@ -127,8 +127,8 @@ class TensorPage(Strict):
     start: int
     values: list[Exact]
     next_start: int | None = Field(description="where the next page starts; null at the end")
-    mean: Number
-    std: Number
-    min: Number
-    max: Number
-    norm: Number
+    mean: Exact
+    std: Exact
+    min: Exact
+    max: Exact
+    norm: Exact

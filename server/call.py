@@ -17,12 +17,14 @@ from mcp.server.mcpserver import Context
 from engine import Model
 from engine.cost import Cost
 from engine.distribution import softmax_of, top_k
+from engine.edits import Unit
 from engine.errors import InputError, LayerError, PointError, PositionError, VectorError, clipped
+from engine.heads import heads_by_layer, name_layers
 from engine.lens import embedding_row, unembedding_row
 from engine.network import Tokens, check_numbers
 from engine.ops import Array
 from schemas.arguments import DifferenceVector, HandleVector, RandomVector, TokenVector, ValuesVector
-from schemas.base import Token, TokenProbability
+from schemas.base import LEAST_SHOWN, Token, TokenProbability
 from server.jobs import Jobs
 from server.lab import Lab, LoadedModel
 from server.metrics import count_tokens
@@ -62,6 +64,8 @@ class Call:
     expected: int | None = None
     needs: int | None = None
     """Bytes that the work takes beside the weights, about, once that is known."""
+    notes: list[str] = field(default_factory=list)
+    """What the answer's reader must know, told in its notice."""
     _read: dict[tuple[Model, str, bool], list[int]] = field(default_factory=dict)
     _ticks: int = 0
     _reported: float = field(default=0.0)
@@ -101,6 +105,11 @@ class Call:
         """Report the last of the progress, so that what is done ends at its total."""
         if self._untold is not None:
             await self.context.report_progress(*self._untold)
+
+    def note(self, text: str) -> None:
+        """Tell it in the answer's notice, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     # --- arguments ----------------------------------------------------------------------------------------
 
@@ -171,12 +180,28 @@ class Call:
                 return row(model, token_id(model, token))
             case ValuesVector(values=values):
                 return np.array(values)  # float64: what float32 cannot hold is refused, not cast
-            case RandomVector(random_seed=seed):
-                drawn = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
-                return drawn / np.linalg.norm(drawn)
+            case RandomVector():
+                return self._random_vector(model, spec, width)
             case HandleVector():
                 return self._stored_vector(model, spec)
         raise VectorError(f"{spec!r} is not a vector")
+
+    def _random_vector(self, model: Model, spec: RandomVector, width: int) -> Array:
+        """Of unit norm, or as long as another vector."""
+        if spec.norm_of == "row":
+            raise VectorError(
+                "norm_of 'row' is for a steering vector by itself: the norm of the rows that it is added to; elsewhere "
+                "give a vector"
+            )
+        drawn = np.random.default_rng(spec.random_seed).standard_normal(width).astype(np.float32)
+        length = 1.0 if spec.norm_of is None else np.linalg.norm(self.vector(model, spec.norm_of, width))
+        return drawn * np.float32(length / np.linalg.norm(drawn))
+
+    def step(self, model: Model, spec: Any, width: int | None = None) -> tuple[Array, Unit]:
+        """A steering vector argument as the vector and what its alpha counts in."""
+        if isinstance(spec, RandomVector) and spec.norm_of == "row":
+            return self.vector(model, spec.model_copy(update={"norm_of": None}), width), "row"
+        return self.vector(model, spec, width), "raw"
 
     def _stored_vector(self, model: Model, spec: HandleVector) -> Array:
         record = self.record(spec.handle, model=model)
@@ -254,6 +279,19 @@ def layer_list(model: Model, layers: Sequence[int] | str) -> list[int]:
     return model.resolve_layers(layers)
 
 
+def head_list(
+    model: Model, layers: Sequence[int] | str | None, heads: Any, point: str
+) -> dict[int, tuple[int, ...] | None]:
+    """{layer: its heads, None for all} of a layers and a heads argument; pairs name their layers, among "all" too."""
+    paired = name_layers(heads)
+    if layers is None and not paired:
+        raise InputError(
+            "say which layers: layers is missing, and only [layer, head] pairs in heads name layers themselves"
+        )
+    chosen = [] if layers is None or (paired and layers == "all") else layer_list(model, layers)
+    return heads_by_layer(model, chosen, heads, key_value=point in ("k", "v"))
+
+
 def position_list(model: Model, positions: str | Sequence[int], length: int) -> list[int]:
     """The positions of a positions argument, absolute and without duplicates."""
     if positions == "all":
@@ -276,8 +314,8 @@ def probabilities(model: Model, logits: Array, k: int) -> list[TokenProbability]
 
 
 def ranked(model: Model, pairs: Sequence[tuple[int, float]]) -> list[TokenProbability]:
-    """(id, probability) pairs as results show them."""
-    return [TokenProbability(id=i, text=model.tokenizer.piece(i), probability=p) for i, p in pairs]
+    """(id, probability) pairs as results show them, but those that would show as 0."""
+    return [TokenProbability(id=i, text=model.tokenizer.piece(i), probability=p) for i, p in pairs if p >= LEAST_SHOWN]
 
 
 def require_one(**arguments: Any) -> None:

@@ -1,19 +1,27 @@
 """Interventions as an agent describes them -> the engine's."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine import Intervention, Model, capture_donor_state, replacements
 from engine.config import Config
 from engine.cost import Cost, of_capture, of_pass, pattern_bytes
-from engine.edits import Scope
+from engine.edits import Scope, Unit
 from engine.errors import InputError
 from engine.ops import Array
 from engine.patching import destinations
 from engine.points import point as point_named
 from engine.pools import pooled_rows_cost
 from schemas import interventions as described
-from server.call import Call, layer_list
+from server.call import Call, head_list
+
+Pairs = tuple[tuple[int, int], ...]
+"""Heads as (layer, head)."""
+
+RENORMALISED = (
+    "knockout: of each row the weights that are left are scaled to the sum of 1, as if the hidden keys had never been "
+    "there, so the rest is attended to more; zero or scale at attn_pattern leaves the rest as it was"
+)
 
 
 def described_interventions(
@@ -28,41 +36,68 @@ def described_cost(call: Call, model: Model, items: Iterable[described.Intervent
     cfg, cost = model.config, Cost()
     for item in items or ():
         if item.over is not None:
-            cost += replacements_cost(call, model, item.over, layer_list(model, item.layers), _point(item))
+            cost += replacements_cost(call, model, item.over, [*_which(model, item)], _point(item))
         if item.donor is not None:
-            donor, layers = len(call.ids(model, item.donor)), layer_list(model, item.layers)
-            rows = donor_rows_cost(cfg, donor, _point(item), layers, len(item.pairs or range(donor)))
+            donor, layers = len(call.ids(model, item.donor)), [*_which(model, item)]
+            taken = len(_pairs(item, donor, length))
+            rows = donor_rows_cost(cfg, donor, _point(item), layers, taken)
             cost = cost.beside(of_pass(cfg, donor, max(layers) + 1).beside(rows))
         cost = cost.beside(pattern_cost(cfg, _point(item), length))
     return cost
 
 
 def _made(call: Call, model: Model, item: described.Intervention, length: int) -> Iterator[Intervention]:
-    point = _point(item)
-    layers = layer_list(model, item.layers)
+    point, which = _point(item), _which(model, item)
+    layers, heads = named(which)
     shared: dict[str, Any] = {
         "kind": item.kind,
         "point": point,
         "positions": scope(item.positions or ("last" if item.kind == "steer" else "all")),
-        "heads": None if item.heads is None else tuple(item.heads),
         "neurons": None if item.neurons is None else tuple(item.neurons),
         "value": item.value or 0.0,
         "unit": item.unit or "raw",
         "keys": tuple(item.keys or ()),
         "seed": item.seed or 0,
     }
+    if item.kind == "knockout":
+        call.note(RENORMALISED)
     if item.over is not None:
         over = [call.ids(model, prompt) for prompt in item.over]
         yield from replacements(
-            model, length, item.kind, over, layers, point, positions=shared["positions"], heads=item.heads,
+            model, length, item.kind, over, layers, point, positions=shared["positions"], heads=heads,
             neurons=shared["neurons"], seed=shared["seed"], match=item.match or "position", tick=call.tick,
         )  # fmt: skip
     elif item.donor is not None:
-        for layer, by_position in _donor_rows(call, model, item, point, layers, length).items():
-            yield Intervention(layers=(layer,), rows=by_position, **shared)
+        for layer, by_position in _donor_rows(call, model, item, point, which, length).items():
+            yield Intervention(layers=(layer,), heads=which[layer], rows=by_position, **shared)
     else:
-        vector = None if item.vector is None else call.vector(model, item.vector, point_width(model, point))
-        yield Intervention(layers=tuple(layers), vector=vector, **shared)
+        if item.vector is not None:
+            vector, unit = _vector(call, model, item, point_width(model, point))
+            shared |= {"vector": vector, "unit": unit}
+        yield Intervention(layers=layers, heads=heads, **shared)
+
+
+def _which(model: Model, item: described.Intervention) -> dict[int, tuple[int, ...] | None]:
+    """{layer: its heads, None for all}."""
+    return head_list(model, item.layers, item.heads, _point(item))
+
+
+def named(which: Mapping[int, tuple[int, ...] | None]) -> tuple[tuple[int, ...], Pairs | None]:
+    """{layer: its heads} as the layers and heads of an `Intervention`."""
+    pairs = tuple((layer, head) for layer, heads in which.items() for head in heads or ())
+    return ((), pairs) if pairs else (tuple(which), None)
+
+
+def _vector(call: Call, model: Model, item: described.Intervention, width: int) -> tuple[Array, Unit]:
+    """The vector, and what alpha counts in."""
+    if item.kind != "steer":
+        return call.vector(model, item.vector, width), "raw"
+    vector, unit = call.step(model, item.vector, width)
+    if unit == "row" and item.unit not in (None, "row"):
+        raise InputError(
+            f"norm_of 'row' makes alpha count in rows' norms, unit {item.unit} does not: give one of the two"
+        )
+    return vector, item.unit or unit
 
 
 def sources(items: Iterable[Intervention], generating: bool = False) -> str | None:
@@ -105,24 +140,41 @@ def replacements_cost(call: Call, model: Model, prompts: Iterable[Any], layers: 
 
 
 def _donor_rows(
-    call: Call, model: Model, item: described.Intervention, point: str, layers: list[int], length: int
+    call: Call,
+    model: Model,
+    item: described.Intervention,
+    point: str,
+    which: Mapping[int, tuple[int, ...] | None],
+    length: int,
 ) -> dict[int, dict[int, Array]]:
     """{layer: {position in the recipient: the donor's row}}."""
     assert item.donor is not None
     donor = call.ids(model, item.donor)
-    if item.pairs is None and len(donor) != length:
+    pairs = _pairs(item, len(donor), length)
+    places = [(model.resolve_position(a, len(donor)), model.resolve_position(b, length)) for a, b in pairs]
+    destinations((next(iter(which)), *pair) for pair in places)  # one row for each place
+    targets = [(layer, source) for layer in which for source, _ in places]
+    rows = capture_donor_state(model, donor, targets, point, call.tick).rows
+    by_head = point_named(point).head_axis is not None
+
+    def row(layer: int, source: int) -> Array:
+        heads, whole = which[layer], rows[layer, source]
+        return whole if heads is None or not by_head else whole[list(heads)]
+
+    return {layer: {to: row(layer, source) for source, to in places} for layer in which}
+
+
+def _pairs(item: described.Intervention, donor_length: int, length: int) -> Sequence[Sequence[int]]:
+    """[donor position, position] of a patch: as given, or the same position in both."""
+    if item.pairs is not None:
+        return item.pairs
+    if item.positions == "last":
+        return [(-1, -1)]
+    if not isinstance(item.positions, str) and item.positions is not None:
+        return [(p, p) for p in item.positions]
+    if donor_length != length:
         raise InputError(
-            f"patch: the donor has {len(donor)} tokens, the prompt {length}; give pairs, such as [[-1, -1]], to say "
+            f"patch: the donor has {donor_length} tokens, the prompt {length}; give pairs, such as [[-1, -1]], to say "
             "which row goes where"
         )
-    pairs = [(p, p) for p in range(length)] if item.pairs is None else item.pairs
-    places = [(model.resolve_position(a, len(donor)), model.resolve_position(b, length)) for a, b in pairs]
-    destinations((layers[0], *pair) for pair in places)  # one row for each place
-    targets = [(layer, source) for layer in layers for source, _ in places]
-    rows = capture_donor_state(model, donor, targets, point, call.tick).rows
-    heads = slice(None) if item.heads is None else item.heads
-    by_head = point_named(point).head_axis is not None
-    return {
-        layer: {to: rows[layer, source][heads] if by_head else rows[layer, source] for source, to in places}
-        for layer in layers
-    }
+    return [(p, p) for p in range(length)]

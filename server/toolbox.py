@@ -68,7 +68,7 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
                     return await anyio.to_thread.run_sync(_estimated, work)
                 result: BaseModel = await (work() if on_loop else anyio.to_thread.run_sync(work))
                 await call.tell_last()
-                return _noticed(result, call.as_read())
+                return _noticed(result, *call.notes, call.as_read())
         except ToolError:
             raise
         except (EngineError, StoreError) as error:
@@ -105,10 +105,10 @@ def _out_of_memory(tool: str, needs: int | None, said: str) -> str:
     )
 
 
-def _noticed(result: BaseModel, more: str | None) -> BaseModel:
-    if more is None or not isinstance(result, Result):
+def _noticed(result: BaseModel, *more: str | None) -> BaseModel:
+    if not isinstance(result, Result) or not any(more):
         return result
-    return result.model_copy(update={"notice": ". ".join(filter(None, [result.notice, more]))})
+    return result.model_copy(update={"notice": ". ".join(filter(None, [result.notice, *more]))})
 
 
 def _estimated(work: Callable[[], Any]) -> Estimate:

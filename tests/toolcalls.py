@@ -65,9 +65,11 @@ PLAIN_VECTOR = st.one_of(
     _with(token=TOKEN, space=st.sampled_from(["embed", "unembed"])),
     st.sampled_from([0.5, -2, 0, 1e14]).map(lambda x: {"values": [x, *[1.0] * (WIDTH - 1)]}),
     _with(random_seed=st.integers(0, 2**63)),
+    _with(random_seed=st.integers(0, 9), norm_of=st.just("row") | _with(token=TOKEN, space=st.just("embed"))),
 )
 VECTOR = PLAIN_VECTOR | _with(minus=_lists(PLAIN_VECTOR, 2, 2))
 WIDE = st.sampled_from(["embed", "resid_pre", "attn_proj", "attn_out", "resid_mid", "mlp_out", "resid_post"])
+PAIR = st.tuples(LAYER, st.integers(0, 1)).map(list)
 BY_HEAD = st.sampled_from(["q", "k", "v", "z"])
 
 
@@ -78,6 +80,7 @@ def _change(kind: str, **fields: Strategy) -> Strategy:
 INTERVENTION = st.one_of(
     _change("zero", point_=WIDE, positions_=PLACES),
     _change("zero", point=BY_HEAD, heads=_lists(st.integers(0, 1), 2)),
+    _with(kind=st.just("zero"), point=BY_HEAD, heads=_lists(PAIR, 2)),
     _change("zero", point=st.just("mlp_act"), neurons=_lists(st.integers(-160, 159))),
     _change("mean", over=_lists(PROMPT), point_=WIDE, match_=MATCH),
     _change("resample", over=_lists(PROMPT), point_=WIDE, seed_=st.integers(0, 2**64), match_=MATCH),
@@ -86,6 +89,7 @@ INTERVENTION = st.one_of(
     _change("set_component", vector=VECTOR, value=NUMBER),
     _change("project_out", vector=VECTOR),
     _change("patch", donor=PROMPT, pairs_=_lists(st.tuples(POSITION, POSITION).map(list))),
+    _change("patch", donor=PROMPT, positions=PLACES),
     _change("knockout", keys=_lists(POSITION), heads_=_lists(st.integers(0, 3), 2)),
 )
 
@@ -97,7 +101,7 @@ NAMES: dict[str, Strategy] = {
     "tokens": st.lists(TOKEN, min_size=2, max_size=4, unique_by=lambda t: ord(t) if isinstance(t, str) else t),
     "positions": PLACES,
     "position": POSITION,
-    "heads": _lists(st.integers(0, 1), 2),
+    "heads": _lists(st.integers(0, 1), 2) | _lists(PAIR, 2),
     "k": st.integers(1, 12),
     "vector": VECTOR,
     "steers": _lists(_with(layer=LAYER, vector=VECTOR, alpha=NUMBER)),

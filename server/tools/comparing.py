@@ -16,8 +16,8 @@ from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, Prompt
 from schemas.reading import Comparison, LayerComparison
 from server.call import Call, layer_list, probabilities
+from server.residuals import held_residuals, held_rows, own_answer, read_point
 from server.tools.effects import SHOWN
-from server.tools.reading import residuals_at
 
 DIVERGED = 0.1
 """Nats of KL between two lenses from which layers count as different."""
@@ -33,6 +33,7 @@ class _Run:
     handle: str
     notice: str | None
     model: Model
+    point: str
     residuals: dict[int, Array]
 
 
@@ -65,14 +66,31 @@ def compare(
     top_a, top_b = (probabilities(run.model, lens[shared[-1]], SHOWN) for run, lens in zip(runs, lenses, strict=True))
     return Comparison(
         model=first.handle,
-        notice=first.notice,
+        notice=_notices(first, second),
         a=first.name,
         b=second.name,
         rows=rows,
+        own_answer=_own_answer(call, runs, shared),
+        top_layer=shared[-1],
         top_a=top_a,
         top_b=top_b,
         first_divergence=next((row.layer for row in rows if row.kl > DIVERGED), None),
     )
+
+
+def _notices(a: _Run, b: _Run) -> str | None:
+    """What is said of either side, once where it is the same."""
+    if a.notice == b.notice:
+        return a.notice
+    return ". ".join(f"{side}: {run.notice}" for side, run in (("a", a), ("b", b)) if run.notice)
+
+
+def _own_answer(call: Call, runs: Sequence[_Run], layers: list[int]) -> int | None:
+    """The layer whose lens is both sides' own answer."""
+    if len({run.point for run in runs}) > 1:
+        call.note(" and ".join(f"{side} is {run.point}" for side, run in zip("ab", runs, strict=True)))
+    found = {own_answer(call, run.model, layers, run.point) for run in runs}
+    return found.pop() if len(found) == 1 else None
 
 
 def _expect(call: Call, sides: Sequence[Any], prompt: Any, layers: list[int] | str, model: str | None) -> None:
@@ -103,8 +121,12 @@ def _run(call: Call, side: Any, prompt: Any, layers: list[int] | str, position: 
     loaded = call.loaded(side if _is_model(side) else model)
     if _is_capture(side):
         record = call.record(side, "act", loaded.model)
-        residuals = residuals_at(record, layers, position, loaded.model)
-        return _Run(side, loaded.handle, loaded.notice, loaded.model, residuals)
+        place = loaded.model.resolve_position(position, held_rows(record)["prompt_length"])
+        point = read_point(call, held_rows(record)["points"], record.handle)
+        kept = held_residuals(record, point, layers, [place], loaded.model)
+        assert point is not None
+        rows = {layer: row[0] for layer, row in kept.items()}
+        return _Run(side, loaded.handle, loaded.notice, loaded.model, point, rows)
     ids = call.ids(loaded.model, prompt if _is_model(side) else side)
     place = loaded.model.resolve_position(position, len(ids))
     chosen = sorted(layer_list(loaded.model, layers))
@@ -113,7 +135,7 @@ def _run(call: Call, side: Any, prompt: Any, layers: list[int] | str, position: 
     )
     name = side if _is_model(side) else f"{loaded.model.tokenizer.decode(ids[: place + 1])!r}"
     residuals = {layer: rows[0] for layer, rows in trace.residuals.items()}
-    return _Run(name, loaded.handle, loaded.notice, loaded.model, residuals)
+    return _Run(name, loaded.handle, loaded.notice, loaded.model, "resid_post", residuals)
 
 
 def _row(layer: int, a: _Run, b: _Run, lens_a: Array, lens_b: Array) -> LayerComparison:

@@ -13,26 +13,27 @@ from engine.errors import InputError
 from engine.metrics import LEAST_GAP, Metric, MetricKind, recovered, saturating
 from engine.ops import Array
 from engine.patching import destinations
-from schemas.arguments import Layers, MatchName, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
+from schemas.arguments import Heads, Layers, MatchName, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
 from schemas.arguments import Scope as ScopeArgument
-from schemas.base import Integers
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
 from schemas.interventions import FurtherInterventions
-from server.call import Call, layer_list, probabilities, token_id
+from server.call import Call, head_list, probabilities, token_id
 from server.interventions import (
+    Pairs,
     described_cost,
     described_interventions,
     donor_rows_cost,
+    named,
     pattern_cost,
     replacements_cost,
     scope,
     sources,
 )
 from server.lab import LoadedModel
+from server.twins import tell_twins
 
 SHOWN = 5
 
-Heads = Annotated[Integers | None, Field(description="at q, k, v, attn_pattern, z")]
 Asked = Annotated[TokenRef | None, Field(description="also report this one")]
 Against = Annotated[TokenRef | None, Field(description="also report logit(token) - logit(against)")]
 
@@ -43,7 +44,7 @@ def forward_ablate(
     layers: Layers | None = None,
     point: PointRef = "resid_post",
     positions: ScopeArgument = "all",
-    heads: Heads = None,
+    heads: Heads | None = None,
     mode: Literal["zero", "mean", "resample"] = "zero",
     mean_over: Annotated[
         list[Prompt] | None, Field(min_length=1, max_length=50, description="mean, resample: prompts")
@@ -63,12 +64,16 @@ def forward_ablate(
     loaded = call.loaded(model)
     engine = loaded.model
     ids = call.ids(engine, prompt)
+    own = layers is not None or heads is not None
+    if not own and (mean_over or (point, positions, mode) != ("resid_post", "all", "zero")):
+        raise InputError("say which layers, or which [layer, head] pairs in heads; interventions name their own")
+    which = head_list(engine, layers, heads, point) if own else {}
     cost = _cost(call, engine, len(ids), interventions).beside(pattern_cost(engine.config, point, len(ids)))
-    if layers is not None and mode != "zero" and mean_over:
-        cost = cost.beside(replacements_cost(call, engine, mean_over, layer_list(engine, layers), point))
+    if which and mode != "zero" and mean_over:
+        cost = cost.beside(replacements_cost(call, engine, mean_over, list(which), point))
     call.expect(engine, cost, len(ids))
-    at = (point, scope(positions), None if heads is None else tuple(heads))
-    made = [] if layers is None else _ablations(call, engine, ids, layers, at, mode, mean_over, match)
+    at = (*named(which), point, scope(positions))
+    made = _ablations(call, engine, ids, at, mode, mean_over, match) if which else []
     effect = _compared(call, loaded, ids, made, interventions, token, against)
     if made and mode == "zero" and point == "resid_post" and positions == "all":
         effect.notice = joined(
@@ -83,21 +88,20 @@ def _ablations(
     call: Call,
     model: Model,
     ids: list[int],
-    layers: list[int] | str,
-    at: tuple[str, Scope, tuple[int, ...] | None],
+    at: tuple[tuple[int, ...], Pairs | None, str, Scope],
     mode: Literal["zero", "mean", "resample"],
     prompts: Sequence[Any] | None,
     match: MatchName | None,
 ) -> list[Intervention]:
-    """`at` is a point, positions and heads."""
-    chosen, (point, positions, heads) = layer_list(model, layers), at
+    """`at` is layers, heads, a point and positions."""
+    chosen, heads, point, positions = at
     if mode == "zero":
         given = {"mean_over": prompts, "match": match}
         if idle := [name for name, value in given.items() if value is not None]:
             raise InputError(
                 f"mode zero takes no {' and no '.join(idle)}: leave it out, or choose mode mean or resample"
             )
-        return [Intervention("zero", tuple(chosen), point, positions, heads)]
+        return [Intervention("zero", chosen, point, positions, heads)]
     if not prompts:
         raise InputError(f"mode {mode} needs mean_over, the prompts to take rows from")
     over = [call.ids(model, prompt) for prompt in prompts]
@@ -130,16 +134,12 @@ def forward_steer(
 
 def steering(call: Call, model: Model, steers: Sequence[Steer], positions: Scope) -> list[Intervention]:
     """Steer arguments as interventions."""
-    return [
-        Intervention(
-            "steer",
-            (steer.layer,),
-            positions=positions,
-            vector=call.vector(model, steer.vector),
-            value=steer.alpha,
-        )
-        for steer in steers
-    ]
+    made = []
+    for steer in steers:
+        vector, unit = call.step(model, steer.vector)
+        at = (steer.layer,)
+        made.append(Intervention("steer", at, positions=positions, vector=vector, value=steer.alpha, unit=unit))
+    return made
 
 
 def patch_activations(
@@ -163,18 +163,17 @@ def patch_activations(
     moves = destinations(_pair(engine, target, len(donor_ids), len(ids)) for target in targets)
     pairs = [(layer, source, dest) for (layer, dest), source in moves.items()]
     layers = list({layer for layer, _, _ in pairs})
-    rows = donor_rows_cost(engine.config, len(donor_ids), point, layers, len({source for _, source, _ in pairs}))
+    held = donor_rows_cost(engine.config, len(donor_ids), point, layers, len({source for _, source, _ in pairs}))
     donors = of_pass(engine.config, len(donor_ids), max(layers) + 1) + of_pass(engine.config, len(donor_ids))
     changed = pattern_cost(engine.config, point, len(ids))
     passes = donors + _cost(call, engine, len(ids), interventions)
-    call.expect(engine, passes.beside(rows).beside(changed), len(ids))
+    call.expect(engine, passes.beside(held).beside(changed), len(ids))
     state = capture_donor_state(engine, donor_ids, {(layer, source) for layer, source, _ in pairs}, point, call.tick)
-    made = [
-        Intervention("patch", (layer,), point, rows={dest: state.rows[layer, source]}) for layer, source, dest in pairs
-    ]
+    rows = {layer: {to: state.rows[i, source] for i, source, to in pairs if i == layer} for layer, _, _ in pairs}
+    made = [Intervention("patch", (layer,), point, rows=by_position) for layer, by_position in rows.items()]
     donor_logits = forward(engine, donor_ids, tick=call.tick).logits
     assert donor_logits is not None
-    effect = _compared(call, loaded, ids, made, interventions, token, against)
+    effect = _compared(call, loaded, ids, made, interventions, token, against, donor_logits[0, -1])
     part, told = _recovered(effect, asked_metric(engine, token, against), donor_logits[0, -1])
     effect.notice = joined(effect.notice, _pairing(engine, targets, donor_ids, ids), told)
     return PatchEffect(
@@ -261,8 +260,12 @@ def _compared(
     described: FurtherInterventions,
     token: str | int | None,
     against: str | int | None,
+    *others: Array,
 ) -> Effect:
-    """The prompt's next-token distribution without and with the interventions: the tool's own, then those described."""
+    """The prompt's next-token distribution without and with the interventions: the tool's own, then those described.
+
+    `others` are logits (d_vocab,) of other runs, where the tokens asked about may be likelier.
+    """
     engine = loaded.model
     asked = asked_metric(engine, token, against)
     made = [*own, *described_interventions(call, engine, described, len(ids))]
@@ -273,6 +276,7 @@ def _compared(
     assert base is not None
     assert changed is not None
     baseline, effect = base[0, -1], changed[0, -1]
+    tell_twins(call, engine, [] if asked is None else [asked.token, asked.against], baseline, *others)
     return Effect(
         model=loaded.handle,
         notice=joined(loaded.notice, sources(made), None if asked is not None else _certain(baseline, effect)),

@@ -11,13 +11,17 @@ from engine import prefill_inject as injected
 from engine.cost import cache_bytes
 from engine.injection import Injection, InjectionCell, kv_inject_cost, prefill_inject_cost
 from schemas import effects
-from schemas.arguments import Layers, ModelRef, Prompt, TokenRef
-from schemas.base import Integers
+from schemas.arguments import Heads, Layers, ModelRef, Prompt, TokenRef
 from schemas.effects import InjectionResult, InjectionTest
-from server.call import Call, label, layer_list, probabilities, token_id
+from server.call import Call, head_list, label, layer_list, probabilities, token_id
+from server.interventions import named
 from server.lab import LoadedModel
 from server.tools.effects import Asked, asked_metric, joined, recovered_notice, token_effect
 from server.tools.writing import continuation, cut_short, held_cache
+from server.twins import tell_twins
+
+MOST_TEXT = 200
+"""Characters of a control's text in an answer."""
 
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 
@@ -33,7 +37,7 @@ def prefill_inject(
     rope: Annotated[
         Literal["realign", "keep"], Field(description="realign turns keys to their new positions")
     ] = "realign",
-    heads: Annotated[Integers | None, Field(description="key-value heads; left out: all")] = None,
+    heads: Annotated[Heads | None, Field(description="key-value heads")] = None,
     max_new_tokens: Annotated[int, Field(ge=1, le=500)] = 20,
     keep: Annotated[bool, Field(description="keep the cache as a kv: handle")] = False,
     token: Asked = None,
@@ -51,9 +55,10 @@ def prefill_inject(
     asked = asked_metric(engine, token, None)
     cost = prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens)
     call.expect(engine, cost, len(ids), keeps=cache_bytes(engine.config, len(ids) - 1) if keep else 0)
+    which, only = named(head_list(engine, layers, heads, "k"))
     result = injected(
-        engine, ids, donor_cache or donor_ids, layer_list(engine, layers),
-        None if source is None else (source[0], source[1]), dest, what, rope, heads, max_new_tokens, call.tick,
+        engine, ids, donor_cache or donor_ids, which,
+        None if source is None else (source[0], source[1]), dest, what, rope, only, max_new_tokens, call.tick,
     )  # fmt: skip
     handle = _kept(call, loaded, ids, donor_ids, result) if keep else None
     return _shown(loaded, ids, donor_ids, result, what, rope, handle, asked)
@@ -152,6 +157,7 @@ def kv_inject_test(
     call.expect(engine, kv_inject_cost(engine, ids, donor_ids, chosen), len(ids))
     scan = scanned(engine, ids, donor_ids, wanted, chosen, tick=call.tick)
     parts = [cell.recovered for cells in (scan.per_layer, scan.from_last, scan.from_first) for cell in cells]
+    tell_twins(call, engine, [wanted], scan.donor_logits)
     return InjectionTest(
         model=loaded.handle,
         notice=joined(loaded.notice, recovered_notice("probability", parts, scan.baseline, scan.donor)),
@@ -164,6 +170,7 @@ def kv_inject_test(
         from_first=[_cell(cell) for cell in scan.from_first],
         self_control=_cell(scan.self_control),
         unrelated_control=_cell(scan.unrelated_control),
+        unrelated_donor=engine.tokenizer.decode(scan.unrelated)[:MOST_TEXT],
     )
 
 

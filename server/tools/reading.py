@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -11,22 +11,16 @@ from engine import Model, RecordHook, forward, trace_forward
 from engine.cost import Cost, of_capture, of_pass
 from engine.distribution import rank_of, softmax_of, top_k
 from engine.errors import InputError
-from engine.lens import emergence_layer, lens_logits, most_probable
+from engine.lens import emergence_layer, lens_logits
 from engine.ops import Array
 from engine.points import ONCE, POINTS, only_layer
-from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, TokenRef, TopK
+from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, ResidualName, TokenRef, TopK
 from schemas.reading import Capture, Crossing, Lens, LensRow, PointNorm, Race, RaceRow, Track, TrackRow
-from server.call import Call, label, layer_list, layers_held, position_list, ranked, require_one, token_id, token_shown
+from server.call import Call, label, layer_list, position_list, require_one, token_id, token_shown
 from server.lab import LoadedModel
-from server.store import Record
+from server.residuals import check_entries, held_residuals, held_rows, lens_rows, own_answer, read_point
 from server.tools.effects import joined
-
-RESIDUALS = ("resid_post", "resid_mid", "resid_pre", "embed")
-"""The points of a capture that the lens can read, best first."""
-
-MOST_ENTRIES = 500
-"""Tokens listed in one answer; more would not fit an agent's context."""
-
+from server.twins import tell_twins
 
 TOO_FLAT = (
     "The token ends on top of a distribution too flat for a lead: some token always is on top. It leads where it has "
@@ -57,12 +51,12 @@ def capture_residuals(
     at = {name: [only] if (only := only_layer(name, engine.config.n_layers)) is not None else chosen for name in names}
     there = list(dict.fromkeys(layer for layers in at.values() for layer in layers))
     if lens_k:
-        _check_entries(len(chosen), len(rows), lens_k)
+        check_entries(len(chosen), len(rows), lens_k)
     held = of_capture(engine.config, len(ids), names, len(there), len(rows))
     call.expect(engine, of_pass(engine.config, len(ids)).beside(held), len(ids), keeps=held.growing)
     kept = _recorded(call, engine, ids, chosen, names, rows)
     tensors = {f"{name}.{layer}": array for name, by_layer in kept.items() for layer, array in by_layer.items()}
-    lens = _lens_of_capture(engine, kept, rows, lens_k) if lens_k else None
+    lens, own = _lens_of_capture(call, engine, kept, rows, lens_k) if lens_k else (None, None)
     about = f"{', '.join(names)} of {len(there)} layers at {len(rows)} positions"
     handle = call.lab.store.put(
         "act",
@@ -89,6 +83,7 @@ def capture_residuals(
         bytes=sum(array.nbytes for array in tensors.values()),
         norms=[norm for name, by_layer in kept.items() for norm in _norms(name, by_layer)],
         lens=lens,
+        own_answer=own,
     )
 
 
@@ -122,27 +117,14 @@ def _norms(point: str, by_layer: dict[int, Array]) -> list[PointNorm]:
     ]
 
 
-def _lens_of_capture(model: Model, kept: dict[str, dict[int, Array]], rows: list[int], k: int) -> list[LensRow]:
-    readable = next((name for name in RESIDUALS if name in kept), None)
-    if readable is None:
-        raise InputError(f"the lens reads the residual stream; {', '.join(kept)} is not part of it")
-    return _lens_rows(model, kept[readable], rows, k)
-
-
-def _lens_rows(model: Model, by_layer: dict[int, Array], rows: list[int], k: int) -> list[LensRow]:
-    return [
-        LensRow(layer=layer, position=position, top=ranked(model, pairs))
-        for layer, array in by_layer.items()
-        for position, pairs in zip(rows, most_probable(model, array, k), strict=True)
-    ]
-
-
-def _check_entries(layers: int, positions: int, k: int) -> None:
-    if layers * positions * k > MOST_ENTRIES:
-        raise InputError(
-            f"{layers} layers x {positions} positions x {k} tokens are more than {MOST_ENTRIES} entries; "
-            "ask for fewer layers or positions, or a smaller k"
-        )
+def _lens_of_capture(
+    call: Call, model: Model, kept: dict[str, dict[int, Array]], rows: list[int], k: int
+) -> tuple[list[LensRow] | None, int | None]:
+    """The lens of the point that it can read, and which layer is the model's own answer."""
+    point = read_point(call, [*kept], "the points captured")
+    if point is None:
+        return None, None
+    return lens_rows(model, kept[point], rows, k), own_answer(call, model, kept[point], point)
 
 
 def logit_lens(
@@ -152,6 +134,7 @@ def logit_lens(
     layers: Layers = "all",
     positions: Positions = "last",
     k: TopK = 3,
+    point: ResidualName | None = None,
     model: ModelRef = None,
 ) -> Lens:
     """Read the residual stream after each layer as next-token probabilities: what would the model say here?
@@ -160,79 +143,75 @@ def logit_lens(
     """
     require_one(prompt=prompt, tensor=tensor)
     loaded = call.loaded(model)
-    engine = loaded.model
     if tensor is not None:
-        return _lens_of_handle(call, loaded, tensor, layers, positions, k)
+        return _lens_of_handle(call, loaded, tensor, point, layers, positions, k)
     assert prompt is not None
+    return _lens_of_prompt(call, loaded, prompt, point or "resid_post", layers, positions, k)
+
+
+def _lens_of_prompt(
+    call: Call,
+    loaded: LoadedModel,
+    prompt: str | list[int],
+    point: str,
+    layers: list[int] | str,
+    positions: str | list[int],
+    k: int,
+) -> Lens:
+    engine = loaded.model
+    engine.check_point(point)
     ids = call.ids(engine, prompt)
-    chosen, rows = layer_list(engine, layers), position_list(engine, positions, len(ids))
-    last = engine.config.n_layers - 1
-    _check_entries(len(chosen), len(rows), k)
-    call.expect(engine, _lens_cost(engine, len(ids), len(chosen), len(rows)), len(ids))
-    record = RecordHook.for_layers({*chosen, last}, points=["resid_post"], positions=sorted(rows))
+    rows, last = position_list(engine, positions, len(ids)), engine.config.n_layers - 1
+    chosen = [0] if point in ONCE else layer_list(engine, layers)
+    check_entries(len(chosen), len(rows), k)
+    call.expect(engine, _lens_cost(engine, point, len(ids), len(chosen), len(rows)), len(ids))
+    record = RecordHook.for_layers({*chosen, last}, points=dict.fromkeys([point, "resid_post"]), positions=sorted(rows))
     own = forward(engine, ids, hook=record, logits_at=rows, tick=call.tick).logits
     assert own is not None
-    kept = _ordered(record.post_layer, "resid_post", rows)
-    error = np.abs(softmax_of(lens_logits(engine, kept[last])) - softmax_of(own[0])).max()
-    read = _lens_rows(engine, {layer: kept[layer] for layer in chosen}, rows, k)
-    return Lens(model=loaded.handle, notice=loaded.notice, rows=read, identity_error=float(error))
+    residuals = _ordered(record.get(point), point, rows)
+    final = softmax_of(lens_logits(engine, _ordered({last: record.post_layer[last]}, "resid_post", rows)[last]))
+    return Lens(
+        model=loaded.handle,
+        notice=loaded.notice,
+        rows=lens_rows(engine, {layer: residuals[layer] for layer in chosen}, rows, k),
+        point=point,
+        own_answer=own_answer(call, engine, chosen, point),
+        identity_error=float(np.abs(final - softmax_of(own[0])).max()),
+    )
 
 
-def _lens_cost(model: Model, length: int, layers: int, positions: int) -> Cost:
+def _lens_cost(model: Model, point: str, length: int, layers: int, positions: int) -> Cost:
     """A pass, then the model's own distribution at each position beside the lens's; and the rows that are read."""
-    held = of_capture(model.config, length, ["resid_post"], layers + 1, positions)
+    held = of_capture(model.config, length, [*{point, "resid_post"}], layers + 1, positions)
     read = Cost().holding(5 * 4 * positions * model.config.d_vocab, positions=positions)
     return (of_pass(model.config, length) + read).beside(held)
 
 
 def _lens_of_handle(
-    call: Call, loaded: LoadedModel, handle: str, layers: list[int] | str, positions: str | list[int], k: int
+    call: Call,
+    loaded: LoadedModel,
+    handle: str,
+    point: str | None,
+    layers: list[int] | str,
+    positions: str | list[int],
+    k: int,
 ) -> Lens:
     record = call.record(handle, "act", loaded.model)
-    held = _held_rows(record)
+    held = held_rows(record)
     asked = position_list(loaded.model, positions, held["prompt_length"])
     rows = held["positions"] if positions == "all" else asked
-    kept = held_residuals(record, layers, rows, loaded.model)
-    _check_entries(len(kept), len(rows), k)
+    point = read_point(call, held["points"], record.handle, point)
+    kept = held_residuals(record, point, layers, rows, loaded.model)
+    check_entries(len(kept), len(rows), k)
+    assert point is not None
     return Lens(
         model=loaded.handle,
         notice=loaded.notice,
-        rows=_lens_rows(loaded.model, kept, rows, k),
+        rows=lens_rows(loaded.model, kept, rows, k),
+        point=point,
+        own_answer=own_answer(call, loaded.model, kept, point),
         identity_error=None,
     )
-
-
-def _held_rows(record: Record) -> dict[str, Any]:
-    """Which points, layers and positions a capture holds."""
-    if "rows" not in record.provenance:
-        raise InputError(f"{record.handle} holds {record.provenance['about']}, not activations; use read_tensor")
-    held: dict[str, Any] = record.provenance["rows"]
-    return held
-
-
-def held_residuals(record: Record, layers: list[int] | str, rows: Sequence[int], model: Model) -> dict[int, Array]:
-    """{layer: (rows, d_model)} residuals of a capture; raises `InputError` for what it does not hold."""
-    held = _held_rows(record)
-    point = next((name for name in RESIDUALS if name in held["points"]), None)
-    if point is None:
-        raise InputError(f"{record.handle} holds {', '.join(held['points'])}; the lens reads the residual stream")
-    at_point = layers_held(record, point)
-    chosen = at_point if layers == "all" else layer_list(model, layers)
-    missing = [f"layer {x}" for x in chosen if x not in at_point]
-    missing += [f"position {x}" for x in rows if x not in held["positions"]]
-    if missing:
-        raise InputError(
-            f"{', '.join(missing[:5])} not in {record.handle}, which holds {point} of layers {at_point}, "
-            f"positions {held['positions']}"
-        )
-    where = [held["positions"].index(row) for row in rows]
-    return {layer: record.tensors[f"{point}.{layer}"][where] for layer in chosen}
-
-
-def residuals_at(record: Record, layers: list[int] | str, position: int, model: Model) -> dict[int, Array]:
-    """{layer: (d_model,)} residuals of a capture at one position of its prompt."""
-    place = model.resolve_position(position, _held_rows(record)["prompt_length"])
-    return {layer: rows[0] for layer, rows in held_residuals(record, layers, [place], model).items()}
 
 
 def _layer_logits(call: Call, model: Model, ids: list[int], layers: list[int], position: int) -> dict[int, Array]:
@@ -256,7 +235,9 @@ def track_token(
     engine = loaded.model
     ids, chosen, wanted = call.ids(engine, prompt), layer_list(engine, layers), token_id(engine, token)
     place = engine.resolve_position(position, len(ids))
-    logits = _layer_logits(call, engine, ids, sorted(chosen), place)
+    last = engine.config.n_layers - 1
+    logits = _layer_logits(call, engine, ids, sorted({*chosen, last}), place)
+    tell_twins(call, engine, [wanted], logits[last])
     rows = [
         TrackRow(
             layer=layer,
@@ -265,6 +246,7 @@ def track_token(
             logit=float(row[wanted]),
         )
         for layer, row in logits.items()
+        if layer in chosen
     ]
     since = emergence_layer(logits, wanted)
     return Track(
@@ -273,6 +255,7 @@ def track_token(
         token=token_shown(engine, wanted),
         position=place,
         rows=rows,
+        own_answer=own_answer(call, engine, chosen),
         emergence_layer=since,
         peak_layer=max(rows, key=lambda row: row.probability).layer,
     )
@@ -300,7 +283,8 @@ def track_race(
     last = engine.config.n_layers - 1
     logits = _layer_logits(call, engine, ids, sorted({*chosen, last}), place)
     runners = [i for i, _ in top_k(logits[last], 5)] if wanted is None else wanted
-    names = [engine.tokenizer.piece(i) for i in runners]
+    tell_twins(call, engine, wanted or (), logits[last])
+    names = _names(engine, runners)
     rows = [_race_row(layer, softmax_of(logits[layer])[runners], names) for layer in chosen]
     return Race(
         model=loaded.handle,
@@ -308,10 +292,19 @@ def track_race(
         tokens=[token_shown(engine, i) for i in runners],
         position=place,
         rows=rows,
+        own_answer=own_answer(call, engine, chosen),
         crossings=[
             Crossing(layer=b.layer, loses=a.leader, takes=b.leader) for a, b in pairwise(rows) if a.leader != b.leader
         ],
     )
+
+
+def _names(model: Model, tokens: Sequence[int]) -> list[str]:
+    """Their texts, with their ids where texts are alike: bytes that are part of a character show alike."""
+    pieces = [model.tokenizer.piece(token) for token in tokens]
+    return [
+        piece if pieces.count(piece) == 1 else f"{piece} ({token})" for piece, token in zip(pieces, tokens, strict=True)
+    ]
 
 
 def _race_row(layer: int, scores: Array, names: list[str]) -> RaceRow:

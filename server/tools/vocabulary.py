@@ -10,7 +10,7 @@ from engine.lens import embedding_neighbors as neighbours_of
 from engine.lens import embedding_row, unembedding_row
 from engine.lens import project_through_unembed as projected
 from engine.ops import Array
-from schemas.arguments import ModelRef, TokenRef, TopK, Vector
+from schemas.arguments import ModelRef, TokenRef, TopK, Vector, VectorRef
 from schemas.base import ScoredToken
 from schemas.reading import VocabularyView
 from server.call import Call, require_one, token_id
@@ -29,7 +29,7 @@ def embedding_neighbors(
 
 
 def project_through_unembed(
-    call: Call, token: TokenRef | None = None, vector: Vector | None = None, k: TopK = 10, model: ModelRef = None
+    call: Call, token: TokenRef | None = None, vector: VectorRef | None = None, k: TopK = 10, model: ModelRef = None
 ) -> VocabularyView:
     """Multiply a vector with W_U: which tokens' logits does this direction raise?
 

@@ -96,6 +96,8 @@ def test_numbers_are_finite(value: float) -> None:
         {"token": " a", "space": "middle"},
         {"values": []},
         {"random_seed": -1},
+        {"random_seed": 1, "norm_of": "column"},
+        {"random_seed": 1, "norm_of": {"token": "a"}},
         {"minus": [{"random_seed": 1}]},
         {"minus": [{"random_seed": 1}, {"random_seed": 2, "x": 1}]},
     ],

@@ -200,11 +200,6 @@ CASES = {
         {"clean": "ab", "corrupt": "cd", "token": "a", "by": "head"},
         ["resid_post has no heads"],
     ),
-    "too many patterns": (
-        "attention_pattern",
-        {"prompt": "x" * 100, "layers": "all", "positions": "all"},
-        ["500", "fewer"],
-    ),
     "no such head to look at": ("attention_pattern", P | {"layers": [0], "heads": [9]}, ["head 9", "0 to 3"]),
     "models without a prompt": ("compare", {"a": "model:synthetic", "b": "model:synthetic"}, ["no model"]),
     "prompts with a prompt": ("compare", {"a": "ab", "b": "cd", "prompt": "ef"}, ["model: handles"]),
