@@ -289,7 +289,7 @@ _UPDATE = "update mechscope, or load a .gguf file or directory by its path"
 
 _READ = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_templates/*.jinja", "*.safetensors.index.json",
+    "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "*.safetensors.index.json",
 )  # fmt: skip
 """What is read of a directory beside its weights."""
 

@@ -16,7 +16,7 @@ from engine.ops import Array
 
 @dataclass(frozen=True)
 class Generation:
-    """ids and text of the new tokens (an end-of-text token ends the run and is not among them).
+    """ids and text of the new tokens (the end-of-text token that ended the run is `end`, and not among them).
 
     `stopped`: at max_new_tokens, at an end-of-text token, or since no further position can be computed; `why` says what
     stands in the way then.
@@ -26,6 +26,7 @@ class Generation:
     text: str
     stopped: Literal["length", "end_of_text", "context"]
     why: str | None = None
+    end: int | None = None
 
 
 def generate(
@@ -64,6 +65,7 @@ def generate(
     feed = ids.tolist()
     stopped: Literal["length", "end_of_text", "context"] = "length"
     why = None
+    end: int | None = None
     while len(new) < max_new_tokens:
         if new and (why := _no_further(model, cache, whole)) is not None:
             stopped = "context"
@@ -77,13 +79,13 @@ def generate(
             cache.keep_last(window)
         token = pick(result.logits[0, -1], temperature, top_p, rng)
         if token in model.tokenizer.eos:
-            stopped = "end_of_text"
+            stopped, end = "end_of_text", token
             break
         new.append(token)
         feed = [[token]]
         if on_token is not None:
             on_token(token, model.tokenizer.piece(token))
-    return Generation(new, model.tokenizer.decode(new, inside=True), stopped, why)
+    return Generation(new, model.tokenizer.decode(new, inside=True), stopped, why, end)
 
 
 def _no_further(model: Network, cache: KVCache, whole: bool) -> str | None:

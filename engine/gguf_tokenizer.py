@@ -14,7 +14,7 @@ from typing import Any
 from engine.chat import ChatTemplate, template_from
 from engine.errors import DamagedFile, UnknownModel, clipped
 from engine.spm import SPACE, SentencePiece
-from engine.tokenizer import Tokenizer, byte_alphabet, eos_ids
+from engine.tokenizer import ENDS, Tokenizer, byte_alphabet, eos_ids, named_ends
 
 Metadata = dict[str, Any]
 Words = Callable[[str, bool], list[int]]
@@ -23,9 +23,17 @@ Words = Callable[[str, bool], list[int]]
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 """`tokenizer.ggml.token_type` values (ggml-org/ggml, docs/gguf.md)."""
 
-ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
-    "[EOT]", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "<|call|>", "<|flush|>",
-    "<|calls|>", "</s>", "<|eom_id|>", "[EOS]", "<eos>", "<turn|>", "<|tool_response>", "[e~[")  # fmt: skip
+NAMES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unknown": "unk",
+    "seperator": "sep",
+    "padding": "pad",
+    "cls": "cls",
+    "mask": "mask",
+}
+"""Special tokens as GGUF calls them (a key is misspelt there), and as templates do."""
+
 MIDDLES = ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>", "\u2581<PRE>",
     "<|code_prefix|>", "<|prefix|>", "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>",
     "<SUF>", "\u2581<SUF>", "<|code_suffix|>", "<|suffix|>", "<|fim_middle|>", "<fim-middle>", "<fim_middle>",
@@ -191,7 +199,7 @@ def from_gguf(metadata: Metadata) -> Tokenizer:
         vocabulary = Vocabulary.read(metadata)
         pieces = Pieces(vocabulary, _sentencepiece(metadata, vocabulary.ids), _from_spm, _strips(metadata, vocabulary))
         bos, template = _bos(metadata, len(vocabulary.tokens), True, 1), partial(_template, metadata, vocabulary)
-        return Tokenizer(pieces, bos, _eos(metadata, 2), template)
+        return Tokenizer(pieces, bos, _eos(metadata, 2, vocabulary), template)
     if kind != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UnknownModel(
             f"the file's tokenizer is {clipped(kind)} with pre-tokenizer {clipped(pre)}; supported: 'llama', and "
@@ -201,14 +209,16 @@ def from_gguf(metadata: Metadata) -> Tokenizer:
     words = _bpe(metadata, vocabulary.ids, chosen)
     pieces = Pieces(vocabulary, words, _from_byte_level, _strips(metadata, vocabulary))
     bos = _bos(metadata, len(vocabulary.tokens), chosen.adds_bos, None)
-    return Tokenizer(pieces, bos, _eos(metadata, None), partial(_template, metadata, vocabulary))
+    return Tokenizer(pieces, bos, _eos(metadata, None, vocabulary), partial(_template, metadata, vocabulary))
 
 
 def _template(metadata: Metadata, vocabulary: "Vocabulary") -> ChatTemplate | None:
-    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    ids = {f"{short}_token": metadata.get(f"tokenizer.ggml.{name}_token_id") for name, short in NAMES.items()}
     known = range(len(vocabulary.tokens))
-    bos, eos = (vocabulary.tokens[i] if isinstance(i, int) and i in known else "" for i in ids)
-    return template_from(metadata.get("tokenizer.chat_template"), bos, eos)
+    tokens = {name: vocabulary.tokens[i] for name, i in ids.items() if isinstance(i, int) and i in known}
+    key = "tokenizer.chat_template"
+    others = {name.removeprefix(f"{key}."): source for name, source in metadata.items() if name.startswith(f"{key}.")}
+    return template_from({"default": metadata.get(key), **others}, tokens)
 
 
 _ALPHABET = byte_alphabet()
@@ -273,12 +283,12 @@ def _bos(metadata: Metadata, n_tokens: int, usual: bool, default: int | None) ->
     return bos
 
 
-def _eos(metadata: Metadata, default: int | None) -> tuple[int, ...]:
-    """Generation ends at the ends of a text, of a turn and of a message."""
+def _eos(metadata: Metadata, default: int | None, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Generation ends at the ends of a text, of a turn and of a message, by the file's word or by their names."""
     found = eos_ids(metadata.get("tokenizer.ggml.eos_token_id", default))
     for name in ("eot", "eom"):
         found += eos_ids(metadata.get(f"tokenizer.ggml.{name}_token_id"))
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys([*found, *named_ends(vocabulary.ids)]))
 
 
 def _flag(metadata: Metadata, key: str, default: bool) -> bool:

@@ -56,14 +56,17 @@ class Network:
             raise PromptError("the prompt is empty; give at least one token")
         return self.tokenizer.encode(prompt, inside) if isinstance(prompt, str) else prompt
 
-    def encode_chat(self, prompt: str | Sequence[Message], opening: str = "", inside: bool = False) -> list[int]:
+    def encode_chat(
+        self, prompt: str | Sequence[Message], opening: str = "", inside: bool = False, **given: Any
+    ) -> list[int]:
         """Token ids of a conversation in the model's own chat template; text is one turn of the user's.
 
-        `opening` is how the assistant's answer begins, and `inside` is as in `encode`. Raises `InputError` for a model
-        without a template, or messages that it does not take.
+        `opening` is how the assistant's answer begins, `inside` is as in `encode`, and `given` goes to the template:
+        tools, documents, template (the name of another than the default), and what that template alone knows. Raises
+        `InputError` for a model without a template, or messages that it does not take.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.tokenizer.encode_chat(messages, opening, inside)
+        return self.tokenizer.encode_chat(messages, opening, inside, **given)
 
     def token_batch(self, tokens: Tokens) -> IntArray:
         """(batch, seq) ids, checked; raises `PromptError` or `TokenError`."""

@@ -4,10 +4,10 @@
 in a prompt's text are read as special tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.chat import ChatTemplate, Message, Read
 from engine.errors import DamagedFile, InputError, TokenError, clipped
@@ -21,6 +21,14 @@ class Backend(Protocol):
     def encode(self, text: str, inside: bool = False) -> list[int]: ...
     def decode(self, ids: Sequence[int], inside: bool = False) -> str: ...
 
+
+ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
+    "[EOT]", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "<|call|>", "<|flush|>",
+    "<|calls|>", "</s>", "<|eom_id|>", "[EOS]", "<eos>", "<turn|>", "<|tool_response>", "[e~[")  # fmt: skip
+"""Names of tokens that end a text, a turn or a message, as llama.cpp knows them."""
+
+HARMONY_ENDS = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
+"""Beside either pair <|end|> closes a part of an answer."""
 
 PIECES_SHOWN = 12
 """Of text that is several tokens, in an error."""
@@ -66,16 +74,21 @@ class Tokenizer:
         """The model's own chat template, if it has one."""
         return self._template()
 
-    def encode_chat(self, messages: Sequence[Message], opening: str = "", inside: bool = False) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], opening: str = "", inside: bool = False, **given: Any
+    ) -> list[int]:
         """The ids of a conversation in the model's own template, the assistant's turn opened, its answer at `opening`.
 
-        The template writes BOS itself, where the model wants one; what stands `inside` a text has none. Raises
-        `InputError` for a model without a template.
+        The template writes BOS itself, where the model wants one; what stands `inside` a text has none. `given` goes to
+        `ChatTemplate.render`: tools, documents, template, and what the template alone knows. Raises `InputError` for a
+        model without a template.
         """
         if self.chat_template is None:
             raise InputError("this model has no chat template; give the prompt as the model should read it")
-        written = self.chat_template.render(messages) + opening
-        return self._encoded(written.removeprefix(self.chat_template.bos) if inside else written)
+        written = self.chat_template.render(messages, **given) + opening
+        return self._encoded(
+            written.removeprefix(self.chat_template.tokens.get("bos_token", "")) if inside else written
+        )
 
     def encode(self, text: str, inside: bool = False) -> list[int]:
         """The ids of a prompt, BOS in front where the model wants one and the text does not begin with it.
@@ -140,6 +153,12 @@ def eos_ids(value: object) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise DamagedFile(f"config: eos_token_id is {clipped(value)}; it must be an id or a list of ids")
     return tuple(ids)
+
+
+def named_ends(ids: Mapping[str, int]) -> tuple[int, ...]:
+    """The tokens of a vocabulary that end generation by their names."""
+    inner = {"<|end|>"} if any(pair <= ids.keys() for pair in HARMONY_ENDS) else set()
+    return tuple(ids[name] for name in ENDS if name in ids and name not in inner)
 
 
 def byte_alphabet() -> dict[str, int]:

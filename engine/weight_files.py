@@ -16,7 +16,7 @@ from engine.weights import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-OPENED = ("*.safetensors", "*.json", "*.jinja", "chat_templates/*.jinja")
+OPENED = ("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja")
 """What is opened of a model's directory."""
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")

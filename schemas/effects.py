@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from schemas.base import Number, Result, Strict, TokenProbability
+from schemas.base import Number, Result, Strict, Token, TokenProbability
 
 
 class Applied(Strict):
@@ -63,6 +63,7 @@ class Continuation(Strict):
     text: str
     ids: list[int]
     stopped: Literal["length", "end_of_text", "context"]
+    end: Token | None = None
 
 
 class HookedGeneration(Result):

@@ -96,3 +96,64 @@ def directory(path: Path, kind: str, files: dict[str, Any] | None = None) -> Pat
         at.parent.mkdir(exist_ok=True)
         at.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     return path
+
+
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+IN_THE_MIDDLE = {"content": "<mid>", "lstrip": True, "rstrip": True, "normalized": False, "special": False}
+WORD = {"content": "Pa", "single_word": True, "normalized": True, "special": False}
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% generation %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ pad_token is defined }}{{ tools is none }}{{ documents | tojson(indent=2) }}{{ image_token }}"
+)
+NAMED = [{"name": "default", "template": CHAT}, {"name": "tool_use", "template": "tools: {{ tools | tojson }}"}]
+
+
+def _config(**more: Any) -> dict[str, Any]:
+    return {"tokenizer_config.json": FAST | more}
+
+
+FILES: dict[str, dict[str, Any]] = {
+    "nothing more": _config(),
+    "by id": _config(added_tokens_decoder={"263": {"content": "<|user|>", "special": True}, "264": IN_THE_MIDDLE}),
+    "out of order": _config(added_tokens_decoder={"264": {"content": "<b>"}, "263": {"content": "<a>"}}),
+    "words": _config(added_tokens_decoder={"263": WORD | {"content": "Zo"}, "264": {"content": "<a>", "rstrip": True}}),
+    "told again": _config(added_tokens_decoder={"1": {"content": "<|end|>", "lstrip": True, "rstrip": True}}),
+    "in added_tokens.json": _config() | {"added_tokens.json": {"<|user|>": 263, "<tool>": 264}},
+    "special in added_tokens.json": _config()
+    | {"added_tokens.json": {"<|user|>": 263}, "special_tokens_map.json": {"additional_special_tokens": ["<|user|>"]}},
+    "in special_tokens_map.json": _config()
+    | {"special_tokens_map.json": {"pad_token": "<pad>", "eos_token": {"content": "<|end|>", "lstrip": False}}},
+    "map beside ids": _config(added_tokens_decoder={}) | {"special_tokens_map.json": {"pad_token": "<pad>"}},
+    "more special ones": _config(additional_special_tokens=["<|user|>", "<|tool|>"], pad_token="<pad>"),
+    "extra by name": _config(extra_special_tokens={"image_token": "<image>"}, boi_token="<boi>"),
+    "with types": _config(
+        pad_token={"__type": "AddedToken", "content": "<pad>", "lstrip": True, "rstrip": False, "normalized": False},
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+    ),
+    "chat": _config(chat_template=CHAT, bos_token="<|start|>", eos_token="<|end|>", image_token="<image>"),
+    "named chats": _config(chat_template=NAMED, eos_token="<|end|>", pad_token="<|start|>"),
+    "chats in files": _config(chat_template="old", eos_token="<|end|>")
+    | {"chat_template.jinja": CHAT, "additional_chat_templates/rag.jinja": "{{ documents[0].title }}"},
+}
+"""Files beside tokenizer.json (which has 263 tokens), in every form in which added tokens and templates are found."""
+
+TEXTS = [
+    "the and",
+    "a <mid> b<mid>c",
+    "<|user|>the <tool> x<|tool|>",
+    "<a> the<b> <a><b>",
+    "Zo Zoo aZo, Zo",
+    "x <|end|> y<|end|>",
+    "a <pad> b <image><boi>",
+    "<|start|>the",
+]
+TURNS = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "an", "tool_calls": None}]
+ASKED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "documents": {"documents": [{"title": "t", "text": "<é>"}]},
+    "tools": {"tools": [{"name": "f"}]},
+    "rag": {"chat_template": "rag", "documents": [{"title": "t", "text": "x"}]},
+}
+PIECE_TEXTS = ["Paris in", " Paris", "<s>Paris", "in</s>Paris", "Paris  in Paris", "\u00e9a", "Par<unk>is"]

@@ -10,7 +10,7 @@ from engine.cost import of_generation
 from schemas.arguments import Layers, ModelRef, Prompt, Steers
 from schemas.effects import Continuation, HookedGeneration
 from schemas.interventions import Interventions
-from server.call import Call, layer_list
+from server.call import Call, layer_list, token_shown
 from server.interventions import described_cost, described_interventions, sources
 from server.metrics import count_tokens
 from server.tools.effects import applied, joined, steering
@@ -53,8 +53,8 @@ def generate_with_hooks(
     return HookedGeneration(
         model=loaded.handle,
         notice=joined(loaded.notice, sources(made, generating=True), cut_short(baseline, hooked)),
-        baseline=continuation(baseline),
-        hooked=continuation(hooked),
+        baseline=continuation(engine, baseline),
+        hooked=continuation(engine, hooked),
         first_difference=_first_difference(baseline.ids, hooked.ids),
         applied=applied(hook.edits, length),
     )
@@ -65,10 +65,11 @@ def cut_short(*made: Generation) -> str | None:
     return joined(*dict.fromkeys(text.why for text in made))
 
 
-def continuation(made: Generation) -> Continuation:
+def continuation(model: Model, made: Generation) -> Continuation:
     """A generation as results show it."""
     count_tokens("written", len(made.ids))
-    return Continuation(text=made.text, ids=made.ids, stopped=made.stopped)
+    end = None if made.end is None else token_shown(model, made.end)
+    return Continuation(text=made.text, ids=made.ids, stopped=made.stopped, end=end)
 
 
 def held_cache(call: Call, model: Model, handle: str) -> KVCache:

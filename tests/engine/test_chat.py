@@ -1,6 +1,5 @@
 """Chat templates: the model's own, from every kind of file, in a sandbox with limits."""
 
-import json
 import sys
 import time
 
@@ -8,7 +7,7 @@ import pytest
 import tiny_files
 
 from engine import Model, load_model
-from engine.chat import MOST_SOURCE, ChatTemplate, from_directory, template_from
+from engine.chat import MOST_SOURCE, ChatTemplate, template_from
 from engine.errors import DamagedFile, InputError
 from engine.library import byte_level
 
@@ -32,7 +31,7 @@ Be brief.<|im_end|>
 
 
 def test_turns_become_the_text_the_template_writes():
-    told = ChatTemplate(CHATML, "<s>").render(TURNS)
+    told = ChatTemplate(CHATML, {"bos_token": "<s>"}).render(TURNS)
     assert told == (
         "<s><|im_start|>system\nBe brief.<|im_end|><|im_start|>user\nWho?<|im_end|>\n"
         "<|im_start|>assistant\nMe.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
@@ -54,7 +53,7 @@ def test_turns_become_the_text_the_template_writes():
     ],
 )
 def test_what_templates_of_real_models_use_is_there(source, text):
-    assert ChatTemplate(source, eos="</s>").render(TURNS) == text
+    assert ChatTemplate(source, {"eos_token": "</s>"}).render(TURNS) == text
 
 
 def test_the_day_is_todays():
@@ -69,7 +68,7 @@ def test_the_day_is_todays():
         "{{ messages.append(1) }}",
         "{% include '/etc/passwd' %}",
         "{{ 'a' * 1000000000 }}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** 999999 }}",
         "{{ '%1000000000d' % 1 }}",
         "{{ '{:>1000000000}'.format(1) }}",
         "{{ 'a'.zfill(1000000000) }}",
@@ -104,22 +103,9 @@ def test_a_template_that_does_not_end_is_stopped(source, why):
     assert sys.gettrace() is before
 
 
-def test_a_directory_has_its_template_in_one_of_two_files(tmp_path):
-    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
-    assert from_directory(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert from_directory(tmp_path) is None
-    named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
-    for template, expected in (("t", "t"), (named, "d")):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-        assert from_directory(tmp_path) == ChatTemplate(expected, "<s>", "</s>")
-    (tmp_path / "chat_template.jinja").write_text("own {{ bos_token }}")
-    assert from_directory(tmp_path).render(USER) == "own <s>"
-
-
 def test_an_endless_source_is_not_read():
     with pytest.raises(DamagedFile, match="characters"):
-        template_from("x" * (MOST_SOURCE + 1), None, None)
+        template_from({"default": "x" * (MOST_SOURCE + 1)}, {})
 
 
 def test_a_model_without_a_template_says_so():

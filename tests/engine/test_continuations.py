@@ -17,7 +17,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role[0] }}]{{ m.content 
 def begun(synthetic):
     """The synthetic model, its end-of-text token as BOS, with a chat template that writes it."""
     words = synthetic.tokenizer
-    template = ChatTemplate(TEMPLATE, "<|end|>")
+    template = ChatTemplate(TEMPLATE, {"bos_token": "<|end|>"})
     return dataclasses.replace(synthetic, tokenizer=Tokenizer(words.backend, BOS, (), lambda: template))
 
 

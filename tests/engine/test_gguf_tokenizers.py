@@ -66,9 +66,12 @@ def test_part_of_a_character_shows_as_a_replacement_character():
 
 
 def test_generation_ends_at_the_end_of_a_text_a_turn_and_a_message():
-    assert words("qwen2", eos_token_id=3, eot_token_id=4, eom_token_id=3).eos == (3, 4)
-    assert words("qwen2", eos_token_id=None).eos == ()
-    assert words("llama", eos_token_id=None).eos == (2,)
+    named = words("qwen2", eos_token_id=None)
+    assert [*map(named.piece, named.eos)] == ["<|eot_id|>", "<|im_end|>", "<|endoftext|>"]
+    assert words("qwen2", eos_token_id=3, eot_token_id=4, eom_token_id=3).eos == (3, 4, *named.eos)
+    assert words("llama", eos_token_id=None).eos[0] == 2
+    plain = {"tokens": ["a", "b"], "token_type": [1, 1], "merges": [], "eos_token_id": None}
+    assert words("qwen2", **plain).eos == ()
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def fill(hub: Hub, shards: int = 1) -> str:
     fingerprint = engine.load_model(path, converted=False).fingerprint
     for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"):
         (path / name).write_text("{}")
-    for name in ("chat_template.jinja", "chat_templates/rag.jinja"):
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("{{ messages[0]['content'] }}")
     for name in STRANGERS:
@@ -116,7 +116,7 @@ def fill(hub: Hub, shards: int = 1) -> str:
 
 BESIDE = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_templates/rag.jinja",
+    "added_tokens.json", "chat_template.jinja", "additional_chat_templates/rag.jinja",
 }  # fmt: skip
 STRANGERS = (
     "consolidated.safetensors", "adapter_model.safetensors", "model.fp16.safetensors", "optimizer.bin",

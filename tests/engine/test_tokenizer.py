@@ -48,7 +48,7 @@ def test_special_tokens_in_a_prompt_are_read_as_such(synthetic):
 def test_smollm2_ends_at_its_own_token_and_adds_no_bos(smollm2):
     words = smollm2.tokenizer
     assert words.bos is None
-    assert [words.piece(token) for token in words.eos] == ["<|im_end|>"]
+    assert [words.piece(token) for token in words.eos] == ["<|im_end|>", "<|endoftext|>"]
     assert words.vocabulary == smollm2.config.d_vocab
 
 

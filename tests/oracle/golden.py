@@ -10,6 +10,7 @@ families.safetensors  of the tiny model of every row of `tests/families.py`, the
 families.json         versions, prompts, the allowed error of every row of every array
 gguf.safetensors      ROW/PROMPT (positions, d_vocab): llama.cpp's logits for the files of `tests/gguf_rows.py`
 gguf.json             versions, prompts, positions, the allowed error of every array
+directory_ids.json    of `tokenizer_dirs.py`: ids, special tokens and chats by transformers
 gguf_ids.json         small vocabularies of every tokenizer kind, and llama.cpp's ids of awkward text
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from oracle import checks, config_keys, families, float8, layouts, multimodal, tiny
+from oracle import checks, config_keys, directories, families, float8, layouts, multimodal, tiny
 from oracle.cases import CASES, GOLDEN, TRANSPLANTS
 from oracle.golden import STRIDE, Golden, differences
 from oracle.measure import Measure, Result, allowed
@@ -56,6 +56,7 @@ def everything(bench: checks.Bench) -> Iterable[Result]:
     yield from checks.transplants_agree(bench)
     yield from tiny.directories_agree()
     yield from multimodal.multimodal_agrees()
+    yield from directories.directories_agree()
     yield from layouts.layouts_agree()
     yield from config_keys.config_keys_agree()
     yield from float8.float8_agrees()
