@@ -6,6 +6,7 @@ Reference: transformers, models/stablelm/modeling_stablelm.py.
 import numpy as np
 
 from engine.config import Config
+from engine.errors import DamagedFile
 from engine.families import _parts
 from engine.families._parts import Raw
 from engine.families._read import flag, real, whole
@@ -19,8 +20,10 @@ DEFAULTS: Raw = {"num_key_value_heads": 32, "max_position_embeddings": 4096}
 def config(raw: Raw) -> Config:
     raw = {**DEFAULTS, **raw}
     d_head = _parts.head_width(raw)
+    if (given := _parts.head_dim(raw)) != d_head:
+        raise DamagedFile(f"config: head_dim is {given}, but heads are {d_head} features wide in this architecture")
     return _parts.base_config(
-        {**raw, "head_dim": None},
+        raw,
         "stablelm",
         norm="layer",
         norm_eps=real(raw, "layer_norm_eps", 1e-5),

@@ -39,16 +39,23 @@ FOUND = {
     ),
     "yarn to the base 1": ("llama-yarn", {"rope_theta": 1.0}, "rope_theta is 1.0; it must be a number from 1.001"),
     "longrope from one position": (
-        "phi3-longrope",
-        {"original_max_position_embeddings": 1},
+        "llama",
+        {
+            "rope_scaling": {"type": "longrope", "short_factor": [1] * 8, "long_factor": [1] * 8}
+            | {"original_max_position_embeddings": 1}
+        },
         "original_max_position_embeddings is 1; it must be a whole number from 2",
     ),
     "dynamic scaling of a single pair": (
-        "llama-dynamic",
-        {"partial_rotary_factor": 0.125},
+        "phi",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.17}},
         "at least 4 rotated features",
     ),
-    "a rotary embedding wider than a head": ("stablelm", {"head_dim": 2}, "head_dim is 2, narrower than"),
+    "a rotary embedding wider than a head": (
+        "stablelm",
+        {"head_dim": 2},
+        "head_dim is 2, but heads are 16 features wide",
+    ),
 }
 
 
@@ -63,7 +70,7 @@ def family_directory(tmp_path_factory: pytest.TempPathFactory):
         config = json.loads((home / row / "config.json").read_text())
         for key, value in changes.items():
             ropes = config.get("rope_parameters", {})
-            (ropes if key in ropes or key.startswith(("rope_", "partial")) else config)[key] = value
+            (ropes if key in ropes or key.startswith(("rope_t", "partial")) else config)[key] = value
         case = fuzzing.Case("", "", home / row, "config.json", json.dumps(config).encode(), "dense")
         to.mkdir()
         return case.lay_out(to)
@@ -79,12 +86,9 @@ def test_a_setting_that_reached_the_arithmetic_is_refused(case, family_directory
         engine.load_model(family_directory(row, changes, tmp_path / "bad"))
 
 
-def test_a_head_width_that_gpt_neox_does_not_have_is_not_read(family_directory, tmp_path: Path) -> None:
-    models = [
-        engine.load_model(family_directory("gpt_neox", changes, tmp_path / str(i)))
-        for i, changes in enumerate(({}, {"head_dim": 2}))
-    ]
-    assert models[0].config == models[1].config
+def test_a_head_width_that_gpt_neox_does_not_have_is_the_part_that_is_turned(family_directory, tmp_path: Path) -> None:
+    cfg = engine.load_model(family_directory("gpt_neox", {"head_dim": 4}, tmp_path / "m")).config
+    assert (cfg.d_head, {rope.inv_freq for rope in cfg.ropes if rope is not None}) == (12, {(1.0,)})
 
 
 @pytest.mark.parametrize("first_layer", [0, 2, 4])

@@ -47,6 +47,7 @@ CHANGES: list[tuple[str, Edit]] = [
     ("phi", {"partial_rotary_factor": 1.0}),
     ("smollm3", {"head_dim": 24}),
     ("gpt_neox", {"rotary_emb_base": 333.0}),
+    ("gpt_neox", {"head_dim": 8}),
     ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     ("stablelm", {"partial_rotary_factor": 0.5}),
     *(("llama", {"hidden_act": name}) for name in ("relu2", "quick_gelu", "mish", "gelu_python", "gelu_fast")),
