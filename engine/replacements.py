@@ -58,7 +58,8 @@ def replacements(
     which = heads_by_layer(model, layers, heads, key_value=point in ("k", "v"))
     pools = pooled_points(model, prompts, which, [point], tick=tick)[point]
     put = partial(replacement, kind, prompt_length, point, positions=positions, match=match)
-    return [replace(put(i, rows, heads=which[i]), neurons=neurons, seed=seed) for i, rows in pools.items()]
+    # a point that exists once names its layer itself, and has no heads
+    return [replace(put(i, rows, heads=which.get(i)), neurons=neurons, seed=seed) for i, rows in pools.items()]
 
 
 def matched_scope(

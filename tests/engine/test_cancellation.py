@@ -35,7 +35,7 @@ WORK = {
     "prefill_inject": lambda m, ids, donor, tick: prefill_inject(m, ids, donor, max_new_tokens=1, tick=tick),
     "kv_inject_test": lambda m, ids, donor, tick: kv_inject_test(m, ids, donor, 1, layers=[0], tick=tick),
 }
-PASSES = {"generate": 2, "prefill_inject": 6}
+PASSES = {"generate": 2, "prefill_inject": 7}
 """Before a sweep; a scan's prompts are one pass."""
 SWEPT = {"kv_inject_test": 2}
 """Passes of a sweep, which count together."""
