@@ -208,7 +208,16 @@ CASES = {
     "unknown kind": ("forward_ablate", change("erase"), ["interventions.0.kind", "zero"]),
     "scale without a factor": ("forward_ablate", change("scale"), ["interventions.0", "scale needs value"]),
     "zero with a factor": ("forward_ablate", change("zero", value=1.0), ["zero takes no value"]),
-    "patch with positions": ("forward_ablate", change("patch", donor="ab", positions=[1]), ["pairs"]),
+    "patch with positions and pairs": (
+        "forward_ablate",
+        change("patch", donor="ab", positions=[1], pairs=[[1, 1]]),
+        ["pairs or positions, not both", "[[3, 3]]"],
+    ),
+    "patch at generated positions": (
+        "forward_ablate",
+        change("patch", donor="ab", positions="generated"),
+        ["[[3, 3]]"],
+    ),
     "patch from another length": ("forward_ablate", change("patch", donor="ab"), ["2 tokens", "5", "pairs"]),
     "knock-out elsewhere": ("forward_ablate", change("knockout", keys=[0], point="z"), ["attn_pattern"]),
     "knock-out of no key": ("forward_ablate", change("knockout", keys=[]), ["interventions.0.keys"]),
