@@ -273,7 +273,7 @@ def _intervention(c: Change, vector: Array | None) -> Intervention:
         neurons=c.neurons,
         value=c.value,
         unit=c.unit,  # type: ignore[arg-type]
-        vector=vector,
+        vector=None if c.pairs else vector,
         rows=None if vector is None or not c.pairs else {to: vector[source] for source, to in c.pairs},
         keys=c.keys,
         seed=c.seed,
