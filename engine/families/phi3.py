@@ -34,12 +34,19 @@ def config(raw: Raw) -> Config:
 
 
 def _rope(raw: Raw) -> Rope:
-    settings = dict(_parts.rope_settings(raw))
+    settings = _parts.rope_settings(raw)
+    return _parts.layer_rope(
+        raw, settings if raw.get("gguf") else _named(raw, settings), _parts.head_dim(raw), fraction=1.0
+    )
+
+
+def _named(raw: Raw, settings: Raw) -> Raw:
+    """What transformers makes of the settings; GGUF files say what llama.cpp takes them for, other scalings too."""
     kind = choice(settings, "rope_type", settings.get("type") or "default", ("default", *LONGROPE))
-    if kind in LONGROPE:
-        context = whole(raw, "original_max_position_embeddings", 4096)  # the config's, whatever the settings say
-        settings |= {"rope_type": "longrope", "original_max_position_embeddings": context}
-    return _parts.layer_rope(raw, settings, _parts.head_dim(raw), fraction=1.0)
+    if kind not in LONGROPE:
+        return settings
+    context = whole(raw, "original_max_position_embeddings", 4096)  # the config's, whatever the settings say
+    return {**settings, "rope_type": "longrope", "original_max_position_embeddings": context}
 
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:
