@@ -48,13 +48,14 @@ STRETCHED = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
 }
+CONTEXT = {"original_max_position_embeddings": 256}
+"""Of Phi-3's longrope: it stands beside the settings."""
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 5000.0,
     "short_factor": [1.0 + 0.125 * i for i in range(6)],
     "long_factor": [1.5 + i for i in range(6)],
-    "original_max_position_embeddings": 256,
-}
+} | CONTEXT
 
 
 def _of(row: str, **changes: Any) -> Raw:
@@ -81,9 +82,10 @@ ROWS: dict[str, Raw] = {
     "gemma3-pattern": GEMMA3 | {"sliding_window_pattern": 3, "rope_parameters": STRETCHED},
     "gemma3-27b": GEMMA3 | {"num_hidden_layers": 62, "query_pre_attn_scalar": 12, "rope_parameters": BASES},
     "phi3": _of("phi3", sliding_window=None),
-    "phi3-longrope": _of("phi3-longrope", max_position_embeddings=512, rope_parameters=LONG),
+    "phi3-longrope": _of("phi3-longrope", max_position_embeddings=512, rope_parameters=LONG, **CONTEXT),
     "phi3-partial": families.SIZES
     | {"model_type": "phi3", "hidden_size": 80, "max_position_embeddings": 512}
+    | CONTEXT
     | {"rope_parameters": LONG | {"partial_rotary_factor": 0.6}},
     "gpt2": _of("gpt2", scale_attn_by_inverse_layer_idx=None),
     "llama-mixed": _of("llama", hidden_size=64, intermediate_size=96),
