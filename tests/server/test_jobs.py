@@ -131,7 +131,7 @@ async def test_a_job_goes_on_when_its_connection_ends(lab: Lab, slow: Entered, m
         run = await started(client, "causal_trace", **TRACE)
         assert (await ask(client, "get_job", run=run, wait_seconds=0))["state"] == "running"
     async with connected(mcp, mode) as client:
-        assert (await ended(client, run))["result"]["metric"] == "probability of 'o'"
+        assert (await ended(client, run))["result"]["metric"] == "logit of 'o'"
 
 
 @pytest.mark.parametrize("mode", ERAS)
