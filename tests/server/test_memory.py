@@ -107,7 +107,6 @@ async def test_more_entries_than_an_answer_has_are_refused_before_a_layer_runs()
     async with connected(build_server(lab)) as client:
         assert "500 entries" in await refused(client, "logit_lens", prompt=PROMPT, positions="all")
         assert "500 entries" in await refused(client, "capture_residuals", prompt=PROMPT, positions="all", lens_k=1)
-        assert "500 entries" in await refused(client, "attention_pattern", prompt=PROMPT, layers="all", positions="all")
     assert entered.count == 0
 
 

@@ -249,8 +249,8 @@ BY_TOOLS: dict[str, Callable[[Path], str]] = {
     "are not opened": linked,
     "pip could not download …": fetched,
     "the hub did not give …": lambda at: from_the_hub(at, "owner/elsewhere"),
-    "… has no .safetensors file on the hub, and pickles are never loaded (loading one can run any code); choose a "
-    "repository with safetensors, or convert the weights": with_pickles,
+    "… has no model.safetensors on the hub, nor an index of its shards, and pickles are never loaded (loading one can "
+    "run any code); choose a repository with safetensors, or convert the weights": with_pickles,
     "there is not enough memory for …; …": with_little_memory,
     "… is … tokens, not one: …; give one of them by text or id…": lambda at: answered(
         "track_token", prompt="hello", token="ab"
@@ -306,6 +306,12 @@ BY_THE_DOCTOR: dict[str, Callable[[Path], str]] = {
 # --- all --------------------------------------------------------------------------------------------------------------
 
 PROVOKED = AT_THE_START | BY_TOOLS | BY_THE_DOCTOR
+ELSEWHERE = {
+    "Parse error: Invalid JSON: …": "test_unreadable.py",
+    "… the numbers of … are not those that were written, delete it": "test_command_line.py",
+    "… damaged, to be released and made anew: …": "test_command_line.py",
+}
+"""Messages that tests of their own provoke."""
 REAL = ("there is not enough memory for …; …",)
 
 
@@ -316,4 +322,4 @@ def test_a_quoted_message_is_what_one_gets(message: str, tmp_path: Path) -> None
 
 
 def test_every_message_that_is_quoted_is_provoked() -> None:
-    assert sorted(QUOTED) == sorted(PROVOKED)
+    assert sorted(QUOTED) == sorted([*PROVOKED, *ELSEWHERE])
