@@ -229,7 +229,9 @@ async def test_corrupting_the_key_shows_the_planted_head_that_corrupting_the_val
 
 
 def _moving(trace: dict[str, Any]) -> set[tuple[int, int]]:
-    return {(cell["layer"], cell.get("head", cell.get("kv_head"))) for cell in trace["top"] if abs(cell["recovered"]) > 0.2}
+    return {
+        (cell["layer"], cell.get("head", cell.get("kv_head"))) for cell in trace["top"] if abs(cell["recovered"]) > 0.2
+    }
 
 
 @pytest.mark.real
