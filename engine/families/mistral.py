@@ -4,6 +4,7 @@ Reference: transformers, models/mistral/modeling_mistral.py.
 """
 
 from engine.config import Config
+from engine.errors import DamagedFile
 from engine.families import _parts, llama
 from engine.families._parts import Raw
 from engine.families._read import whole
@@ -21,6 +22,8 @@ def config(raw: Raw) -> Config:
     raw = {**DEFAULTS, **raw}
     n_layers = whole(raw, "num_hidden_layers")
     kind = "full_attention" if raw.get("sliding_window", 4096) is None else "sliding_attention"
+    if raw.get("layer_types") not in (None, [kind] * n_layers):  # transformers follows them
+        raise DamagedFile(f"config: layer_types other than {kind} in every layer are not supported for mistral")
     return _parts.base_config(raw, "mistral", windows=_parts.windows(raw, [kind] * n_layers, 4096))
 
 

@@ -146,6 +146,12 @@ def test_a_tied_file_with_a_head_of_its_own_has_the_head_that_is_stored(told: st
     assert (params.unembed is params.embed) == (told != "another head")
 
 
+def test_layers_of_mistral_are_all_of_one_kind():
+    assert config("mistral", layer_types=["sliding_attention"] * 4) == config("mistral")
+    with pytest.raises(DamagedFile, match="layer_types other than sliding_attention"):
+        config("mistral", layer_types=["sliding_attention", "full_attention"] * 2)
+
+
 def test_mistral_has_no_biases():
     seeded = families.Seeded("mistral")
     raw = families.ROWS["mistral"]
