@@ -112,8 +112,8 @@ def test_text_and_its_ids_are_the_same_prompt(model, ids):
 def test_steering_refuses_what_is_no_direction(synthetic):
     good = ones(synthetic)
     for vec, alpha, message in (
-        (good[:-1], 1.0, "must have 64 features"),
-        (good[:1], 1.0, "must have 64 features"),
+        (good[:-1], 1.0, r"it must be \(64,\)"),
+        (good[:1], 1.0, r"it must be \(64,\)"),
         (good[None], 1.0, "one vector, not several rows"),
         (good * np.nan, 1.0, "NaN or infinity"),
         (good, float("nan"), "alpha is nan"),
