@@ -97,6 +97,7 @@ _ACTIVATIONS = {
     "gelu": _gelu,
     "gelu_fast": _gelu_tanh,
     "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu,
     "gelu_pytorch_tanh": _gelu_tanh,
     "silu": _silu,
     "swish": _silu,

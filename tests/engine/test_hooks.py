@@ -222,7 +222,7 @@ def test_an_edit_of_one_head_leaves_the_others_alone(model, ids, name):
 @pytest.mark.parametrize("scope", ["first", "Last", ""])
 def test_an_unknown_scope_is_refused_naming_the_valid_ones(synthetic, scope):
     hook = SteerHook().add(1, np.ones(64, np.float32), 1, positions=scope)
-    with pytest.raises(PositionError, match="last, all, prompt, generated or a list"):
+    with pytest.raises(PositionError, match="last, all, all_but_first, prompt, generated or a list"):
         forward(synthetic, [1, 2, 3], hook=hook)
 
 
