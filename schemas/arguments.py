@@ -47,7 +47,7 @@ Prompt = Annotated[
 
 Chat = Annotated[
     bool | Annotated[str, Field(min_length=1, max_length=100_000)],
-    WithJsonSchema({}),
+    WithJsonSchema({"type": ["boolean", "string"]}),
 ]
 """Whether texts go through the chat template, and how the answer begins."""
 

@@ -101,7 +101,8 @@ NAMES: dict[str, Strategy] = {
     "tokens": st.lists(TOKEN, min_size=2, max_size=4, unique_by=lambda t: ord(t) if isinstance(t, str) else t),
     "positions": PLACES,
     "position": POSITION,
-    "heads": _lists(st.integers(0, 1), 2) | _lists(PAIR, 2),
+    "heads": st.one_of(*[_lists(st.integers(0, 1), 2)] * 4, _lists(PAIR, 2)),  # layers beside pairs are mostly refused
+    "chat": st.booleans() | st.sampled_from(TEXTS),
     "k": st.integers(1, 12),
     "vector": VECTOR,
     "steers": _lists(_with(layer=LAYER, vector=VECTOR, alpha=NUMBER)),
@@ -145,6 +146,7 @@ APART: dict[str, tuple[tuple[str, ...], ...]] = {
     "forward_steer": (("steers", "interventions", "token", "against"), ("interventions", "token")),
     "causal_trace": (("token", "layers", "positions", "k", "point"), ("token", "against", "metric"), ("token", "by")),
     "compare": (("layers", "position"),),
+    "attention_pattern": (("layers", "positions", "k", "heads", "chat"),) * 3 + (("heads", "positions", "k"),),
 }
 """Arguments that go together, where not all of them do; the first of each is always given."""
 
