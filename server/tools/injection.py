@@ -61,6 +61,9 @@ def prefill_inject(
         None if source is None else (source[0], source[1]), dest, what, rope, only, max_new_tokens, call.tick,
     )  # fmt: skip
     handle = _kept(call, loaded, ids, donor_ids, result) if keep else None
+    if asked is not None:
+        runs = (result.baseline, result.injected if result.donor is None else result.donor)
+        tell_twins(call, engine, [asked.token], *runs)
     return _shown(loaded, ids, donor_ids, result, what, rope, handle, asked)
 
 

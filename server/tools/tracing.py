@@ -15,6 +15,7 @@ from schemas.scans import CausalTrace, GridCell, TokenPair
 from server.call import Call, layer_list, token_id
 from server.lab import LoadedModel
 from server.tools.effects import joined, recovered_notice
+from server.twins import tell_twins
 
 MOST_DIFFERENCES = 20
 
@@ -50,6 +51,8 @@ def causal_trace(
     kept = 4 * grid_cells(engine, donor, ids, *cells)
     call.expect(engine, patching_grid_cost(engine, donor, ids, *cells), len(ids), keeps=kept)
     grid = patching_grid(engine, donor, ids, wanted, *cells, tick=call.tick)
+    assert grid.donor_logits is not None
+    tell_twins(call, engine, [wanted.token, wanted.against], grid.donor_logits, grid.logits)
     raised, lowered = ([_cell(engine, grid, *cell) for cell in end] for end in grid.ends(k))
     return CausalTrace(
         model=loaded.handle,

@@ -1,9 +1,12 @@
 """What a reading says besides its numbers: the layer it reads, the token that was meant, which control, which heads."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_files
+import tokenizer_dirs
 from clients import ask, connected, refused
 
 from engine import Intervention, Model, RecordHook, compile_interventions, forward, replacements, trace_forward
@@ -143,6 +146,8 @@ UNSPACED = {
         "token": "Paris",
     },
     "kv_inject_test": {"recipient": GERMANY, "donor": FRANCE, "target": "Paris", "layers": [3]},
+    "prefill_inject": {"recipient": GERMANY, "donor": FRANCE, "token": "Paris", "layers": [3], "max_new_tokens": 1},
+    "causal_trace": {"clean": FRANCE, "corrupt": GERMANY, "token": "Paris", "layers": [3], "positions": [-1]},
 }
 
 
@@ -170,6 +175,38 @@ async def test_the_twin_is_told_by_what_is_likely_not_by_the_space(real: Lab) ->
         wrong = await ask(client, "track_token", prompt=opened, token=" Paris")
     assert "asked about" not in fine.get("notice", "")
     assert "' Paris' (7042) was asked about, but 'Paris' (38634) is" in wrong["notice"]
+
+
+@pytest.mark.parametrize("kind", tokenizer_dirs.SENTENCEPIECE)
+async def test_pieces_with_and_without_their_mark_are_twins(tmp_path: Path, kind: str) -> None:
+    words = tokenizer_dirs.KINDS[kind]()
+    rows = np.random.default_rng(1).standard_normal((words.get_vocab_size(), 32)).astype(np.float32)
+    plain, marked = map(words.token_to_id, ("Paris", f"{tokenizer_dirs.MARK}Paris"))
+    rows[plain] = -rows[marked]  # what one is likely for the other is not
+    tensors = tiny_files.weights() | {"model.embed_tokens.weight": 4 * rows}
+    path = tiny_files.hf_directory(tmp_path / "pieces", tensors, vocab_size=len(rows))
+    words.save(str(path / "tokenizer.json"))
+    lab = Lab()
+    model = lab.load(str(path), "dense").model
+    clean, corrupt = "Paris in", "in Paris"
+    logits = forward(model, model.encode(clean)).logits[0, -1]
+    unlikely, likely = sorted([plain, marked], key=lambda i: logits[i])
+    assert logits[likely] - logits[unlikely] > np.log(10)
+    asked, meant = (f"{model.tokenizer.piece(i)!r} ({i})" for i in (unlikely, likely))
+    of_trace = {"clean": clean, "corrupt": corrupt, "layers": [1]}
+    async with connected(build_server(lab)) as client:
+
+        async def told(token: int) -> list[str]:
+            text = model.tokenizer.piece(token)
+            answers = [
+                await ask(client, "track_token", prompt=clean, token=text),
+                await ask(client, "causal_trace", **of_trace, token=text),
+                await ask(client, "causal_trace", **of_trace, token=model.tokenizer.single(" in"), against=text),
+            ]
+            return [answer.get("notice", "") for answer in answers]
+
+        assert [f"{asked} was asked about, but {meant} is" in notice for notice in await told(unlikely)] == [True] * 3
+        assert [f"{meant} was asked about" in notice for notice in await told(likely)] == [False] * 3
 
 
 # --- which heads ----------------------------------------------------------------------------------------------
