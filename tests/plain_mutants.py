@@ -485,6 +485,6 @@ PLAIN_MUTANTS = (
            'raw.get("rope_scaling") or raw.get("rope_parameters")',
            'raw.get("rope_parameters") or raw.get("rope_scaling")',
            "test_config_keys.py::test_rope_scaling_beside_rope_parameters_takes_their_place"),
-    Mutant("rope_scaling of kinds of layers goes unread", "families/_parts.py", "**(added or {})}", "}",
+    Mutant("rope_scaling of kinds of layers goes unread", "families/_parts.py", "**(added or {}), ", "",
            "test_config_keys.py::test_rope_scaling_is_added_to_what_full_layers_have"),
 )  # fmt: skip

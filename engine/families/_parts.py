@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.activations import ACTIVATIONS
 from engine.config import Config, Rope
-from engine.errors import DamagedFile, clipped
+from engine.errors import DamagedFile, UnknownModel, clipped
 from engine.families._read import choice, flag, real, whole
 from engine.families._rope import rope_from
 from engine.ops import Array
@@ -18,6 +18,8 @@ from engine.params import Ends, Joined, Linear, Norm, transposed
 from engine.weights import Tensors
 
 Raw = Mapping[str, Any]
+
+CONTEXT = "original_max_position_embeddings"
 
 
 class Attention(TypedDict):
@@ -36,6 +38,7 @@ class Mlp(TypedDict):
 
 def base_config(raw: Raw, family: str, **changes: Any) -> Config:
     """The Config of a decoder with the usual names in config.json; `changes` replace what a family does otherwise."""
+    refuse_two_ways(raw)
     n_layers, n_heads = whole(raw, "num_hidden_layers"), whole(raw, "num_attention_heads")
     d_model = whole(raw, "hidden_size")
     d_head = head_dim(raw)
@@ -69,6 +72,21 @@ def base_config(raw: Raw, family: str, **changes: Any) -> Config:
     return cfg
 
 
+def named(raw: Raw, names: Mapping[str, str]) -> Raw:
+    """config.json with transformers' general `names` in the place of the architecture's own."""
+    return {**raw, **{own: raw[general] for general, own in names.items() if general in raw}}
+
+
+def refuse_two_ways(raw: Raw) -> None:
+    """Raise `UnknownModel` for what lets transformers' decoders read later tokens, as models of embeddings do."""
+    one_way = {
+        "is_causal": raw.get("is_causal", True) is True,
+        "use_bidirectional_attention": not raw.get("use_bidirectional_attention"),
+    }
+    for key in (key for key, said in one_way.items() if not said):
+        raise UnknownModel(f"config: {key} is {clipped(raw[key])}, which is not supported: this is a causal decoder")
+
+
 def head_dim(raw: Raw) -> int:
     """Features of a head: `head_dim`, or the model's width shared among the heads."""
     return whole(raw, "head_dim", max(whole(raw, "hidden_size") // whole(raw, "num_attention_heads"), 1))
@@ -100,8 +118,14 @@ def rope_settings(raw: Raw) -> Raw:
     return settings
 
 
-def settings_by_kind(raw: Raw, kind: str) -> dict[str, Any]:
-    """Settings of full_attention or sliding_attention layers; `rope_scaling` is added to those of the full ones.
+def kind_rope(raw: Raw, kind: str, d_head: int, theta: float) -> Rope:
+    """The rotary embedding of full_attention or sliding_attention layers, at base `theta` where settings are silent."""
+    silent = {**raw, "rope_theta": None, CONTEXT: None}
+    return layer_rope(silent, _settings_by_kind(raw, kind), d_head, theta)
+
+
+def _settings_by_kind(raw: Raw, kind: str) -> dict[str, Any]:
+    """`rope_scaling` is added to the settings of full_attention layers.
 
     Without `rope_parameters` the kind of scaling is there already, so that its older name, `type`, goes unread.
     """
@@ -110,18 +134,21 @@ def settings_by_kind(raw: Raw, kind: str) -> dict[str, Any]:
     added = raw.get("rope_scaling") if kind == "full_attention" else None
     if wrong := [part for part in (own, added) if not isinstance(part, Mapping | None)]:
         raise DamagedFile(f"config: the rope settings are {clipped(wrong[0])}, not an object")
-    return {**(own or {"rope_type": "default"}), **(added or {})}
+    beside = by_kind if isinstance(by_kind, Mapping) else {}  # where transformers looks for truncate
+    return {**(own or {"rope_type": "default"}), **(added or {}), "truncate": beside.get("truncate", True)}
 
 
 def layer_rope(raw: Raw, settings: Raw, d_head: int, theta: float = 10_000.0, fraction: float | None = None) -> Rope:
     """The rotary embedding that `settings` describe, with the config's own values where they are silent.
 
+    The config's own original context comes before theirs, as in transformers.
+
     `fraction` of the head is rotated unless `partial_rotary_factor` says otherwise; None for architectures that rotate
     whole heads whatever it says.
     """
-    shared = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    full = {key: raw[key] for key in shared if raw.get(key) is not None} | dict(settings)
-    full.setdefault("rope_theta", theta)
+    stands = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor", CONTEXT) if raw.get(key) is not None}
+    full = {"rope_theta": theta} | stands | dict(settings)
+    full |= {CONTEXT: stands[CONTEXT]} if CONTEXT in stands else {}  # before what the settings say
     _check_part(full, fraction)
     width = d_head if fraction is None else int(d_head * real(full, "partial_rotary_factor", fraction))
     if width % 2 or not 2 <= width <= d_head:

@@ -18,20 +18,19 @@ DEFAULTS: Raw = {"num_key_value_heads": 16, "max_position_embeddings": 8192}
 
 def config(raw: Raw) -> Config:
     raw = {**DEFAULTS, **raw}
-    return gemma_config(raw, "gemma")
+    if raw.get("hidden_act") == "gelu":  # of the official files, which mean the approximation
+        raw["hidden_act"] = "gelu_pytorch_tanh"
+    return gemma_config(raw, "gemma", "hidden_act")
 
 
-def gemma_config(raw: Raw, family: str, **changes: Any) -> Config:
-    """What all Gemmas share: tied, scaled embeddings and a GELU gate."""
-    act = raw.get("hidden_activation") or raw.get("hidden_act") or "gelu_pytorch_tanh"
-    if family == "gemma" and raw.get("hidden_activation") is None:
-        act = "gelu_pytorch_tanh" if act == "gelu" else act
+def gemma_config(raw: Raw, family: str, act: str = "hidden_activation", **changes: Any) -> Config:
+    """What all Gemmas share: tied, scaled embeddings and a GELU gate, whose name stands under `act`."""
     sizes = {"tie_word_embeddings": True, "head_dim": 256, **raw}
     return _parts.base_config(
         sizes,
         family,
-        activation=_parts.activation({"hidden_act": act}, "hidden_act", "gelu_pytorch_tanh"),
         embed_scale=whole(raw, "hidden_size") ** 0.5,
+        activation=_parts.activation(raw, act, "gelu_pytorch_tanh"),
         **changes,
     )
 

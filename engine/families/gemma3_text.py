@@ -5,10 +5,8 @@ Reference: transformers, models/gemma3/modeling_gemma3.py.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from engine.config import Config
-from engine.errors import UnknownModel
 from engine.families import _parts, gemma2
 from engine.families._parts import Raw
 from engine.families._read import real, whole
@@ -27,29 +25,26 @@ DEFAULTS: Raw = {"num_key_value_heads": 4, "max_position_embeddings": 131_072}
 
 def config(raw: Raw) -> Config:
     raw = {**DEFAULTS, **raw}
-    if raw.get("use_bidirectional_attention"):
-        raise UnknownModel("config: use_bidirectional_attention is not supported: this is a causal decoder")
     n_layers = whole(raw, "num_hidden_layers")
     pattern = whole(raw, "sliding_window_pattern", 6)
     usual = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(n_layers)]
     types = _parts.layer_types(raw, n_layers, usual)
     d_head = whole(raw, "head_dim", 256)
-    ropes = {kind: _parts.layer_rope({**raw, "rope_theta": None}, _settings(raw, kind), d_head) for kind in set(types)}
+    ropes = {kind: _parts.kind_rope(raw, kind, d_head, _theta(raw, kind)) for kind in set(types)}
     return gemma_config(
         raw,
         "gemma3_text",
         ropes=tuple(ropes[kind] for kind in types),
         windows=_parts.windows(raw, types, 4096),
         attn_scales=(real(raw, "query_pre_attn_scalar", 256) ** -0.5,) * n_layers,
-        attn_softcap=optional_cap(raw, "attn_logit_softcapping"),
         final_softcap=optional_cap(raw, "final_logit_softcapping"),
     )
 
 
-def _settings(raw: Raw, kind: str) -> dict[str, Any]:
-    """Rope settings of a kind of layer: and its base under older keys."""
+def _theta(raw: Raw, kind: str) -> float:
+    """The rotary base of a kind of layer, under its older key."""
     old = "rope_theta" if kind == "full_attention" else "rope_local_base_freq"
-    return {"rope_theta": raw.get(old) or THETA[kind], **_parts.settings_by_kind(raw, kind)}
+    return real(raw, old, THETA[kind])
 
 
 def layer(tensors: Tensors, i: int, cfg: Config, raw: Raw) -> LayerParams:

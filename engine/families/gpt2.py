@@ -13,8 +13,17 @@ from engine.weights import Tensors
 
 PREFIX = "transformer."
 
+NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
 
 def config(raw: Raw) -> Config:
+    raw = _parts.named(raw, NAMES)
+    _parts.refuse_two_ways(raw)
     if flag(raw, "add_cross_attention", False):
         raise UnknownModel("config: add_cross_attention is not supported: this is a decoder on its own")
     d_model, n_layers, n_heads = whole(raw, "n_embd"), whole(raw, "n_layer"), whole(raw, "n_head")

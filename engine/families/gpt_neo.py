@@ -15,8 +15,12 @@ from engine.weights import Tensors
 
 PREFIX = "transformer."
 
+NAMES = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+
 
 def config(raw: Raw) -> Config:
+    raw = _parts.named(raw, NAMES)
+    _parts.refuse_two_ways(raw)
     d_model, n_layers, n_heads = whole(raw, "hidden_size"), whole(raw, "num_layers"), whole(raw, "num_heads")
     window = whole(raw, "window_size", 256)
     return Config(
@@ -41,16 +45,18 @@ def config(raw: Raw) -> Config:
 
 
 def _kinds(raw: Raw, n_layers: int) -> list[str]:
-    """`attention_types`, [[["global", "local"], 12]], written out: one kind per layer."""
-    groups = raw.get("attention_types") or [[["global", "local"], -(-n_layers // 2)]]
+    """One kind per layer: `attention_layers`, or `attention_types`, [[["global", "local"], 12]], written out."""
+    key, groups = "attention_types", raw.get("attention_types") or [[["global", "local"], -(-n_layers // 2)]]
+    if raw.get("attention_layers") is not None:
+        key, groups = "attention_layers", [[raw["attention_layers"], 1]]
     try:
         written = (kind for pattern, times in groups for _ in range(min(int(times), n_layers)) for kind in pattern)
         kinds = list(islice(written, n_layers + 1))
         known = {*kinds} <= {"global", "local"}
     except (TypeError, ValueError, OverflowError):
-        raise DamagedFile(f"config: attention_types is {clipped(groups)}") from None
+        raise DamagedFile(f"config: {key} is {clipped(groups)}") from None
     if len(kinds) != n_layers or not known:
-        raise DamagedFile(f"config: attention_types must name global or local for each of {n_layers} layers")
+        raise DamagedFile(f"config: {key} must name global or local for each of {n_layers} layers")
     return kinds
 
 

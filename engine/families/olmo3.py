@@ -12,6 +12,8 @@ from engine.families.olmo2 import layer
 
 __all__ = ["config", "ends", "layer"]
 
+THETA = 500_000.0
+
 
 def config(raw: Raw) -> Config:
     n_layers = whole(raw, "num_hidden_layers")
@@ -29,5 +31,5 @@ def config(raw: Raw) -> Config:
 
 def _rope(raw: Raw, kind: str) -> Rope:
     """A kind's rotary embedding; `rope_theta` beside the rope settings is the full layers' alone."""
-    own = raw if kind == "full_attention" else {**raw, "rope_theta": None}
-    return _parts.layer_rope(own, _parts.settings_by_kind(raw, kind), _parts.head_dim(raw), 500_000.0)
+    theta = real(raw, "rope_theta", THETA) if kind == "full_attention" else THETA
+    return _parts.kind_rope(raw, kind, _parts.head_dim(raw), theta)

@@ -10,7 +10,7 @@ import tiny_files
 
 import engine
 from engine.config import Config, Rope
-from engine.errors import DamagedFile
+from engine.errors import DamagedFile, UnknownModel
 from engine.families import family
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -106,6 +106,64 @@ def test_llama3_without_an_original_context_takes_the_configs():
     settings = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     own = config("llama", rope_parameters=settings)
     assert own == config("llama", rope_parameters=settings | {"original_max_position_embeddings": own.n_ctx})
+
+
+def test_the_original_context_of_the_config_comes_before_that_of_its_rope_settings():
+    for settings in (YARN, YARN | {"original_max_position_embeddings": 999}):
+        told = config("llama", rope_parameters=settings, original_max_position_embeddings=32)
+        assert told == config("llama", rope_parameters=YARN)
+    assert told != config("llama", rope_parameters=settings)
+
+
+@pytest.mark.parametrize("row", ["gemma3", "olmo3"])
+def test_where_kinds_have_settings_of_their_own_the_original_context_is_read_there_and_truncate_beside_them(row: str):
+    both = {"full_attention": YARN | {"rope_theta": 77.0}, "sliding_attention": {"rope_theta": 33.0}}
+    inside = both | {"full_attention": both["full_attention"] | {"truncate": False}}
+    plain = config(row, rope_parameters=both)
+    assert plain == config(row, rope_parameters=both, original_max_position_embeddings=16)
+    assert plain == config(row, rope_parameters=inside)
+    assert plain != config(row, rope_parameters=both | {"truncate": False})
+
+
+@pytest.mark.parametrize("row", families.ROWS)
+@pytest.mark.parametrize("edit", [{"is_causal": False}, {"is_causal": None}, {"use_bidirectional_attention": True}])
+def test_decoders_that_read_later_tokens_are_refused(row: str, edit: dict[str, Any]):
+    (key,) = edit
+    with pytest.raises(UnknownModel, match=f"{key} is {edit[key]}.*causal decoder"):
+        config(row, **edit)
+    assert config(row, is_causal=True, use_bidirectional_attention=None) == config(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "general", "own"),
+    [
+        ("gpt2", {"hidden_size": 96, "num_attention_heads": 2}, {"n_embd": 96, "n_head": 2}),
+        ("gpt2", {"num_hidden_layers": 3, "max_position_embeddings": 99}, {"n_layer": 3, "n_positions": 99}),
+        ("gpt_neo", {"num_hidden_layers": 2, "num_attention_heads": 2}, {"num_layers": 2, "num_heads": 2}),
+    ],
+)
+def test_general_names_take_the_place_of_an_architectures_own(row: str, general: dict[str, int], own: dict[str, int]):
+    kinds = {"attention_types": None}  # one for each layer, however many
+    assert config(row, **general, **kinds) == config(row, **own, **kinds) != config(row, **kinds)
+
+
+def test_gemmas_read_one_name_of_the_activation_each():
+    assert config("gemma", hidden_activation="relu") == config("gemma", hidden_act="gelu") == config("gemma")
+    assert config("gemma", hidden_act="relu").activation == "relu"
+    for row in ("gemma2", "gemma3"):
+        assert config(row, hidden_act="relu") == config(row)
+        assert config(row, hidden_activation="gelu").activation == "gelu"
+
+
+def test_layers_of_gpt_neo_written_out_come_before_groups_of_them():
+    kinds = ["local", "local", "global", "local"]
+    assert config("gpt_neo", attention_layers=kinds).windows == (4, 4, None, 4)
+    with pytest.raises(DamagedFile, match="attention_layers must name global or local for each of 4 layers"):
+        config("gpt_neo", attention_layers=kinds[1:])
+
+
+def test_gemma3_has_no_softcap_of_scores():
+    assert config("gemma3", attn_logit_softcapping=2.0).attn_softcap is None
 
 
 @pytest.mark.parametrize(
