@@ -251,7 +251,7 @@ def _followed(pip: "subprocess.Popen[str]", entry: Entry, progress: Progress | N
         if (match := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line)) is None:
             said.append(line.strip())
         elif progress is not None:
-            progress(int(match[1]), int(match[2]), entry.name)
+            progress(int(match[1]), int(match[2]), f"downloading {entry.name}")
     return said
 
 

@@ -34,7 +34,9 @@ from engine.params import LayerParams, Norm
 from engine.split import in_parts
 
 Tick = Callable[[int, int, str], None]
-"""Called as tick(done, total, what) at least once per layer; raising from it stops the work."""
+"""Called as tick(done, total, what) when a layer is entered: `done` counts those of the whole work, this one included,
+from 1 to `total`. Raising from it stops the work.
+"""
 
 LogitsAt = Literal["last", "all", "none"] | Sequence[int]
 
@@ -121,7 +123,7 @@ def forward(
     with in_parts(x.shape[0] * x.shape[1]):
         for layer in range(start, stop):
             if tick is not None:
-                tick(layer - start, stop - start, f"layer {layer}")
+                tick(layer - start + 1, stop - start, f"layer {layer}")
             x = block(x, model.params.layer(layer), layer, run)
     rows = _logit_rows(logits_at, pos) if stop == cfg.n_layers else pos[:0]
     logits = _finish(model, x, rows, run) if len(rows) or listeners.wanted("final_norm", cfg.n_layers - 1) else None

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def switch_off(why: str) -> None:
 
 
 def prepare(say: Callable[[str], None] | None = None) -> None:
-    """Use the kernels from now on, if they are installed and wanted. `say` hears of it before the wait."""
+    """Use the kernels from now on, if they are installed and wanted. `say` hears of it before half a minute's wait."""
     with _preparing:
         _prepare(say)
 
@@ -69,12 +70,10 @@ def _prepare(say: Callable[[str], None] | None) -> None:
     elif os.environ.get(VARIABLE, "yes").lower() in ("no", "0", "false", "off", "n", "f"):
         _why_not = f"switched off by {VARIABLE}"
     elif find_spec("numba") is None:
-        _why_not = f"not installed; into this environment: {shlex.quote(sys.executable)} -m pip install numba"
+        _why_not = f"not installed; {_how_to_install()}"
     else:
-        if say is not None:
-            say("preparing compiled kernels (half a minute the first time)")
         try:
-            compiled = _compiled()
+            compiled = _compiled(say)
             _check(compiled)
             _use(compiled)
         except Exception as error:  # numba and LLVM raise many; numpy can do everything
@@ -82,6 +81,12 @@ def _prepare(say: Callable[[str], None] | None) -> None:
             _why_not = f"cannot be compiled here: {reason}; the next process tries again"
             switch_off(_why_not)  # each load would wait as long
             warnings.warn(f"compiled kernels are not used: {_why_not}", stacklevel=2)
+
+
+def _how_to_install() -> str:
+    if not os.access(sysconfig.get_path("purelib"), os.W_OK):
+        return "this environment cannot be written: make one with the fast extra, or add numba where it is made"
+    return f"into this environment: {shlex.quote(sys.executable)} -m pip install numba"
 
 
 @contextmanager
@@ -124,13 +129,16 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _compiled() -> ModuleType:
+def _compiled(say: Callable[[str], None] | None = None) -> ModuleType:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     import numba
 
     settings: Any = numba.config
     kept = settings.CACHE_DIR, settings.CACHE_LOCATOR_CLASSES
-    settings.CACHE_DIR, settings.CACHE_LOCATOR_CLASSES = str(_folder(kept[0])), "engine.kernel_cache.KernelFolder"
+    folder = _folder(kept[0])
+    if say is not None and not any(folder.iterdir()):
+        say("compiling kernels, once per machine and version (half a minute)")
+    settings.CACHE_DIR, settings.CACHE_LOCATOR_CLASSES = str(folder), "engine.kernel_cache.KernelFolder"
     try:
         from engine import kernels
     finally:

@@ -12,6 +12,7 @@ from engine.errors import InputError
 from engine.hooks import LayerHook
 from engine.network import Network, Tokens
 from engine.ops import Array
+from engine.shares import Progress
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def generate(
 
     `cache` may hold earlier positions; `tokens` follow them. `window` keeps only the last positions of the cache,
     which stay at their absolute positions. temperature 0 is greedy; otherwise nucleus sampling (Holtzman et al.
-    2020) from a generator seeded with `seed`. `on_token(id, text)` is called for each new token.
+    2020) from a generator seeded with `seed`. `on_token(id, text)` is called for each new token. `tick` counts to the
+    layers that `max_new_tokens` take; an end-of-text token ends it before.
 
     Where rotary frequencies change with the length (longrope once, dynamic at every token beyond its context) the whole
     sequence is computed anew, hooks included, as transformers does for Phi-3: the numbers are those without a cache. A
@@ -63,6 +65,7 @@ def generate(
     rng = np.random.default_rng(seed)
     new: list[int] = []
     feed = ids.tolist()
+    progress = None if tick is None else Progress(tick, model.config.n_layers * max_new_tokens)
     stopped: Literal["length", "end_of_text", "context"] = "length"
     why = None
     end: int | None = None
@@ -73,7 +76,7 @@ def generate(
         if new and not cache.serves(cache.next_position + 1):
             cache.crop(0)
             feed = [[*ids[0].tolist(), *new]]
-        result = forward(model, feed, hook=hook, cache=cache, prompt_length=prompt_length, tick=tick)
+        result = forward(model, feed, hook=hook, cache=cache, prompt_length=prompt_length, tick=progress)
         assert result.logits is not None
         if window is not None:
             cache.keep_last(window)

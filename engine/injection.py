@@ -88,6 +88,8 @@ def prefill_inject(
     positions, `dest` where it goes in the recipient's: the same positions if left out. `heads` are key-value heads, by
     number in each of the layers, or as pairs (layer, head) without `layers`.
     """
+    if tick is not None:
+        tick = Progress(tick, prefill_inject_cost(model, recipient, donor, max_new_tokens).layers)
     mine = prefilled(model, recipient, tick)
     theirs = donor if isinstance(donor, KVCache) else prefilled(model, donor, tick)
     theirs.bind(model.config)

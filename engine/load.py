@@ -4,9 +4,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine import catalog, fast, gguf_tokenizer, tokenizer, tokenizer_files
 from engine.converted import LEAST, Conversion, Stamp, find, keep, stamp
@@ -32,6 +31,7 @@ from engine.params import LayerParams, Params, in_bfloat16, in_panels
 from engine.planted import planted
 from engine.scaled import dequantised
 from engine.synthetic import synthetic
+from engine.waiting import Follower, following
 from engine.weight_files import weight_files
 from engine.weights import Counted, Prefixed, Safetensors, Tensors, read_json
 
@@ -45,7 +45,7 @@ def load_model(
     model: str | Path,
     weights: str = "dense",
     tick: Tick | None = None,
-    progress: catalog.Progress | None = None,
+    progress: catalog.Progress | Literal[False] | None = None,
     dense_layers: int | None = None,
     converted: bool = True,
     room: Room | None = None,
@@ -57,23 +57,28 @@ def load_model(
     the file as it is, memory-mapped, and makes a layer dense when it runs; "packed" keeps the matrices of a .gguf file
     in its blocks: equal numbers in a fifth to two fifths of the memory, for the `fast` extra; "bf16" rounds the layers'
     matrices to bfloat16: half the memory, other numbers, and a fingerprint that says so. `dense_layers` is the budget
-    of "scoped": how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers.
+    of "scoped": how many layers stay dense, 1 if left out. `progress` follows a download, `tick` the layers; without
+    either a load that takes long says on stderr what it does, and `progress=False` silences it.
     `converted` lets a dense model's weights be kept as float32 in the cache directory, so that the next start maps them
     and reads nothing (`converted.py`); `Model.conversion` says what came of it. `room` is asked for the bytes of dense
     weights before most are read, or any of mapped ones. Raises `ModelError`s, and `InputError` for arguments.
     """
     keep_freed_memory()
-    fast.prepare(None if tick is None else partial(tick, 0, 1))
-
-    def read() -> Model:
-        return _laid_out(_loaded(model, weights, tick, progress, dense_layers, converted, room), weights, tick)
-
-    try:
+    with following(f"loading {model}", tick, progress) as told:
+        fast.prepare(told.say)
         try:
-            return read()
+            return _read(model, weights, told, dense_layers, converted, room)
         except DamagedConversion as error:
             warnings.warn(str(error), stacklevel=2)
-            return read()
+            return _read(model, weights, told, dense_layers, converted, room)
+
+
+def _read(
+    model: str | Path, weights: str, told: Follower, dense_layers: int | None, converted: bool, room: Room | None
+) -> Model:
+    try:
+        made = _loaded(model, weights, told.tick, told.progress, dense_layers, converted, room)
+        return _laid_out(made, weights, told.tick)
     except MemoryError:
         hint = 'load it with weights="packed" (a .gguf file) or "scoped", or choose a smaller model'
         hint = "choose a smaller one" if weights in ("scoped", "packed") else hint
@@ -85,7 +90,7 @@ def _laid_out(made: Model, weights: str, tick: Tick | None) -> Model:
     n, kernels = made.config.n_layers, fast.kernels()
 
     def told(what: str) -> Callable[[int], None]:
-        return lambda layer: None if tick is None else tick(layer, n, f"{what} layer {layer}")
+        return lambda layer: None if tick is None else tick(layer + 1, n, f"{what} layer {layer}")
 
     if weights == "scoped" or (kernels is None and weights != "bf16"):
         return made
@@ -172,14 +177,14 @@ def _located(asked: str, progress: catalog.Progress | None, converted: bool) -> 
 
 
 @dataclass(frozen=True)
-class _Read:
+class _AsFiled:
     """A model as its files have it, and its config.json."""
 
     model: Model
     raw: dict[str, Any]
 
 
-def _kept(read: _Read, path: Path, before: Stamp, tick: Tick | None) -> Model:
+def _kept(read: _AsFiled, path: Path, before: Stamp, tick: Tick | None) -> Model:
     """The model, its converted weights kept for the next start."""
     model, n = read.model, read.model.config.n_layers
     if model.params.nbytes < LEAST:
@@ -221,7 +226,7 @@ def _from_conversion(conversion: Conversion, path: Path, name: str, tick: Tick |
 
 def _from_directory(
     path: Path, name: str, weights: str, budget: int | None, tick: Tick | None, room: Room | None
-) -> _Read:
+) -> _AsFiled:
     if not (path / "config.json").exists():
         raise UnknownModel(f"{path} has no config.json; {_instead(path)}")
     raw = read_json(path / "config.json")
@@ -247,7 +252,9 @@ def _refuse_code(path: Path, file: str, settings: dict[str, Any]) -> None:
         raise UnknownModel(f"{path.name} needs code of its own (auto_map in {file}); code in models is never run")
 
 
-def _from_gguf(path: Path, name: str, weights: str, budget: int | None, tick: Tick | None, room: Room | None) -> _Read:
+def _from_gguf(
+    path: Path, name: str, weights: str, budget: int | None, tick: Tick | None, room: Room | None
+) -> _AsFiled:
     file = GgufFile.open(path)
     raw = config_json(file)
     words = _words(path, raw, file)
@@ -296,7 +303,7 @@ def _assembled(
     budget: int | None,
     tick: Tick | None,
     room: Room | None,
-) -> _Read:
+) -> _AsFiled:
     """The model; `sources` has its tensors, and for packed weights what has their scales and what their minima."""
     cfg = reader.config(raw)
     keep = cfg.n_layers if budget is None else budget
@@ -315,7 +322,7 @@ def _assembled(
     params = Params(ends, layer_of, keep)
     for layer in range(cfg.n_layers):  # scoped models too: a file that lacks a tensor fails here, not mid-run
         if tick is not None:
-            tick(layer, cfg.n_layers, f"reading layer {layer}")
+            tick(layer + 1, cfg.n_layers, f"reading layer {layer}")
         params.layer(layer)
         if layer == 0 and room is not None:
             room(params.nbytes + (keep - 1) * sum(array.nbytes for _, array in params.layer(0).stored()))
@@ -323,4 +330,4 @@ def _assembled(
     if steps and not any(isinstance(part, Packed) for i in range(keep) for _, part in params.layer(i).stored()):
         raise InputError(f'no matrix of {name}\'s layers is in blocks that weights="packed" keeps; choose "dense"')
     kept = "dense" if weights == "bf16" else weights  # it is rounded afterwards
-    return _Read(Model(name, cfg, params, words, catalog.sha256(sorted(files)), kept), raw)
+    return _AsFiled(Model(name, cfg, params, words, catalog.sha256(sorted(files)), kept), raw)

@@ -31,7 +31,7 @@ from engine.ops import Array
 from engine.patching import by_position
 from engine.points import ONCE
 from engine.points import point as point_named
-from engine.pools import pooled_points
+from engine.pools import pooled_points, pooled_rows_cost
 from engine.replacements import Match, matched_scope, replacement
 from engine.shares import Progress
 from engine.sweep import BUDGET, Base, base_run, sweep, sweep_cost
@@ -42,6 +42,9 @@ AblateMode = Literal["zero", "mean", "resample"]
 KnockoutBy = Literal["key", "head"]
 
 Axes = dict[str, Sequence[Any]]
+
+Pools = Mapping[str, Mapping[int, list[Array]]]
+"""{point: {layer: of each prompt (seq, [heads,] width)}}."""
 
 Cell = tuple[tuple[Any, ...], float]
 """A cell's labels, one of each axis, and its value."""
@@ -237,29 +240,36 @@ def ablation_scan(
     chosen = _layers(model, layers)
     names = ("z",) if by == "head" else COMPONENTS
     length, prompts = model.token_batch(prompt).shape[1], _prompts(model, mode, over)
-    if mode != "zero":
-        matched_scope(mode, length, [*map(len, prompts)], positions, match)
-    pools = pooled_points(model, prompts, chosen, names, tick=tick) if prompts else {}
-
-    def away(layer: int, name: str, head: int | None = None) -> Intervention:
-        only = None if head is None else (head,)
-        if mode == "zero":
-            return Intervention("zero", (layer,), name, positions, only)
-        rows = pools[name][layer]
-        made = replacement(mode, length, name, layer, rows, positions=positions, heads=only, match=match)
-        return replace(made, seed=seed)
-
+    scope = positions if mode == "zero" else matched_scope(mode, length, [*map(len, prompts)], positions, match)
     axes: Axes = {"layer": chosen}
-    if by == "layer":
-        variants = [Variant(tuple(away(layer, name) for name in COMPONENTS)) for layer in chosen]
-    elif by == "component":
+    if by == "component":
         axes["component"] = COMPONENTS
-        variants = [Variant((away(layer, name),)) for layer, name in product(*axes.values())]
-    else:
+    elif by == "head":
         axes["head"] = range(model.config.n_heads)
-        variants = [Variant((away(layer, "z", head),)) for layer, head in product(*axes.values())]
-    scan = _scan(model, prompt, metric, axes, variants, budget, tick)
-    sources = dict.fromkeys(item.source for variant in variants for item in variant.interventions if item.source)
+
+    def without(pools: Pools | None, layer: int, component: str | None = None, head: int | None = None) -> Variant:
+        only = None if head is None else (head,)
+
+        def away(name: str) -> Intervention:
+            if pools is None:
+                return Intervention("zero", (layer,), name, scope, only)
+            rows = pools[name][layer]
+            made = replacement(mode, length, name, layer, rows, positions=positions, heads=only, match=match)
+            return replace(made, seed=seed)
+
+        return Variant(tuple(map(away, names if component is None else (component,))))
+
+    def variants(pools: Pools | None) -> list[Variant]:
+        return [without(pools, **dict(zip(axes, place, strict=True))) for place in product(*axes.values())]
+
+    cells = variants(None)
+    if prompts:
+        if tick is not None:
+            pooling = pooled_rows_cost(model, prompts, chosen, names[0])
+            tick = Progress(tick, pooling.layers + sweep_cost(model, prompt, cells, budget).layers)
+        cells = variants(pooled_points(model, prompts, chosen, names, tick=tick))
+    scan = _scan(model, prompt, metric, axes, cells, budget, tick)
+    sources = dict.fromkeys(item.source for cell in cells for item in cell.interventions if item.source)
     return replace(scan, source=". ".join(sources))
 
 

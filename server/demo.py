@@ -20,8 +20,9 @@ from rich.console import Console
 
 from engine.catalog import CATALOGUE, SYNTHETIC
 from engine.errors import EngineError
+from engine.waiting import bar
 from server import report
-from server.console import bar, fetched
+from server.console import fetched
 
 Answer = dict[str, Any]
 

@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from engine import converted, fast, forward, load_model
 from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path, is_cached
+from engine.waiting import following
 from server.repair import repair as repair_workspace
 from server.repair import state
 from server.store import StoreError
@@ -81,7 +82,8 @@ def threads() -> Verdict:
 
 def kernels() -> Verdict:
     """Whether the compiled kernels of the fast extra are installed, and compile."""
-    fast.prepare()
+    with following("kernels", None, None) as told:
+        fast.prepare(told.say)
     return True, fast.state()
 
 

@@ -396,8 +396,8 @@ PLAIN_MUTANTS = (
     Mutant("recovery against the donor", "injection.py", "probability, baseline, carried), kl",
            "probability, carried, baseline), kl",
            "test_injection.py::test_all_layers_together_recover_the_whole_effect"),
-    Mutant("no tick", "decoder.py", '            tick(layer - start, stop - start, f"layer {layer}")',
-           "            pass", "test_cancellation.py::test_tick_is_called_for_every_layer_of_every_pass"),
+    Mutant("no tick", "decoder.py", '            tick(layer - start + 1, stop - start, f"layer {layer}")',
+           "            pass", "test_cancellation.py::test_tick_counts_the_layers_of_all_passes_once_to_their_total"),
     # --- files
     Mutant("bf16 read as f16", "floats.py", "(raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)",
            "raw.view(np.float16).astype(np.float32)",

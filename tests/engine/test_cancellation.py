@@ -7,6 +7,7 @@ from tolerances import assert_close, assert_same
 from engine import (
     KVCache,
     Metric,
+    ablation_scan,
     capture_donor_state,
     forward,
     generate,
@@ -35,19 +36,25 @@ WORK = {
     "prefill_inject": lambda m, ids, donor, tick: prefill_inject(m, ids, donor, max_new_tokens=1, tick=tick),
     "kv_inject_test": lambda m, ids, donor, tick: kv_inject_test(m, ids, donor, 1, layers=[0], tick=tick),
 }
-PASSES = {"generate": 2, "prefill_inject": 7}
-"""Before a sweep; a scan's prompts are one pass."""
-SWEPT = {"kv_inject_test": 2}
-"""Passes of a sweep, which count together."""
+PASSES = {"generate": 2, "prefill_inject": 7, "kv_inject_test": 2}
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_tick_is_called_for_every_layer_of_every_pass(model, ids, donor, name):
+def test_tick_counts_the_layers_of_all_passes_once_to_their_total(model, ids, donor, name):
     ticks, n = [], model.config.n_layers
     WORK[name](model, ids, donor, lambda *tick: ticks.append(tick))
-    swept = n * SWEPT.get(name, 0)
-    expected = [(layer, n, f"layer {layer}") for layer in range(n)] * PASSES.get(name, 1)
-    assert ticks == ([(i + 1, swept, f"layer {i % n}") for i in range(swept)] or expected)
+    total = n * PASSES.get(name, 1)
+    assert ticks == [(i + 1, total, f"layer {i % n}") for i in range(total)]
+
+
+@pytest.mark.parametrize("mode", ["mean", "resample"])
+@pytest.mark.parametrize("over", [[[4, 3, 2, 1]], [[5, 6], [7, 8, 9]]])
+def test_the_progress_of_an_ablation_counts_its_pool_and_its_sweep_as_one(synthetic, mode, over):
+    told, options = [], {"mode": mode, "over": over, "by": "head", "budget": 1 << 14}
+    ablation_scan(synthetic, [1, 2, 3, 4], Metric("kl"), tick=lambda *t: told.append(t[:2]), **options)
+    total = len(told)
+    assert total > 2 * synthetic.config.n_layers
+    assert told == [(i + 1, total) for i in range(total)]
 
 
 @pytest.mark.parametrize("by", ["position", "head"])
@@ -78,7 +85,7 @@ def test_no_layer_is_entered_after_a_cancel_and_the_next_run_succeeds(model, ids
     baseline, calls = forward(model, ids).logits, Calls(["resid_pre"])
 
     def cancel(done, total, what):
-        if done == 2:
+        if done == 3:
             raise Cancelled
 
     with pytest.raises(Cancelled):
@@ -92,7 +99,7 @@ def test_a_cache_left_ragged_by_a_cancel_says_so_and_can_be_cropped(model, ids):
     forward(model, ids[:3], cache=cache)
 
     def cancel(done, total, what):
-        if done == 2:
+        if done == 3:
             raise Cancelled
 
     with pytest.raises(Cancelled):
@@ -109,9 +116,9 @@ def test_loading_ticks_per_layer_and_can_be_cancelled(smollm2):
 
     def cancel(done, total, what):
         ticks.append((done, total, what))
-        if done == 1:
+        if done == 2:
             raise Cancelled
 
     with pytest.raises(Cancelled):
         load_model("smollm2-135m-instruct", tick=cancel, converted=False)
-    assert ticks == [(0, 30, "reading layer 0"), (1, 30, "reading layer 1")]
+    assert ticks == [(1, 30, "reading layer 0"), (2, 30, "reading layer 1")]
