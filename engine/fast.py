@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import sys
-import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -84,6 +83,8 @@ def _prepare(say: Callable[[str], None] | None) -> None:
 
 
 def _how_to_install() -> str:
+    import sysconfig
+
     if not os.access(sysconfig.get_path("purelib"), os.W_OK):
         return "this environment cannot be written: make one with the fast extra, or add numba where it is made"
     return f"into this environment: {shlex.quote(sys.executable)} -m pip install numba"

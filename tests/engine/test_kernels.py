@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -493,7 +494,7 @@ def test_without_numba_everything_works_and_the_state_says_what_to_install(monke
 def test_an_environment_that_cannot_be_written_is_not_told_to_install_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MECHSCOPE_FAST", "yes")
     monkeypatch.setattr(fast, "find_spec", lambda name: None)
-    monkeypatch.setattr(fast.sysconfig, "get_path", lambda name: "/nowhere")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
     with fast.using(False):
         fast.prepare()
         assert "this environment cannot be written" in fast.state()
