@@ -164,10 +164,9 @@ def test_every_argument_that_a_page_gives_a_value_exists() -> None:
 
 
 def test_every_option_that_a_page_names_is_one() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    options = {
-        option for command in commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)
-    }
+    whole: Any = typer.main.get_command(app)
+    commands = [whole, *whole.commands.values()]
+    options = {option for command in commands for p in command.params for option in (*p.opts, *p.secondary_opts)}
     of_others = {"--build-arg", "--from", "--publish"}  # docker's, uvx's, and of tests/compatibility.py
     for page in PAGES:
         named = {option for span in spans(page) for option in re.findall(r"(?<!\S)--[a-z-]+", span)}
