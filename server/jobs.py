@@ -31,6 +31,8 @@ from server.store import Run, SessionStore, State
 
 SAVE_EVERY = 1.0
 """Seconds between saves of a run's progress."""
+clock = time.monotonic
+"""What they are counted by."""
 
 
 class JobTool(Protocol):
@@ -56,7 +58,7 @@ class Job:
     begun: anyio.Event = field(default_factory=anyio.Event)
     ended: anyio.Event = field(default_factory=anyio.Event)
     task: asyncio.Task[None] | None = None
-    saved: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=lambda: clock())
 
 
 class Jobs:
@@ -150,7 +152,7 @@ class Jobs:
 
     async def _progress(self, job: Job, done: float, total: float | None, what: str | None) -> None:
         job.run = replace(job.run, done=int(done), total=None if total is None else int(total), what=what or "")
-        if time.monotonic() - job.saved < SAVE_EVERY:
+        if clock() - job.saved < SAVE_EVERY:
             return
         try:
             await self._save(job)
@@ -158,7 +160,7 @@ class Jobs:
             log.exception("how far %s is could not be saved", job.run.handle)
 
     async def _save(self, job: Job) -> None:
-        job.saved = time.monotonic()
+        job.saved = clock()
         await anyio.to_thread.run_sync(self._store.save_run, job.run)
 
 

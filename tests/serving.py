@@ -20,6 +20,7 @@ from mcp.client.sse import sse_client
 from mcp.client.stdio import StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared._httpx_utils import create_mcp_http_client
+from waiting import PATIENCE
 
 TOKENS = {"ann": "a" * 40, "bob": "b" * 40}
 TRANSPORTS = ("stdio", "http", "sse")
@@ -42,7 +43,7 @@ class Served:
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if not self._listening.wait(30) or not self._urls:
+        if not self._listening.wait(PATIENCE) or not self._urls:
             self.stop(signal.SIGKILL)
             raise RuntimeError(f"the server did not start: {self.log}")
 
@@ -51,7 +52,7 @@ class Served:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            record = json.loads(line)
+            record = json.loads(line) if line.startswith("{") else {"message": line}  # what Python says at its end
             self.log.append(record)
             if record["message"] == "serving":
                 self._urls = record
@@ -63,13 +64,13 @@ class Served:
         assert self._urls is not None
         return str(self._urls["url"]).removesuffix("/mcp")
 
-    def stop(self, sig: int = signal.SIGTERM, within: float = 20) -> int:
+    def stop(self, sig: int = signal.SIGTERM, within: float = PATIENCE) -> int:
         self.process.send_signal(sig)
         try:
             return self.process.wait(within)
         finally:
             self.process.kill()
-            self._reader.join(5)
+            self._reader.join(PATIENCE)
             assert self.process.stderr is not None
             self.process.stderr.close()
 

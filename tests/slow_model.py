@@ -1,9 +1,14 @@
-"""A model whose layers take a while and are counted; as a script, `mechscope` with such a model.
+"""A model whose layers are counted and can be held.
 
-python -P tests/slow_model.py COUNTED serve [options]      the file COUNTED grows by a byte with every layer entered
+Entered   counts the layers of a model in this process, and holds them
+Layers    the same for server processes; its `command` is `mechscope` with such a model
+
+The processes speak by files: PATH grows by a byte with every layer entered. When PATH.hold is there and says a number,
+each layer from that one on waits until it is gone, or until its call is cancelled; then PATH.cancelled is there.
 """
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import sys
 import threading
@@ -12,61 +17,116 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import anyio.from_thread
 import anyio.to_thread
+from waiting import LOOK, PATIENCE, until
 
 from engine import Model
 from engine.params import Ends, LayerParams, Params
 
-LAYER_SECONDS = 0.03
+SCRIPT = f"""
+import sys, engine, schemas, server  # before the folders that are called as they are can be found
+sys.path.append({str(Path(__file__).parent)!r})
+import slow_model
+slow_model.main()
+"""
 
 
 class Entered:
-    """Counts the layers that begin to run, and makes each take a while."""
+    """Counts the layers that begin to run. The test's event loop is the server's."""
 
-    def __init__(
-        self, model: Model, entered: Callable[[], None] = lambda: None, seconds: float = LAYER_SECONDS
-    ) -> None:
+    def __init__(self, model: Model, entered: Callable[[], None] = lambda: None) -> None:
         self.count = 0
-        self.opened = threading.Event()
-        self.opened.set()
         self._held_at: int | None = None
         self._reached = threading.Event()
+        self._let_go = anyio.Event()
         inner = model.params
 
         def load(layer: int) -> LayerParams:
             self.count += 1
             entered()
-            if self.count == self._held_at:
+            if self._held_at is not None and self.count >= self._held_at:
                 self._reached.set()
-            if self._held_at is None or self.count < self._held_at:
-                time.sleep(seconds)
-            else:
-                self._wait()
+                self._hold()
             return inner.layer(layer)
 
         params = Params(Ends(inner.embed, inner.unembed, inner.final_norm), load, keep=0)
         self.model = dataclasses.replace(model, params=params)
 
-    def _wait(self) -> None:
+    def _hold(self) -> None:
         """Until the layer is let go, or its call is cancelled."""
-        while not self.opened.wait(0.01):
-            try:
-                anyio.from_thread.check_cancelled()
-            except asyncio.CancelledError:
-                return
+        try:
+            anyio.from_thread.run(self._let_go.wait)
+        except (asyncio.CancelledError, concurrent.futures.CancelledError):
+            return
 
     def hold_at(self, count: int) -> None:
         """From the layer that is entered as number `count` on, each waits until `let_go`."""
+        self._reached.clear()
+        self._let_go = anyio.Event()
         self._held_at = count
-        self.opened.clear()
 
     async def held(self) -> None:
         """Returns when that layer has been entered, and waits."""
-        await anyio.to_thread.run_sync(self._reached.wait)
+        reached = await anyio.to_thread.run_sync(self._reached.wait, PATIENCE)
+        assert reached, f"layer number {self._held_at} was not entered, {self.count} were"
 
     def let_go(self) -> None:
-        self.opened.set()
+        self._held_at = None
+        self._let_go.set()
+
+
+class Layers:
+    """The layers that server processes of one `command` have entered, one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch()
+        self._path = path
+        self._hold, self._cancelled = (path.with_name(path.name + end) for end in (".hold", ".cancelled"))
+        self.command = (sys.executable, "-P", "-c", SCRIPT, str(path))
+
+    @property
+    def count(self) -> int:
+        return self._path.stat().st_size
+
+    def hold_after(self, count: int) -> None:
+        """So many layers from now on run, and those after them wait until `let_go`."""
+        self._cancelled.unlink(missing_ok=True)
+        self._hold.write_text(str(self.count + count + 1))
+
+    async def held(self) -> None:
+        await until(self._holds, f"layer number {self._held_at()} is entered")
+
+    async def cancelled(self) -> None:
+        """Returns when the layer that was held has ended by a cancellation."""
+        await until(self._cancelled.exists, "the call of the layer that is held is cancelled")
+
+    def let_go(self) -> None:
+        self._hold.unlink(missing_ok=True)
+
+    def _held_at(self) -> int | None:
+        try:
+            return int(self._hold.read_text())
+        except FileNotFoundError:
+            return None
+
+    def _holds(self) -> bool:
+        number = self._held_at()
+        return number is not None and self.count >= number
+
+    # --- in the server process --------------------------------------------------------------------------------
+
+    def entered(self) -> None:
+        with self._path.open("ab") as file:
+            file.write(b".")
+        while self._holds():
+            try:
+                anyio.from_thread.check_cancelled()
+            except asyncio.CancelledError:
+                self._cancelled.touch()
+                return
+            time.sleep(LOOK)
 
 
 def main() -> None:
@@ -74,22 +134,14 @@ def main() -> None:
     from server.__main__ import main as mechscope
     from server.lab import Lab, LoadedModel
 
-    counted = Path(sys.argv.pop(1))
-
-    def entered() -> None:
-        with counted.open("ab") as file:
-            file.write(b".")
+    layers = Layers(Path(sys.argv.pop(1)))
 
     class SlowLab(Lab):
         def load(self, *arguments: Any, **more: Any) -> LoadedModel:
             known = self.models
             if (item := super().load(*arguments, **more)) not in known:
-                item.model = Entered(item.model, entered).model
+                item.model = Entered(item.model, layers.entered).model
             return item
 
     server.serve.Lab = SlowLab  # type: ignore[misc]
     mechscope()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,13 +2,13 @@
 
 import gc
 import threading
-import time
 import weakref
 
 import numpy as np
 import pytest
 from tolerances import SAME, assert_close, assert_same, far_out
 from variants import everywhere, kinds, puts_in_noise
+from waiting import PATIENCE
 
 from engine import Intervention, blas, fast, forks
 from engine.errors import InputError
@@ -17,8 +17,6 @@ from engine.shares import side_by_side
 from engine.sweep import sweep, sweep_cost
 
 IDS = list(range(7))
-WAIT = 10
-"""Seconds after which a test gives up."""
 
 
 class Cancelled(Exception):
@@ -119,46 +117,47 @@ def test_the_callers_thread_alone_is_told_of_every_layer_of_all_threads(syntheti
 
 
 @pytest.mark.parametrize("at", ["the caller's layer", "another thread's layer"])
-def test_raising_from_tick_stops_every_thread_within_a_layer(at):
-    entered, allowed = [], threading.Event()
+def test_raising_from_tick_stops_every_thread_within_a_layer(at, monkeypatch):
+    """The others' first layers last until the caller waits for their threads to end."""
+    entered, all_work, waits = [], threading.Barrier(3), threading.Event()
+    join = threading.Thread.join
+    monkeypatch.setattr("engine.shares.Thread.join", lambda thread: (waits.set(), join(thread)))
 
     def share(tick):
         for layer in range(100):
             tick(0, 0, "other")
             entered.append(layer)
-            allowed.wait(WAIT)
-            time.sleep(0.05)
+            if layer == 0:
+                all_work.wait(PATIENCE)
+                waits.wait(PATIENCE)
 
     def own(tick):
-        tick(0, 0, "own")
-        while at == "the caller's layer":
-            time.sleep(0.02)
-            allowed.set()
+        all_work.wait(PATIENCE)
+        if at == "the caller's layer":
             tick(0, 0, "own")
 
     def tick(done, total, what):
-        allowed.set()
-        if (what == "own") == (at == "the caller's layer") and entered:
-            entered.append("raised")
+        if (what == "own") == (at == "the caller's layer"):
             raise Cancelled
 
     with pytest.raises(Cancelled):
         side_by_side([own, share, share], tick)
-    assert len(entered) - 1 - entered.index("raised") <= 2
+    assert entered == [0, 0]
 
 
 def test_layers_of_other_threads_are_told_while_the_caller_works():
-    told = []
+    told, entered = [], threading.Event()
 
     def own(tick):
-        end = time.monotonic() + WAIT / 10
-        while "other" not in told and time.monotonic() < end:
-            tick(0, 0, "own")
-            time.sleep(0.01)
-        told.append("own share done")
+        assert entered.wait(PATIENCE)
+        tick(0, 0, "own")
 
-    side_by_side([own, lambda tick: tick(0, 0, "other")], lambda done, total, what: told.append(what))
-    assert told.index("other") < told.index("own share done")
+    def other(tick):
+        tick(0, 0, "other")
+        entered.set()
+
+    side_by_side([own, other], lambda done, total, what: told.append(what))
+    assert told == ["other", "own"]
 
 
 def test_a_cancelled_sweep_leaves_a_model_that_works(synthetic, threads):
@@ -206,7 +205,7 @@ def test_an_error_that_came_after_another_keeps_no_arrays():
     gone, second = weakref.ref(held), threading.Event()
 
     def fails(tick, held=held):
-        second.wait(WAIT)
+        second.wait(PATIENCE)
         raise InputError("of another thread")
 
     def first(tick):
@@ -242,7 +241,7 @@ def test_a_sweep_that_ends_within_another_leaves_products_single_threaded(synthe
         if len(logits) > 1:
             inner = threading.Thread(target=sweep, args=(synthetic, IDS, zeroing([1])))
             inner.start()
-            inner.join(WAIT)
+            inner.join(PATIENCE)
             seen.append(found.get_threads())
         return logits[:, 0]
 

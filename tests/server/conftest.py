@@ -20,7 +20,7 @@ def lab() -> Lab:
 
 @pytest.fixture
 def slow(lab: Lab) -> Entered:
-    """The lab's model, made slow."""
+    """The lab's model, its layers counted, to be held."""
     entered = Entered(lab.models[0].model)
     lab.models[0].model = entered.model
     return entered

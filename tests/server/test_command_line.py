@@ -2,15 +2,14 @@
 
 import json
 import os
-import socket
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_files
 from clients import ERAS, SCRIPT, ask, connected
+from serving import serving
 from tiny_files import spoil
 
 from engine import load_model
@@ -158,28 +157,11 @@ async def test_stdio_serves_both_eras_and_keeps_handles_between_calls(mode: str)
 
 @pytest.mark.anyio
 async def test_http_on_localhost_serves_both_eras_from_one_lab() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([SCRIPT, "serve", "--http", "--port", str(port)], stderr=subprocess.DEVNULL)
-    try:
-        _wait_for(port)
-        url = f"http://127.0.0.1:{port}/mcp"
+    with serving() as served:
         models = []
         for mode in ERAS:
-            async with connected(url, mode) as client:
+            async with connected(f"{served.base}/mcp", mode) as client:
                 models.append((await ask(client, "load_model", model="synthetic"))["model"])
                 assert json.dumps(await ask(client, "logit_lens", prompt="hello"))
         assert models[0] == models[1]
-    finally:
-        server.terminate()
-        assert server.wait(20) is not None
-
-
-def _wait_for(port: int) -> None:
-    for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise TimeoutError("the server did not start")
+        assert served.stop() == 0

@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from clients import SCRIPT, ask, connected
 from dockerfile import instructions
 from mcp.client.stdio import StdioServerParameters
 from serving import TOKENS, headers, reached, token_file
+from waiting import PATIENCE, wait_for
 
 from server.settings import Settings, read_settings
 from server.tools import TOOLS
@@ -66,15 +66,13 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
         yield started
     finally:
         started.process.terminate()
-        assert started.process.wait(20) == 0
+        assert started.process.wait(PATIENCE) == 0
 
 
 @pytest.mark.anyio
 async def test_the_composed_server_is_healthy_and_serves_those_with_a_token(composed: Composed) -> None:
-    deadline = time.monotonic() + 30
-    while not composed.healthy():
-        assert composed.process.poll() is None
-        assert time.monotonic() < deadline
+    wait_for(lambda: composed.process.poll() is not None or composed.healthy(), "a healthy server")
+    assert composed.process.poll() is None
     base = f"http://127.0.0.1:{composed.port}"
     assert httpx.get(f"{base}/metrics").status_code == 401
     assert httpx.get(f"{base}/metrics", headers=headers("ann")).status_code == 200

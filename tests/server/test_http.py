@@ -2,8 +2,6 @@
 
 import json
 import signal
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +13,7 @@ import tiny_files
 from clients import ERAS, ask, connected
 from serving import TRANSPORTS, Served, ending, headers, over_stdio, reached, serving, token_file
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from server.__main__ import app
 from server.repair import state
@@ -136,10 +135,13 @@ def test_the_log_names_calls_and_callers_but_no_prompt(guarded: Served) -> None:
             await ask(client, "load_model", model="synthetic")
             await ask(client, "tokenize", text="a very secret prompt")
 
+    def calls() -> list[str]:
+        return [record["principal"] for record in guarded.log if record.get("tool") == "tokenize"]
+
+    before = len(calls())
     anyio.run(call)
-    time.sleep(0.2)
-    calls = [record for record in guarded.log if record.get("tool") == "tokenize"]
-    assert calls[-1]["principal"] == "bob"
+    wait_for(lambda: len(calls()) > before, "the call's line in the log")
+    assert calls()[-1] == "bob"
     assert "secret" not in str(guarded.log)
     assert all("b" * 40 not in str(record) for record in guarded.log)
 
@@ -187,28 +189,6 @@ def test_a_stopped_server_leaves_the_workspace_in_order_and_a_read_only_one_leav
         sound, said = state(place)
         assert sound
         assert f"{handles} handles" in said or (said, handles) == ("no handles yet", 0)
-
-
-def test_a_stopped_server_ends_running_calls_with_an_error_and_in_time() -> None:
-    with serving("--stop-within", "1") as served:
-        told: list[str] = []
-
-        async def call() -> None:
-            async with reached(served.base, "http") as client:
-                await ask(client, "load_model", model="synthetic")
-                result = await client.call_tool("generate_with_hooks", {"prompt": "x" * 400, "max_new_tokens": 100})
-                told.append(result.content[0].text if result.is_error else "finished")
-
-        thread = threading.Thread(target=lambda: anyio.run(call))
-        thread.start()
-        time.sleep(1.5)
-        began = time.monotonic()
-        status = served.stop(signal.SIGTERM)
-        thread.join(10)
-        assert not thread.is_alive()
-        assert time.monotonic() - began < 10
-        assert status == 0
-        assert told == ["finished"] or "stopping" in told[0]
 
 
 def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path, monkeypatch) -> None:

@@ -7,8 +7,10 @@ import anyio
 import pytest
 from clients import ERAS, ask, connected, refused
 from mcp import Client
-from slow_model import LAYER_SECONDS, Entered
+from slow_model import Entered
+from waiting import PATIENCE
 
+import server.call
 import server.jobs
 from server.app import build_server
 from server.auth import LOCAL
@@ -112,24 +114,29 @@ async def test_a_call_that_waits_for_its_turn_hears_so(lab: Lab, slow: Entered) 
     async def hear(done: float, total: float | None, what: str | None) -> None:
         heard.append(what)
 
+    slow.hold_at(2)
     async with connected(build_server(lab)) as client:
         run = await started(client, "generate_with_hooks", **LONG)
-        await anyio.sleep(2 * LAYER_SECONDS)
+        await slow.held()
         async with anyio.create_task_group() as calls:
             calls.start_soon(partial(client.call_tool, "logit_lens", {"prompt": "hello"}, progress_callback=hear))
-            with anyio.fail_after(10):
-                while not heard:
-                    await anyio.sleep(LAYER_SECONDS)
+            while not heard:
+                await anyio.sleep(0)
+            assert slow.count == 2
             await ask(client, "cancel_job", run=run)
+            slow.let_go()
     assert heard[0] == "waiting for synthetic: another call or job has it"
 
 
 @pytest.mark.parametrize("mode", ERAS)
 async def test_a_job_goes_on_when_its_connection_ends(lab: Lab, slow: Entered, mode: str) -> None:
+    slow.hold_at(2)
     mcp = build_server(lab)
     async with connected(mcp, mode) as client:
         run = await started(client, "causal_trace", **TRACE)
+        await slow.held()
         assert (await ask(client, "get_job", run=run, wait_seconds=0))["state"] == "running"
+    slow.let_go()
     async with connected(mcp, mode) as client:
         assert (await ended(client, run))["result"]["metric"] == "logit of 'o'"
 
@@ -139,17 +146,16 @@ async def test_a_job_goes_on_when_its_connection_ends(lab: Lab, slow: Entered, m
 async def test_cancelling_a_job_stops_it_within_one_layer(
     lab: Lab, slow: Entered, tool: str, arguments: dict, mode: str
 ) -> None:
-    async with connected(build_server(lab), mode) as client:
+    slow.hold_at(3)
+    gate = Gate()
+    async with connected(build_server(lab, watch=Watch(lab, gate)), mode) as client:
         run = await started(client, tool, **arguments)
-        await anyio.sleep(2 * LAYER_SECONDS)
-        at_cancel = slow.count
-        assert at_cancel >= 1
+        await slow.held()
         job = await ask(client, "cancel_job", run=run)
-        assert job["state"] == "cancelled"
-        assert slow.count <= at_cancel + 1
+        assert (job["state"], gate.inside) == ("cancelled", 0)
         entered = slow.count
-        await anyio.sleep(5 * LAYER_SECONDS)
-        assert slow.count == entered
+        assert entered <= 3 + 1
+        slow.let_go()
         assert await ask(client, "cancel_job", run=run) == job
         assert "result" not in await ask(client, "get_job", run=run)
         await ask(client, "logit_lens", prompt="hello")
@@ -157,6 +163,7 @@ async def test_cancelling_a_job_stops_it_within_one_layer(
 
 
 async def test_a_job_that_waits_for_the_model_can_be_cancelled_too(lab: Lab, slow: Entered) -> None:
+    slow.hold_at(2)
     async with connected(build_server(lab)) as client:
         first = await started(client, "generate_with_hooks", **LONG)
         second = await started(client, "logit_lens", prompt="hello")
@@ -166,6 +173,7 @@ async def test_a_job_that_waits_for_the_model_can_be_cancelled_too(lab: Lab, slo
 
 
 async def test_a_running_job_is_listed_and_cannot_be_released(lab: Lab, slow: Entered) -> None:
+    slow.hold_at(2)
     async with connected(build_server(lab)) as client:
         run = await started(client, "generate_with_hooks", **LONG)
         listed = (await ask(client, "list_session"))["handles"]
@@ -178,15 +186,17 @@ async def test_a_running_job_is_listed_and_cannot_be_released(lab: Lab, slow: En
 
 async def test_jobs_count_as_calls_and_a_full_server_can_still_be_asked_and_relieved(lab: Lab, slow: Entered) -> None:
     gate = Gate(most=2, most_each=2)
+    slow.hold_at(2)
     async with connected(build_server(lab, watch=Watch(lab, gate))) as client:
         runs = [await started(client, "generate_with_hooks", **LONG) for _ in range(2)]
         assert gate.inside == 2
-        assert "full" in await refused(client, "logit_lens", prompt="hello")
+        assert "full" in await refused(client, "tokenize", text="hello")
         assert "full" in await refused(client, "start_job", tool="logit_lens", arguments={"prompt": "hello"})
         assert (await ask(client, "get_job", run=runs[0], wait_seconds=0))["state"] == "running"
         for run in runs:
             await ask(client, "cancel_job", run=run)
         assert gate.inside == 0
+        slow.let_go()
         await ask(client, "logit_lens", prompt="hello")
 
 
@@ -208,17 +218,18 @@ class Saves(MemoryStore):
 
 
 async def test_progress_is_saved_now_and_then_and_the_end_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.jobs, "SAVE_EVERY", 2 * LAYER_SECONDS)
     lab = Lab(store := Saves())
     lab.load("synthetic", "dense")
     lab.models[0].model = (slow := Entered(lab.models[0].model)).model
+    monkeypatch.setattr(server.call, "REPORT_EVERY", 0.0)
+    monkeypatch.setattr(server.jobs, "SAVE_EVERY", 3.0)
+    monkeypatch.setattr(server.jobs, "clock", lambda: float(slow.count))  # a layer lasts a second
     async with connected(build_server(lab)) as client:
         await ended(client, await started(client, "causal_trace", **TRACE))
     *before, last = store.saved
     assert (last.state, last.done) == ("done", slow.count)
-    assert 1 <= len(before) <= slow.count / 2 + 1
-    assert [run.state for run in before] == ["running"] * len(before)
-    assert all(0 < run.done <= slow.count for run in before)
+    assert {run.state for run in before} == {"running"}
+    assert [run.done for run in before] == list(range(4, slow.count + 1, 3)), "told before a layer is entered"
 
 
 class NoProgress(MemoryStore):
@@ -264,24 +275,28 @@ async def test_a_job_whose_end_cannot_be_saved_leaves_its_place_and_a_line_in_th
 
 async def test_a_stopping_server_saves_how_far_its_jobs_came(lab: Lab, slow: Entered) -> None:
     watch = Watch(lab)
+    slow.hold_at(5)
     async with connected(build_server(lab, watch=watch)) as client:
         run = await started(client, "generate_with_hooks", **LONG)
-        await anyio.sleep(5 * LAYER_SECONDS)
+        await slow.held()
         await watch.gate.close(0)
         stopped = lab.store.run(run, LOCAL)
         assert (stopped.state, stopped.done > 0) == ("interrupted", True)
         assert "server was stopped" in str(stopped.error)
-        entered = slow.count
-        await anyio.sleep(5 * LAYER_SECONDS)
-        assert slow.count == entered
+        assert (watch.gate.inside, slow.count) == (0, 5)
         assert "stopping" in await refused(client, "start_job", tool="logit_lens", arguments={"prompt": "hello"})
 
 
 async def test_a_stopping_server_lets_jobs_end_that_are_nearly_done(lab: Lab, slow: Entered) -> None:
     watch = Watch(lab)
-    async with connected(build_server(lab, watch=watch)) as client:
+    slow.hold_at(4)
+    async with connected(build_server(lab, watch=watch)) as client, anyio.create_task_group() as group:
         run = await started(client, "logit_lens", prompt="hello")
-        await watch.gate.close(5)
+        await slow.held()
+        group.start_soon(watch.gate.close, PATIENCE)
+        while not watch.gate.closed:
+            await anyio.sleep(0)
+        slow.let_go()
     assert lab.store.run(run, LOCAL).state == "done"
 
 
@@ -290,6 +305,7 @@ async def test_metrics_count_jobs_as_calls_of_their_tools(lab: Lab, slow: Entere
     async with connected(build_server(lab, watch=watch)) as client:
         await ended(client, await started(client, "logit_lens", prompt="hello"))
         await ended(client, await started(client, "logit_lens", prompt="hello", layers=[9]))
+        slow.hold_at(slow.count + 1)
         await ask(client, "cancel_job", run=await started(client, "generate_with_hooks", **LONG))
     calls = Counter(
         {
@@ -308,10 +324,12 @@ async def test_metrics_count_jobs_as_calls_of_their_tools(lab: Lab, slow: Entere
 
 
 async def test_while_a_job_works_with_the_model_texts_are_tokenized(lab: Lab, slow: Entered) -> None:
+    slow.hold_at(2)
     async with connected(build_server(lab)) as client:
         run = await started(client, "generate_with_hooks", **LONG)
-        with anyio.fail_after(50 * LAYER_SECONDS):
-            assert (await ask(client, "tokenize", text="hello"))["count"] == 5
+        await slow.held()
+        assert (await ask(client, "tokenize", text="hello"))["count"] == 5
+        assert slow.count == 2
         assert (await ask(client, "cancel_job", run=run))["state"] == "cancelled"
 
 

@@ -68,7 +68,7 @@ def small_lab(budget: int, store: MemoryStore | None = None) -> tuple[Lab, Enter
     """A lab of so little memory, and the layers that its model enters."""
     lab = Lab(store, memory_budget=budget)
     lab.load("synthetic", "dense")
-    entered = Entered(lab.models[0].model, seconds=0)
+    entered = Entered(lab.models[0].model)
     lab.models[0].model = entered.model
     return lab, entered
 

@@ -151,7 +151,9 @@ def synthetic() -> Lab:
 
 async def _one_too_many(lab: Lab, gate: Gate) -> str:
     """A job runs; then one call more than are let in."""
-    lab.models[0].model = Entered(lab.models[0].model).model
+    entered = Entered(lab.models[0].model)
+    lab.models[0].model = entered.model
+    entered.hold_at(1)
     long = {"prompt": "hello", "max_new_tokens": 200}
     async with connected(build_server(lab, watch=Watch(lab, gate))) as client:
         job = await ask(client, "start_job", tool="generate_with_hooks", arguments=long)
