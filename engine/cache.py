@@ -216,19 +216,11 @@ class KVCache:
         `realign` turns each key from its position in the donor to its new one; `keep` leaves it as it was.
         `heads` are key-value heads. Returns the number of (layer, position) rows written.
         """
-        if what not in ("kv", "k", "v") or rope not in ("realign", "keep"):
-            raise CacheError(f"what={what!r}, rope={rope!r}; valid: what = kv, k or v; rope = realign or keep")
         start, end = source
-        if start != dest and self.config is not None and self.config.learned_positions:
-            raise CacheError(
-                f"this model's positions are learned and part of every key and value: rows [{start}, {end}) cannot be "
-                f"moved to {dest}; give dest={start}"
-            )
         chosen = list(dict.fromkeys(layers))
         for index in chosen:
             self._check_layer(donor, index)
-            _check_range(start, end, donor.layer(index).length)
-            _check_range(dest, dest + end - start, self.layer(index).length)
+            check_move(self.config, source, dest, donor.layer(index).length, self.layer(index).length, what, rope)
             self._check_heads(heads, index)
         for index in chosen:
             self._write_layer(donor, index, slice(start, end), slice(dest, dest + end - start), what, heads, rope)
@@ -283,6 +275,24 @@ def realigned(
         raise CacheError("the two layers rotate different features; use rope='keep' or another layer")
     angle = new_pos[:, None] * np.asarray(new) - old_pos[:, None] * np.asarray(old)
     return rotate(keys, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+
+
+def check_move(
+    config: Config | None, source: tuple[int, int], dest: int, held: int, kept: int, what: str, rope: str
+) -> None:
+    """Raise `CacheError` unless rows [start, end) of `held` positions can take the place of those of `kept` from `dest`
+    on.
+    """
+    if what not in ("kv", "k", "v") or rope not in ("realign", "keep"):
+        raise CacheError(f"what={what!r}, rope={rope!r}; valid: what = kv, k or v; rope = realign or keep")
+    start, end = source
+    if start != dest and config is not None and config.learned_positions:
+        raise CacheError(
+            f"this model's positions are learned and part of every key and value: rows [{start}, {end}) cannot be "
+            f"moved to {dest}; give dest={start}"
+        )
+    _check_range(start, end, held)
+    _check_range(dest, dest + end - start, kept)
 
 
 def _shape(config: Config) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.cache import KVCache
 from engine.config import Config, Rope
-from engine.edits import resolve_positions
+from engine.edits import check_order, resolve_positions
 from engine.errors import InputError, LayerError, PositionError
 from engine.hooks import LayerHook, Listeners
 from engine.matrices import rows_of
@@ -114,8 +114,10 @@ def forward(
     pos = _positions(positions, past, x.shape[1])
     model.check_context(int(pos[-1]) + 1)
     if hook is not None:
+        whole = int(pos[-1]) + 1 if prompt_length is None else prompt_length
         _check_hook(hook, model)
-        hook.begin_run(int(pos[-1]) + 1 if prompt_length is None else prompt_length, past)
+        check_order(hook.named_edits(), pos, whole)
+        hook.begin_run(whole, past)
     listeners = Listeners(hook, range(start, stop), cfg.n_layers - 1, pos)
     run = Pass(cfg, listeners, pos, _rotary_tables(cfg, cache, pos), cache)
     if start == 0:

@@ -2,6 +2,7 @@
 
 Scope, resolve_positions, rows_in_scope    which rows
 Edit                                       a point, a layer, rows, heads or neurons, and a function
+check_order                                refuses an edit that leaves nothing of one before it
 zeroed, times, plus, replaced_by, placed, component_set, knocked_out    what becomes of the rows
 drawn                                      one of several rows for each position
 """
@@ -12,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from engine.errors import HookError, PointError, PositionError, VectorError
+from engine.errors import HookError, PointError, PositionError, VectorError, clipped
 from engine.network import check_numbers
 from engine.ops import Array, IntArray
 from engine.points import POINTS, point
@@ -64,7 +65,8 @@ EditFunction = Callable[[Array, IntArray, IntArray | None], Array]
 class Edit:
     """Replace some rows (and of them some heads or neurons) at one point of one layer by a function of them.
 
-    `fired` counts the rows it has changed; `kind` is its name in reports.
+    `fired` counts the rows it has changed; `kind` is its name in reports. `sets`: what was there before it makes no
+    difference, of the whole row or, in edits that have one, along the direction `along`.
     """
 
     point: str
@@ -75,6 +77,8 @@ class Edit:
     neurons: tuple[int, ...] | None = None
     fired: int = 0
     kind: str = "edit"
+    sets: bool = False
+    along: Array | None = None
 
     def __post_init__(self) -> None:
         if self.heads is not None and point(self.point).head_axis is None:
@@ -108,6 +112,52 @@ class Edit:
             changed[..., self.neurons] = made[..., self.neurons]
         check_numbers(changed, f"what {self.kind} makes of {self.point}, layer {self.layer},")
         return changed
+
+
+def check_order(edits: Iterable[Edit], pos: IntArray, prompt_length: int) -> None:
+    """Raise `HookError` for an edit, of rows at positions `pos`, that would leave nothing of what one before it did."""
+    places: dict[tuple[str, int], list[Edit]] = {}
+    for edit in edits:
+        places.setdefault((edit.point, edit.layer), []).append(edit)
+    for some in places.values():
+        if any(edit.sets for edit in some[1:]):
+            _check_rows(some, pos, prompt_length)
+
+
+def _check_rows(edits: Iterable[Edit], pos: IntArray, prompt_length: int) -> None:
+    """`edits` are those of one point and layer."""
+    earlier: dict[int, list[Edit]] = {}
+    for edit in edits:
+        for position in pos[rows_in_scope(edit.scope, pos, prompt_length)].tolist():
+            others = earlier.setdefault(position, [])
+            if (erased := next((other for other in others if _erases(edit, other)), None)) is not None:
+                raise HookError(
+                    f"{_named(edit)} would leave nothing of {_named(erased)} at {edit.point}, layer {edit.layer}, "
+                    f"position {position}: give each row to one of them, or put first what replaces it"
+                )
+            others.append(edit)
+
+
+def _erases(edit: Edit, other: Edit) -> bool:
+    shared = all(
+        mine is None or theirs is None or {*mine} & {*theirs}
+        for mine, theirs in ((edit.heads, other.heads), (edit.neurons, other.neurons))
+    )
+    return edit.sets and shared and (edit.along is None or _is_parallel(edit.along, other.along))
+
+
+def _is_parallel(one: Array, other: Array | None) -> bool:
+    if other is None:
+        return False
+    size = np.linalg.norm(one) * np.linalg.norm(other)
+    return bool(size > 0 and abs(one @ other) > 0.9999 * size)
+
+
+def _named(edit: Edit) -> str:
+    """The kind of an edit, and which rows and heads it is for."""
+    shown = edit.scope if isinstance(edit.scope, str) else clipped(list(edit.scope))
+    heads = "" if edit.heads is None else f", heads {list(edit.heads)}"
+    return f"{edit.kind} (positions {shown}{heads})"
 
 
 def zeroed(rows: Array, pos: IntArray, key_pos: IntArray | None) -> Array:

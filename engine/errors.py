@@ -13,7 +13,7 @@
         ├── TokenError         no such token, or text that is not one token
         ├── VectorError        wrong length, NaN, infinite, or zero where a direction is needed
         ├── PointError         no such point, or a point this architecture does not have
-        ├── HookError          a hook returned something that cannot replace what it was given
+        ├── HookError          a hook returned something that cannot replace what it was given, or erases another's work
         └── CacheError         key-value caches that do not fit together
 
 A message says what was wrong, what is valid, and, where it helps, what to do. What comes from a file or a caller is
@@ -76,7 +76,7 @@ class PointError(InputError):
 
 
 class HookError(InputError):
-    """A hook returned something that cannot replace what it was given."""
+    """A hook returned something that cannot replace what it was given, or would leave nothing of another's work."""
 
 
 class CacheError(InputError):

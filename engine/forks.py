@@ -140,11 +140,6 @@ def _enters(edit: Edit) -> int:
 
 def _first_row(edit: Edit, length: int) -> int:
     rows = rows_in_scope(edit.scope, np.arange(length), length)
-    if not len(rows):
-        raise InputError(
-            f"the intervention {edit.kind} at {edit.point}, layer {edit.layer}, never fires: positions {edit.scope} "
-            f"are not in a prompt with positions 0 to {length - 1}"
-        )
     return int(rows[0])
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from engine.edits import Edit, Scope, plus, replaced_by, resolve_positions, rows_in_scope, times, zeroed
-from engine.errors import HookError, PositionError
+from engine.edits import Edit, Scope, plus, replaced_by, rows_in_scope, times, zeroed
+from engine.errors import HookError
 from engine.ops import Array, IntArray
 from engine.points import ONCE, POINTS, RESIDUAL_STREAM, only_layer, point
 
@@ -35,6 +35,10 @@ class LayerHook:
 
     def named_points(self) -> Iterable[str]:
         """The points this hook was made for; a run raises `PointError` for one the model's blocks do not have."""
+        return ()
+
+    def named_edits(self) -> Iterable[Edit]:
+        """The edits it makes, in order; a run raises `HookError` for one that would erase another."""
         return ()
 
     def wants(self, point: str, layer: int) -> bool:
@@ -241,6 +245,9 @@ class EditHook(LayerHook):
     def named_points(self) -> Iterable[str]:
         return [edit.point for edit in self.edits]
 
+    def named_edits(self) -> Iterable[Edit]:
+        return self.edits
+
     def wants(self, point: str, layer: int) -> bool:
         return any(edit.point == point and edit.layer == layer for edit in self.edits)
 
@@ -260,7 +267,7 @@ class ZeroAblateHook(EditHook):
     def for_layers(cls, layers: Iterable[int], positions: Scope | None = None) -> "ZeroAblateHook":
         """`positions` None means all rows."""
         scope: Scope = "all" if positions is None else positions
-        return cls(Edit("resid_post", layer, zeroed, scope) for layer in dict.fromkeys(layers))
+        return cls(Edit("resid_post", layer, zeroed, scope, kind="zero", sets=True) for layer in dict.fromkeys(layers))
 
 
 class SteerHook(EditHook):
@@ -268,7 +275,7 @@ class SteerHook(EditHook):
 
     def add(self, layer: int, vec: Array, alpha: float, positions: Scope = "last") -> "SteerHook":
         """vec: (d_model,), alpha a number. Returns the hook, so that calls can be chained."""
-        self.edits.append(Edit("resid_post", layer, plus(vec, alpha), positions))
+        self.edits.append(Edit("resid_post", layer, plus(vec, alpha), positions, kind="steer"))
         return self
 
 
@@ -288,20 +295,9 @@ class PatchHook(EditHook):
     def __init__(self, rows: Mapping[tuple[int, int], Array]) -> None:
         """rows: {(layer, position): (d_model,)}."""
         super().__init__(
-            Edit("resid_post", layer, replaced_by(row), [position]) for (layer, position), row in rows.items()
+            Edit("resid_post", layer, replaced_by(row), [position], kind="patch", sets=True)
+            for (layer, position), row in rows.items()
         )
-        self._places = list(rows)
-
-    def begin_run(self, prompt_length: int, past: int) -> None:
-        """Raises `PositionError` when two rows would go to one place: -1 is a position by another name."""
-        super().begin_run(prompt_length, past)
-        taken: dict[tuple[int, int], int] = {}
-        for layer, position in self._places:
-            place = resolve_positions([position], prompt_length)[0]
-            if (layer, place) in taken:
-                first = taken[layer, place]
-                raise PositionError(f"positions {first} and {position} of layer {layer} are one place: give one row")
-            taken[layer, place] = position
 
 
 class CompositeHook(LayerHook):
@@ -319,6 +315,9 @@ class CompositeHook(LayerHook):
 
     def named_points(self) -> Iterable[str]:
         return [point for hook in self.hooks for point in hook.named_points()]
+
+    def named_edits(self) -> Iterable[Edit]:
+        return [edit for hook in self.hooks for edit in hook.named_edits()]
 
     def wants(self, point: str, layer: int) -> bool:
         return any(hook.wants(point, layer) for hook in self.hooks)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from engine.cache import KVCache
+from engine.cache import KVCache, check_move
 from engine.cost import Cost, cache_bytes, of_pass
 from engine.decoder import Tick, forward
 from engine.distribution import kl_divergence, softmax_of
@@ -88,17 +88,25 @@ def prefill_inject(
     positions, `dest` where it goes in the recipient's: the same positions if left out. `heads` are key-value heads, by
     number in each of the layers, or as pairs (layer, head) without `layers`.
     """
+    _check_prompt(recipient)
+    kept = len(recipient) - 1
+    if isinstance(donor, KVCache):
+        donor.bind(model.config)
+        held = donor.length
+    else:
+        _check_prompt(donor)
+        held = len(donor) - 1
+    every = () if name_layers(heads) else range(model.config.n_layers)
+    which = heads_by_layer(model, every if layers is None else layers, heads, key_value=True)
+    dest = dest if dest is not None else 0 if source is None else source[0]
+    if source is None and not 0 <= dest < kept:
+        raise CacheError(f"dest {dest} does not lie in the {kept} positions that the cache holds from 0 on")
+    rows = (0, min(held, kept - dest)) if source is None else source
+    check_move(model.config, rows, dest, held, kept, what, rope)
     if tick is not None:
         tick = Progress(tick, prefill_inject_cost(model, recipient, donor, max_new_tokens).layers)
     mine = prefilled(model, recipient, tick)
     theirs = donor if isinstance(donor, KVCache) else prefilled(model, donor, tick)
-    theirs.bind(model.config)
-    every = () if name_layers(heads) else range(model.config.n_layers)
-    which = heads_by_layer(model, every if layers is None else layers, heads, key_value=True)
-    dest = dest if dest is not None else 0 if source is None else source[0]
-    if source is None and not 0 <= dest < mine.length:
-        raise CacheError(f"dest {dest} does not lie in the {mine.length} positions that the cache holds from 0 on")
-    rows = (0, min(theirs.length, mine.length - dest)) if source is None else source
     edited = mine.fork()
     replaced = sum(edited.transplant(theirs, [i], rows, dest, what, only, rope) for i, only in which.items())
     runs = [_decoded(model, cache, recipient[-1], max_new_tokens, tick) for cache in (mine, edited)]

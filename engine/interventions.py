@@ -16,6 +16,7 @@ One description means the same in a forward pass, at every step of generation an
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -25,12 +26,14 @@ from engine.edits import (
     EditFunction,
     Scope,
     Unit,
+    check_order,
     component_set,
     drawn,
     knocked_out,
     placed,
     plus,
     resolve_positions,
+    rows_in_scope,
     times,
     zeroed,
 )
@@ -44,6 +47,12 @@ from engine.points import only_layer, point
 Kind = Literal["zero", "mean", "resample", "scale", "steer", "set_component", "project_out", "patch", "knockout"]
 KINDS: tuple[str, ...] = get_args(Kind)
 UNITS: tuple[str, ...] = get_args(Unit)
+
+SETS = ("zero", "mean", "resample", "patch", "set_component", "project_out")
+"""Kinds after which it makes no difference what was there before."""
+
+DIRECTED = ("steer", "set_component", "project_out")
+"""Kinds that change a row along a direction alone."""
 
 BY_HEAD = ("mean", "resample", "patch")
 """Kinds whose rows may differ between heads."""
@@ -80,9 +89,11 @@ def compile_interventions(
 ) -> EditHook:
     """One hook with an `Edit` per intervention and layer, in order; checks everything against the model.
 
-    Positions may reach into the `new_tokens` to be generated. Each edit's `fired` counts its rows as it runs.
+    Positions may reach into the `new_tokens` to be generated. Each edit's `fired` counts its rows as it runs. Raises
+    `InputError` for one that no row would meet, and for one that would leave nothing of another before it.
     """
     edits: list[Edit] = []
+    rows = np.arange(_computed(prompt_length, new_tokens))
     for item in interventions:
         name = point(item.point).name
         model.check_point(name)
@@ -92,8 +103,26 @@ def compile_interventions(
         for heads, layers in _by_heads(model, item, name).items():
             part = item if heads is None else replace(item, heads=heads)
             function = _function(model, part, prompt_length, new_tokens)
-            edits += [Edit(name, layer, function, scope, heads, neurons, kind=item.kind) for layer in layers]
+            along = np.asarray(item.vector, np.float32) if item.kind in DIRECTED else None
+            made = partial(Edit, function=function, scope=scope, heads=heads, neurons=neurons, kind=item.kind)
+            edits += [made(name, layer, sets=item.kind in SETS, along=along) for layer in layers]
+        if not len(rows_in_scope(scope, rows, prompt_length)):
+            raise InputError(_never(item, name, scope, len(rows)))
+    check_order(edits, rows, prompt_length)
     return EditHook(edits)
+
+
+def _never(item: Intervention, name: str, scope: Scope, rows: int) -> str:
+    shown = scope if isinstance(scope, str) else list(scope)
+    return (
+        f"the intervention {item.kind} at {name}, layers {clipped([*item.layers])}, never fires: positions {shown} "
+        f"name no row of a run that computes positions 0 to {rows - 1}"
+    )
+
+
+def _computed(prompt_length: int, new_tokens: int) -> int:
+    """Rows of a run: the last generated token is never fed back."""
+    return prompt_length + max(new_tokens - 1, 0)
 
 
 def _by_heads(model: Network, item: Intervention, name: str) -> dict[tuple[int, ...] | None, list[int]]:
@@ -120,7 +149,7 @@ def _scope(positions: Scope, prompt_length: int, new_tokens: int) -> Scope:
     if isinstance(positions, str):
         return positions
     resolved = resolve_positions(positions, prompt_length)
-    last = prompt_length + max(new_tokens - 1, 0) - 1  # the last generated token is never fed back
+    last = _computed(prompt_length, new_tokens) - 1
     if not resolved or max(resolved) > last:
         raise InputError(f"positions {clipped(list(positions))}: this run computes positions 0 to {last}")
     return resolved

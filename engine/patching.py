@@ -79,16 +79,8 @@ def capture_donor_state(
     tick: Tick | None = None,
 ) -> DonorState:
     """The donor's rows at [(layer, position), ...]; negative layers and positions count from the end."""
-    name = point_named(point).name
-    model.check_point(name)
-    length = model.token_batch(tokens).shape[1]
-    resolved = [(model.resolve_layer(layer), model.resolve_position(pos, length)) for layer, pos in targets]
-    if not resolved:
-        raise InputError("name at least one (layer, position) to capture")
+    name, resolved = point_named(point).name, donor_places(model, model.token_batch(tokens).shape[1], targets, point)
     layers = {layer for layer, _ in resolved}
-    only = only_layer(name, model.config.n_layers)
-    if only is not None and layers != {only}:
-        raise LayerError(f"{name} exists once, at layer {only}; ask for it there")
     places = sorted({pos for _, pos in resolved})
     record = RecordHook.for_layers(layers, points=[name], positions=places)
     forward(model, tokens, hook=record, stop=max(layers) + 1, logits_at="none", tick=tick)
@@ -96,6 +88,21 @@ def capture_donor_state(
     axis = point_named(name).seq_axis - 1  # without the batch axis
     rows = {(layer, pos): np.take(kept[layer], places.index(pos), axis) for layer, pos in resolved}
     return DonorState(name, rows)
+
+
+def donor_places(
+    model: Network, length: int, targets: Iterable[tuple[int, int]], point: str = "resid_post"
+) -> list[tuple[int, int]]:
+    """[(layer, position), ...] of a point, resolved in a donor of `length` tokens; raises `InputError` for none."""
+    name = point_named(point).name
+    model.check_point(name)
+    resolved = [(model.resolve_layer(layer), model.resolve_position(pos, length)) for layer, pos in targets]
+    if not resolved:
+        raise InputError("name at least one (layer, position) to capture")
+    only = only_layer(name, model.config.n_layers)
+    if only is not None and {layer for layer, _ in resolved} != {only}:
+        raise LayerError(f"{name} exists once, at layer {only}; ask for it there")
+    return resolved
 
 
 def by_position(rows: Array, point: str) -> Array:
@@ -126,7 +133,7 @@ def patch_hook(model: Network, tokens: Tokens, donor: DonorState, to: Mapping[in
     place = to or {}
     moves = [(layer, pos, model.resolve_position(place.get(pos, pos), length)) for layer, pos in donor.rows]
     return EditHook(
-        Edit(donor.point, layer, replaced_by(donor.rows[layer, source]), [dest])
+        Edit(donor.point, layer, replaced_by(donor.rows[layer, source]), [dest], kind="patch", sets=True)
         for (layer, dest), source in destinations(moves).items()
     )
 

@@ -134,9 +134,8 @@ def patching_grid(
     places = None if positions is None else list(positions)
     axes, cells = _grid(model, donor, recipient, point, by, layers, places)
     _check(model, metric, axes)
-    if tick is not None:
-        cost = patching_grid_cost(model, donor, recipient, point, by, axes["layer"], places, budget)
-        tick = Progress(tick, cost.layers)
+    cost = patching_grid_cost(model, donor, recipient, point, by, axes["layer"], places, budget)  # checks each cell
+    tick = Progress(tick, cost.layers)
     record = RecordHook.for_layers(axes["layer"], points=[point])
     beside = _beside(model, donor, recipient)
     base = base_run(model, recipient, min(axes["layer"]), beside=beside, hook=record, tick=tick)

@@ -8,12 +8,15 @@ LEAST_SHOWN = 1e-12
 """Smaller numbers show as 0: they are rounding, or a probability that no run tells from none."""
 
 
-def _shown(value: float) -> float:
-    return float(f"{value:.6g}") if abs(value) >= LEAST_SHOWN else 0.0
+def _shown(value: float, digits: int = 6) -> float:
+    return float(f"{value:.{digits}g}") if abs(value) >= LEAST_SHOWN else 0.0
 
 
 Number = Annotated[float, Field(allow_inf_nan=False), PlainSerializer(_shown, return_type=float)]
 """A finite float, shown to six significant digits."""
+
+Rough = Annotated[float, Field(allow_inf_nan=False), PlainSerializer(lambda value: _shown(value, 4), return_type=float)]
+"""A finite float of many in one answer, shown to four significant digits."""
 
 Exact = Annotated[
     float, Field(allow_inf_nan=False), PlainSerializer(lambda value: float(f"{value:.9g}"), return_type=float)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from schemas.base import Number, Result, ScoredToken, Strict, Token, TokenProbability
+from schemas.base import Number, Result, Rough, ScoredToken, Strict, Token, TokenProbability
 
 OwnAnswer = Annotated[
     int | None, Field(description="the layer read whose lens is the model's own answer: its last; left out if none is")
@@ -14,10 +14,16 @@ OwnAnswer = Annotated[
 class PointNorm(Strict):
     """Norms of one point at one layer, over the captured positions (and heads)."""
 
-    point: str
+    point: str | None = Field(None, description="left out where one point was captured")
     layer: int
     mean_norm: Number
-    max_norm: Number
+    max_norm: Number | None = Field(None, description="left out where mean_norm is of one vector")
+
+
+class LensToken(Token):
+    """A vocabulary entry and its probability, to four digits."""
+
+    probability: Rough
 
 
 class LensRow(Strict):
@@ -25,7 +31,7 @@ class LensRow(Strict):
 
     layer: int
     position: int
-    top: list[TokenProbability]
+    top: list[LensToken]
 
 
 class Capture(Result):
@@ -40,7 +46,9 @@ class Capture(Result):
     bytes: int
     norms: list[PointNorm]
     lens: list[LensRow] | None = Field(
-        None, description="of the point that is residual stream, resid_post before others"
+        None,
+        description="of the point that is residual stream, resid_post before others; as many tokens of each row as an "
+        "answer holds",
     )
     own_answer: OwnAnswer = None
 

@@ -37,7 +37,10 @@ ENOUGH = 20
 """Characters of a prompt in a handle."""
 
 COPIES_KEPT = 2
-"""What keeping tensors needs beside them: they are packed, and are a file's content then."""
+"""What keeping tensors needs beside them: they are packed, and are a file's content then. Reading takes as much."""
+
+BYTES_BY_CHARACTER = 512
+"""Of a text that is split into tokens: what the tokenizer keeps of each, where each is a token of its own."""
 
 REPORT_EVERY = 0.1
 """Seconds between progress notifications."""
@@ -67,6 +70,8 @@ class Call:
     notes: list[str] = field(default_factory=list)
     """What the answer's reader must know, told in its notice."""
     _read: dict[tuple[Model, str, bool], list[int]] = field(default_factory=dict)
+    _from_disk: dict[str, int] = field(default_factory=dict)
+    """Bytes that reading stored tensors takes, by their handle."""
     _ticks: int = 0
     _reported: float = field(default=0.0)
     _untold: tuple[int, int | None, str] | None = None
@@ -78,6 +83,7 @@ class Call:
         if keeps:
             self.lab.store.require_room(keeps, self.owner)
             cost = cost.holding(COPIES_KEPT * keeps, **cost.by)
+        cost = cost.holding(sum(self._from_disk.values()))
         self.lab.memory.take(self, cost, length)
         if self.dry:
             raise Costed(model, cost, length)
@@ -128,6 +134,14 @@ class Call:
             raise InputError(f"{handle} was made with another model; give model={record.provenance['model']!r}")
         return record
 
+    def tensors(self, record: Record) -> Mapping[str, Array]:
+        """A record's tensors. Raises `OutOfSpace` when they have to be read, and there is no room for that."""
+        if not record.in_memory and record.handle not in self._from_disk:
+            self._from_disk[record.handle] = COPIES_KEPT * record.nbytes
+            self.needs = (self.needs or 0) + self._from_disk[record.handle]
+            self.lab.memory.take(self, Cost(nbytes=self.needs), 1)
+        return record.tensors
+
     def ids(self, model: Model, prompt: str | Sequence[int], inside: bool = False) -> list[int]:
         """The ids of a prompt argument, checked; `inside`: it continues what a cache holds."""
         if not isinstance(prompt, str):
@@ -139,6 +153,8 @@ class Call:
         return self._read[model, prompt, inside]
 
     def _encoded(self, model: Model, text: str, inside: bool) -> Tokens:
+        before = Cost(nbytes=self.needs or 0)
+        self.lab.memory.take(self, before.holding(BYTES_BY_CHARACTER * len(text), characters=len(text)), 1)
         if not self.chat:
             return model.encode(text, inside)
         return model.encode_chat(text, self.chat if isinstance(self.chat, str) else "", inside)
@@ -211,7 +227,7 @@ class Call:
         point = _point_of(spec.point, rows["points"])
         layer = _one_of(spec.layer, layers_held(record, point), model.config.n_layers, "layer", LayerError)
         position = _one_of(spec.position, rows["positions"], rows["prompt_length"], "position", PositionError)
-        stored: Array = record.tensors[f"{point}.{layer}"][rows["positions"].index(position)]
+        stored: Array = self.tensors(record)[f"{point}.{layer}"][rows["positions"].index(position)]
         return stored
 
 

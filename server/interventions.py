@@ -1,17 +1,22 @@
 """Interventions as an agent describes them -> the engine's."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from engine import Intervention, Model, capture_donor_state, replacements
 from engine.config import Config
 from engine.cost import Cost, of_capture, of_pass, pattern_bytes
 from engine.edits import Scope, Unit
 from engine.errors import InputError
+from engine.interventions import Kind
 from engine.ops import Array
-from engine.patching import destinations
+from engine.patching import destinations, donor_places
 from engine.points import point as point_named
 from engine.pools import pooled_rows_cost
+from engine.replacements import Match, matched_scope
 from schemas import interventions as described
 from server.call import Call, head_list
 
@@ -29,6 +34,54 @@ def described_interventions(
 ) -> list[Intervention]:
     """The engine's interventions for a prompt of `length` tokens; runs the donors and the prompts that are averaged."""
     return [made for item in items or () for made in _made(call, model, item, length)]
+
+
+def planned_interventions(
+    call: Call, model: Model, items: Iterable[described.Intervention] | None, length: int
+) -> list[Intervention]:
+    """The same with zeros for the rows that a run would have to make: to be checked before any runs."""
+    return [made for item in items or () for made in _planned(call, model, item, length)]
+
+
+def _planned(call: Call, model: Model, item: described.Intervention, length: int) -> Iterator[Intervention]:
+    point = _point(item)
+    if item.over is not None:
+        lengths = [len(call.ids(model, prompt)) for prompt in item.over]
+        layers, heads = named(_which(model, item))
+        at = layers, heads, point, scope(item.positions or "all")
+        neurons = None if item.neurons is None else tuple(item.neurons)
+        yield replace(blank_ablation(model, item.kind, length, at, lengths, item.match), neurons=neurons)
+    elif item.donor is not None:
+        donor = call.ids(model, item.donor)
+        places, targets = _donor_targets(model, item, _which(model, item), len(donor), length)
+        donor_places(model, len(donor), targets, point)
+        layers, heads = named(_which(model, item))
+        yield blank_patch(model, layers, point, [to for _, to in places], heads)
+    else:
+        yield from _made(call, model, item, length)
+
+
+def blank_ablation(
+    model: Model,
+    kind: Kind,
+    length: int,
+    at: tuple[tuple[int, ...], Pairs | None, str, Scope],
+    lengths: Sequence[int],
+    match: Match | None,
+) -> Intervention:
+    """A mean or resample over prompts of these lengths, of zeros; `at` is layers, heads, a point and positions."""
+    layers, heads, point, positions = at
+    where = matched_scope(kind, length, lengths, positions, match or "position")
+    row = np.zeros(point_width(model, point), np.float32)
+    return Intervention(kind, layers, point, where, heads, vector=row[None] if kind == "resample" else row)
+
+
+def blank_patch(
+    model: Model, layers: tuple[int, ...], point: str, positions: Iterable[int], heads: Pairs | None = None
+) -> Intervention:
+    """A patch of zeros."""
+    row = np.zeros(point_width(model, point), np.float32)
+    return Intervention("patch", layers, point, heads=heads, rows=dict.fromkeys(positions, row))
 
 
 def described_cost(call: Call, model: Model, items: Iterable[described.Intervention] | None, length: int) -> Cost:
@@ -150,10 +203,7 @@ def _donor_rows(
     """{layer: {position in the recipient: the donor's row}}."""
     assert item.donor is not None
     donor = call.ids(model, item.donor)
-    pairs = _pairs(item, len(donor), length)
-    places = [(model.resolve_position(a, len(donor)), model.resolve_position(b, length)) for a, b in pairs]
-    destinations((next(iter(which)), *pair) for pair in places)  # one row for each place
-    targets = [(layer, source) for layer in which for source, _ in places]
+    places, targets = _donor_targets(model, item, which, len(donor), length)
     rows = capture_donor_state(model, donor, targets, point, call.tick).rows
     by_head = point_named(point).head_axis is not None
 
@@ -162,6 +212,16 @@ def _donor_rows(
         return whole if heads is None or not by_head else whole[list(heads)]
 
     return {layer: {to: row(layer, source) for source, to in places} for layer in which}
+
+
+def _donor_targets(
+    model: Model, item: described.Intervention, layers: Iterable[int], donor: int, length: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """[(donor position, position)] of a patch, one for each place, and the donor's [(layer, position)]."""
+    pairs = _pairs(item, donor, length)
+    places = [(model.resolve_position(a, donor), model.resolve_position(b, length)) for a, b in pairs]
+    destinations((next(iter(layers)), *pair) for pair in places)
+    return places, [(layer, source) for layer in layers for source, _ in places]
 
 
 def _pairs(item: described.Intervention, donor_length: int, length: int) -> Sequence[Sequence[int]]:

@@ -7,7 +7,7 @@ from engine import Model
 from engine.errors import InputError, PointError
 from engine.lens import most_probable
 from engine.ops import Array
-from schemas.reading import LensRow
+from schemas.reading import LensRow, LensToken
 from server.call import Call, layer_list, layers_held, ranked
 from server.store import Record
 
@@ -21,7 +21,7 @@ MOST_ENTRIES = 500
 def lens_rows(model: Model, by_layer: Mapping[int, Array], rows: Sequence[int], k: int) -> list[LensRow]:
     """The k most probable tokens of {layer: (rows, d_model)}; `rows` are the positions."""
     return [
-        LensRow(layer=layer, position=position, top=ranked(model, pairs))
+        LensRow(layer=layer, position=position, top=[LensToken(**dict(token)) for token in ranked(model, pairs)])
         for layer, array in by_layer.items()
         for position, pairs in zip(rows, most_probable(model, array, k), strict=True)
     ]
@@ -74,10 +74,10 @@ def read_point(call: Call, points: Sequence[str], what: str, asked: str | None =
     return point
 
 
-def held_residuals(
+def held_places(
     record: Record, point: str | None, layers: list[int] | str, rows: Sequence[int], model: Model
-) -> dict[int, Array]:
-    """{layer: (rows, d_model)} residuals of a capture; raises `InputError` for what it does not hold."""
+) -> tuple[list[int], list[int]]:
+    """The layers of a capture that are meant, and where the rows are in it; raises `InputError` for what it lacks."""
     held = held_rows(record)
     if point not in RESIDUALS:
         raise InputError(
@@ -93,5 +93,13 @@ def held_residuals(
             f"{', '.join(missing[:5])} not in {record.handle}, which holds {point} of layers {there}, "
             f"positions {held['positions']}"
         )
-    where = [held["positions"].index(row) for row in rows]
-    return {layer: record.tensors[f"{point}.{layer}"][where] for layer in chosen}
+    return chosen, [held["positions"].index(row) for row in rows]
+
+
+def held_residuals(
+    call: Call, record: Record, point: str | None, layers: list[int] | str, rows: Sequence[int], model: Model
+) -> dict[int, Array]:
+    """{layer: (rows, d_model)} residuals of a capture."""
+    chosen, where = held_places(record, point, layers, rows, model)
+    tensors = call.tensors(record)
+    return {layer: tensors[f"{point}.{layer}"][where] for layer in chosen}

@@ -19,9 +19,11 @@ from mcp.server.mcpserver.exceptions import ResourceNotFoundError
 from mcp.types import INVALID_PARAMS, ListResourcesResult, PaginatedRequestParams, Resource
 
 from engine.catalog import CATALOGUE, is_cached
+from engine.cost import Cost
 from schemas.jobs import RunRecord
 from schemas.session import KnownModel, Models, TensorRecord, TensorSummary
 from server.auth import principal
+from server.call import COPIES_KEPT
 from server.lab import Lab
 from server.store import Record, StoreError
 from server.tools.session import described, held, statistics
@@ -56,7 +58,16 @@ class Resources:
 
     def tensors(self, handle: str) -> str:
         """How captured tensors or a kept cache were made, and the tensors' shapes and statistics."""
-        return _found(lambda handle, owner: _record(self._lab.store.get(handle, owner)), handle).model_dump_json()
+        return _found(lambda handle, owner: self._read(self._lab.store.get(handle, owner)), handle).model_dump_json()
+
+    def _read(self, record: Record) -> TensorRecord:
+        """Raises `OutOfSpace` when the tensors have to be read, and there is no room for that."""
+        reader = object()
+        try:
+            self._lab.memory.take(reader, Cost(nbytes=0 if record.in_memory else COPIES_KEPT * record.nbytes), 1)
+            return _record(record)
+        finally:
+            self._lab.memory.give_back(reader)
 
     def runs(self, handle: str) -> str:
         """A job: its tool and arguments, how far it is, its result or error."""

@@ -16,7 +16,9 @@ from engine.ops import Array
 from schemas.arguments import Layers, ModelRef, Prompt
 from schemas.reading import Comparison, LayerComparison
 from server.call import Call, layer_list, probabilities
-from server.residuals import held_residuals, held_rows, own_answer, read_point
+from server.lab import LoadedModel
+from server.residuals import held_places, held_residuals, held_rows, own_answer, read_point
+from server.store import Record
 from server.tools.effects import SHOWN
 
 DIVERGED = 0.1
@@ -26,15 +28,20 @@ Side = Annotated[Prompt, Field(description="a prompt, act: handle or model: hand
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One side: residuals {layer: (d_model,)} at one position, of one model."""
+class _Side:
+    """What is compared, before anything runs: a prompt's ids or a capture, and where it is read."""
 
     name: str
-    handle: str
-    notice: str | None
-    model: Model
+    loaded: LoadedModel
     point: str
-    residuals: dict[int, Array]
+    layers: list[int]
+    position: int
+    ids: list[int]
+    record: Record | None
+
+    @property
+    def model(self) -> Model:
+        return self.loaded.model
 
 
 def compare(
@@ -51,21 +58,25 @@ def compare(
     Two prompts on one model, two captures, or two models on one prompt. What makes the difference? Patch one into the
     other with causal_trace.
     """
-    _expect(call, [a, b], prompt, layers, model)
-    runs = [_run(call, side, prompt, layers, position, model) for side in (a, b)]
+    first, second = (_side(call, side, prompt, layers, position, model) for side in (a, b))
     if prompt is not None and not all(map(_is_model, (a, b))):
         raise InputError("prompt is for comparing two models: give a and b as model: handles")
-    first, second = runs
     if first.model.config.d_vocab != second.model.config.d_vocab:
         raise InputError("the two models have different vocabularies, so what they say cannot be compared")
-    shared = [layer for layer in first.residuals if layer in second.residuals]
+    shared = [layer for layer in first.layers if layer in second.layers]
     if not shared:
-        raise InputError(f"no layer is in both: {sorted(first.residuals)} and {sorted(second.residuals)}")
-    lenses = [{layer: lens_logits(run.model, run.residuals[layer]) for layer in shared} for run in runs]
-    rows = [_row(layer, first, second, lenses[0][layer], lenses[1][layer]) for layer in shared]
+        raise InputError(f"no layer is in both: {sorted(first.layers)} and {sorted(second.layers)}")
+    runs = (first, second)
+    _expect(call, runs, len(shared))
+    residuals = [_residuals(call, side) for side in runs]
+    lenses = [
+        {layer: lens_logits(run.model, held[layer]) for layer in shared}
+        for run, held in zip(runs, residuals, strict=True)
+    ]
+    rows = [_row(layer, *(held[layer] for held in residuals), *(lens[layer] for lens in lenses)) for layer in shared]
     top_a, top_b = (probabilities(run.model, lens[shared[-1]], SHOWN) for run, lens in zip(runs, lenses, strict=True))
     return Comparison(
-        model=first.handle,
+        model=first.loaded.handle,
         notice=_notices(first, second),
         a=first.name,
         b=second.name,
@@ -78,14 +89,15 @@ def compare(
     )
 
 
-def _notices(a: _Run, b: _Run) -> str | None:
+def _notices(a: _Side, b: _Side) -> str | None:
     """What is said of either side, once where it is the same."""
-    if a.notice == b.notice:
-        return a.notice
-    return ". ".join(f"{side}: {run.notice}" for side, run in (("a", a), ("b", b)) if run.notice)
+    told = {"a": a.loaded.notice, "b": b.loaded.notice}
+    if told["a"] == told["b"]:
+        return told["a"]
+    return ". ".join(f"{side}: {notice}" for side, notice in told.items() if notice)
 
 
-def _own_answer(call: Call, runs: Sequence[_Run], layers: list[int]) -> int | None:
+def _own_answer(call: Call, runs: Sequence[_Side], layers: list[int]) -> int | None:
     """The layer whose lens is both sides' own answer."""
     if len({run.point for run in runs}) > 1:
         call.note(" and ".join(f"{side} is {run.point}" for side, run in zip("ab", runs, strict=True)))
@@ -93,18 +105,15 @@ def _own_answer(call: Call, runs: Sequence[_Run], layers: list[int]) -> int | No
     return found.pop() if len(found) == 1 else None
 
 
-def _expect(call: Call, sides: Sequence[Any], prompt: Any, layers: list[int] | str, model: str | None) -> None:
-    """A pass of each side that is not a capture, as far as the last layer that is compared."""
-    cost, longest = Cost(), 1
+def _expect(call: Call, sides: Sequence[_Side], layers: int) -> None:
+    """A pass of each side that is not a capture, as far as the last layer that is compared; both lenses."""
+    cost, cfg = Cost(), sides[0].model.config
     for side in sides:
-        engine = call.loaded(side if _is_model(side) else model).model
-        text = prompt if _is_model(side) else side
-        if text is not None and not _is_capture(side):
-            length = len(call.ids(engine, text))
-            cost += of_pass(engine.config, length, max(layer_list(engine, layers)) + 1)
-            longest = max(longest, length)
-    shown = 4 * 2 * len(layer_list(engine, layers)) * engine.config.d_vocab
-    call.expect(engine, cost.holding(shown + 6 * 8 * engine.config.d_vocab), longest)
+        if side.record is None:
+            cost += of_pass(side.model.config, len(side.ids), max(side.layers) + 1)
+    shown = 4 * 2 * layers * cfg.d_vocab
+    longest = max(len(side.ids) for side in sides)
+    call.expect(sides[0].model, cost.holding(shown + 6 * 8 * cfg.d_vocab), max(longest, 1))
 
 
 def _is_model(side: str | Sequence[int]) -> bool:
@@ -115,31 +124,39 @@ def _is_capture(side: str | Sequence[int]) -> bool:
     return isinstance(side, str) and side.startswith("act:")
 
 
-def _run(call: Call, side: Any, prompt: Any, layers: list[int] | str, position: int, model: str | None) -> _Run:
+def _side(call: Call, side: Any, prompt: Any, layers: list[int] | str, position: int, model: str | None) -> _Side:
     if _is_model(side) and prompt is None:
         raise InputError("to compare models, give the prompt that both run")
     loaded = call.loaded(side if _is_model(side) else model)
+    engine = loaded.model
     if _is_capture(side):
-        record = call.record(side, "act", loaded.model)
-        place = loaded.model.resolve_position(position, held_rows(record)["prompt_length"])
-        point = read_point(call, held_rows(record)["points"], record.handle)
-        kept = held_residuals(record, point, layers, [place], loaded.model)
+        record = call.record(side, "act", engine)
+        held = held_rows(record)
+        place = engine.resolve_position(position, held["prompt_length"])
+        point = read_point(call, held["points"], record.handle)
+        chosen, _ = held_places(record, point, layers, [place], engine)
         assert point is not None
-        rows = {layer: row[0] for layer, row in kept.items()}
-        return _Run(side, loaded.handle, loaded.notice, loaded.model, point, rows)
-    ids = call.ids(loaded.model, prompt if _is_model(side) else side)
-    place = loaded.model.resolve_position(position, len(ids))
-    chosen = sorted(layer_list(loaded.model, layers))
-    trace = trace_forward(
-        loaded.model, ids, capture_layers=chosen, stop=chosen[-1] + 1, positions=[place], tick=call.tick
-    )
-    name = side if _is_model(side) else f"{loaded.model.tokenizer.decode(ids[: place + 1])!r}"
-    residuals = {layer: rows[0] for layer, rows in trace.residuals.items()}
-    return _Run(name, loaded.handle, loaded.notice, loaded.model, "resid_post", residuals)
+        return _Side(side, loaded, point, chosen, place, [], record)
+    ids = call.ids(engine, prompt if _is_model(side) else side)
+    place = engine.resolve_position(position, len(ids))
+    name = side if _is_model(side) else f"{engine.tokenizer.decode(ids[: place + 1])!r}"
+    return _Side(name, loaded, "resid_post", sorted(layer_list(engine, layers)), place, ids, None)
 
 
-def _row(layer: int, a: _Run, b: _Run, lens_a: Array, lens_b: Array) -> LayerComparison:
-    x, y = a.residuals[layer].astype(np.float64), b.residuals[layer].astype(np.float64)
+def _residuals(call: Call, side: _Side) -> dict[int, Array]:
+    """{layer: (d_model,)}"""
+    if side.record is not None:
+        kept = held_residuals(call, side.record, side.point, side.layers, [side.position], side.model)
+    else:
+        kept = trace_forward(
+            side.model, side.ids, capture_layers=side.layers, stop=side.layers[-1] + 1, positions=[side.position],
+            tick=call.tick,
+        ).residuals  # fmt: skip
+    return {layer: rows[0] for layer, rows in kept.items()}
+
+
+def _row(layer: int, a: Array, b: Array, lens_a: Array, lens_b: Array) -> LayerComparison:
+    x, y = a.astype(np.float64), b.astype(np.float64)
     size = float(np.linalg.norm(x))
     comparable = x.shape == y.shape and size > 0 and np.linalg.norm(y) > 0
     return LayerComparison(

@@ -12,7 +12,7 @@ from engine.edits import Edit, Scope
 from engine.errors import InputError
 from engine.metrics import LEAST_GAP, Metric, MetricKind, recovered, saturating
 from engine.ops import Array
-from engine.patching import destinations
+from engine.patching import destinations, donor_places
 from schemas.arguments import Heads, Layers, MatchName, ModelRef, PointRef, Prompt, Steer, Target, TokenRef
 from schemas.arguments import Scope as ScopeArgument
 from schemas.effects import Applied, Effect, LogitDifference, PatchEffect, TokenEffect
@@ -20,11 +20,14 @@ from schemas.interventions import FurtherInterventions
 from server.call import Call, head_list, probabilities, token_id
 from server.interventions import (
     Pairs,
+    blank_ablation,
+    blank_patch,
     described_cost,
     described_interventions,
     donor_rows_cost,
     named,
     pattern_cost,
+    planned_interventions,
     replacements_cost,
     scope,
     sources,
@@ -71,9 +74,12 @@ def forward_ablate(
     cost = _cost(call, engine, len(ids), interventions).beside(pattern_cost(engine.config, point, len(ids)))
     if which and mode != "zero" and mean_over:
         cost = cost.beside(replacements_cost(call, engine, mean_over, list(which), point))
-    call.expect(engine, cost, len(ids))
     at = (*named(which), point, scope(positions))
-    made = _ablations(call, engine, ids, at, mode, mean_over, match) if which else []
+    made = _planned(call, engine, ids, at, mode, mean_over, match) if which else []
+    _check(call, engine, len(ids), made, interventions, token, against)
+    call.expect(engine, cost, len(ids))
+    if which and mode != "zero":
+        made = _replacements(call, engine, ids, at, mode, mean_over or (), match)
     effect = _compared(call, loaded, ids, made, interventions, token, against)
     if made and mode == "zero" and point == "resid_post" and positions == "all":
         effect.notice = joined(
@@ -84,31 +90,65 @@ def forward_ablate(
     return effect
 
 
-def _ablations(
+At = tuple[tuple[int, ...], Pairs | None, str, Scope]
+"""Layers, heads, a point and positions."""
+
+
+def _planned(
     call: Call,
     model: Model,
     ids: list[int],
-    at: tuple[tuple[int, ...], Pairs | None, str, Scope],
+    at: At,
     mode: Literal["zero", "mean", "resample"],
     prompts: Sequence[Any] | None,
     match: MatchName | None,
 ) -> list[Intervention]:
-    """`at` is layers, heads, a point and positions."""
-    chosen, heads, point, positions = at
+    """The ablation; of a mean or resample without its rows, which take runs."""
+    layers, heads, point, positions = at
     if mode == "zero":
         given = {"mean_over": prompts, "match": match}
         if idle := [name for name, value in given.items() if value is not None]:
             raise InputError(
                 f"mode zero takes no {' and no '.join(idle)}: leave it out, or choose mode mean or resample"
             )
-        return [Intervention("zero", chosen, point, positions, heads)]
+        return [Intervention("zero", layers, point, positions, heads)]
     if not prompts:
         raise InputError(f"mode {mode} needs mean_over, the prompts to take rows from")
+    lengths = [len(call.ids(model, prompt)) for prompt in prompts]
+    return [blank_ablation(model, mode, len(ids), at, lengths, match)]
+
+
+def _replacements(
+    call: Call,
+    model: Model,
+    ids: list[int],
+    at: At,
+    mode: Literal["mean", "resample"],
+    prompts: Sequence[Any],
+    match: MatchName | None,
+) -> list[Intervention]:
+    layers, heads, point, positions = at
     over = [call.ids(model, prompt) for prompt in prompts]
     how = match or "position"
     return replacements(
-        model, len(ids), mode, over, chosen, point, positions=positions, heads=heads, match=how, tick=call.tick
+        model, len(ids), mode, over, layers, point, positions=positions, heads=heads, match=how, tick=call.tick
     )
+
+
+def _check(
+    call: Call,
+    model: Model,
+    length: int,
+    planned: Sequence[Intervention],
+    described: FurtherInterventions,
+    token: str | int | None,
+    against: str | int | None,
+) -> None:
+    """Refuse before anything runs what a run would refuse: tokens, and interventions that cannot act or are erased."""
+    asked_metric(model, token, against)
+    if not (made := [*planned, *planned_interventions(call, model, described, length)]):
+        raise InputError("nothing would be changed: give the tool's own arguments, or interventions")
+    compile_interventions(model, made, length)
 
 
 def forward_steer(
@@ -127,8 +167,9 @@ def forward_steer(
     """
     loaded = call.loaded(model)
     ids = call.ids(loaded.model, prompt)
-    call.expect(loaded.model, _cost(call, loaded.model, len(ids), interventions), len(ids))
     made = steering(call, loaded.model, steers or (), scope(positions))
+    _check(call, loaded.model, len(ids), made, interventions, token, against)
+    call.expect(loaded.model, _cost(call, loaded.model, len(ids), interventions), len(ids))
     return _compared(call, loaded, ids, made, interventions, token, against)
 
 
@@ -167,6 +208,9 @@ def patch_activations(
     donors = of_pass(engine.config, len(donor_ids), max(layers) + 1) + of_pass(engine.config, len(donor_ids))
     changed = pattern_cost(engine.config, point, len(ids))
     passes = donors + _cost(call, engine, len(ids), interventions)
+    donor_places(engine, len(donor_ids), [(layer, source) for layer, source, _ in pairs], point)
+    planned = [blank_patch(engine, (i,), point, [to for layer, _, to in pairs if layer == i]) for i in layers]
+    _check(call, engine, len(ids), planned, interventions, token, against)
     call.expect(engine, passes.beside(held).beside(changed), len(ids))
     state = capture_donor_state(engine, donor_ids, {(layer, source) for layer, source, _ in pairs}, point, call.tick)
     rows = {layer: {to: state.rows[i, source] for i, source, to in pairs if i == layer} for layer, _, _ in pairs}
@@ -269,8 +313,6 @@ def _compared(
     engine = loaded.model
     asked = asked_metric(engine, token, against)
     made = [*own, *described_interventions(call, engine, described, len(ids))]
-    if not made:
-        raise InputError("nothing would be changed: give the tool's own arguments, or interventions")
     hook = compile_interventions(engine, made, len(ids))
     base, changed = (forward(engine, ids, hook=h, tick=call.tick).logits for h in (None, hook))
     assert base is not None

@@ -53,9 +53,9 @@ def prefill_inject(
     ids = call.ids(engine, recipient)
     donor_ids, donor_cache = _donor(call, engine, donor)
     asked = asked_metric(engine, token, None)
+    which, only = named(head_list(engine, layers, heads, "k"))
     cost = prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens)
     call.expect(engine, cost, len(ids), keeps=cache_bytes(engine.config, len(ids) - 1) if keep else 0)
-    which, only = named(head_list(engine, layers, heads, "k"))
     result = injected(
         engine, ids, donor_cache or donor_ids, which,
         None if source is None else (source[0], source[1]), dest, what, rope, only, max_new_tokens, call.tick,

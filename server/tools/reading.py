@@ -22,6 +22,9 @@ from server.residuals import check_entries, held_residuals, held_rows, lens_rows
 from server.tools.effects import joined
 from server.twins import tell_twins
 
+MOST_CHARACTERS = 7700
+"""Of a capture in one answer, which stays under 2,000 tokens with the notice."""
+
 TOO_FLAT = (
     "The token ends on top of a distribution too flat for a lead: some token always is on top. It leads where it has "
     "at least 1 / sqrt(d_vocab) of the probability"
@@ -71,7 +74,7 @@ def capture_residuals(
             "rows": {"points": names, "layers": there, "positions": rows, "prompt_length": len(ids)},
         },
     )
-    return Capture(
+    made = Capture(
         model=loaded.handle,
         notice=". ".join(filter(None, [loaded.notice, _once(at, chosen)])) or None,
         handle=handle,
@@ -81,10 +84,11 @@ def capture_residuals(
         positions=rows,
         shape=list(next(iter(tensors.values())).shape),
         bytes=sum(array.nbytes for array in tensors.values()),
-        norms=[norm for name, by_layer in kept.items() for norm in _norms(name, by_layer)],
+        norms=[norm for name, by_layer in kept.items() for norm in _norms(name if len(names) > 1 else None, by_layer)],
         lens=lens,
         own_answer=own,
     )
+    return _fitting(call, made, lens_k)
 
 
 def _recorded(
@@ -109,12 +113,29 @@ def _ordered(by_layer: dict[int, Array], point: str, rows: list[int]) -> dict[in
     return {layer: np.take(np.moveaxis(array, axis, 0), order, 0) for layer, array in by_layer.items()}
 
 
-def _norms(point: str, by_layer: dict[int, Array]) -> list[PointNorm]:
+def _norms(point: str | None, by_layer: dict[int, Array]) -> list[PointNorm]:
     norms = {layer: np.linalg.norm(array.astype(np.float64), axis=-1) for layer, array in by_layer.items()}
     return [
-        PointNorm(point=point, layer=layer, mean_norm=float(n.mean()), max_norm=float(n.max()))
+        PointNorm(point=point, layer=layer, mean_norm=float(n.mean()), max_norm=float(n.max()) if n.size > 1 else None)
         for layer, n in norms.items()
     ]
+
+
+def _fitting(call: Call, made: Capture, k: int) -> Capture:
+    """With as many of the k tokens in each row of the lens as one answer holds beside the norms, and one at least."""
+    if made.lens is None:
+        return made
+    listed, shown = k, made
+    while listed > 1 and len(shown.model_dump_json(exclude_defaults=True)) > MOST_CHARACTERS:
+        listed -= 1
+        rows = [row.model_copy(update={"top": row.top[:listed]}) for row in made.lens]
+        shown = made.model_copy(update={"lens": rows})
+    if listed < k:
+        call.note(
+            f"the lens lists {listed} of {k} tokens of each row, as many as an answer holds; logit_lens reads the "
+            "others from the handle"
+        )
+    return shown
 
 
 def _lens_of_capture(
@@ -201,7 +222,7 @@ def _lens_of_handle(
     asked = position_list(loaded.model, positions, held["prompt_length"])
     rows = held["positions"] if positions == "all" else asked
     point = read_point(call, held["points"], record.handle, point)
-    kept = held_residuals(record, point, layers, rows, loaded.model)
+    kept = held_residuals(call, record, point, layers, rows, loaded.model)
     check_entries(len(kept), len(rows), k)
     assert point is not None
     return Lens(

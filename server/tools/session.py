@@ -150,7 +150,7 @@ def read_tensor(
         raise InputError(
             f"{handle} has no tensor {clipped(name)}; it has {_named(names, MOST_NAMED, ', by point and layer')}"
         )
-    array = record.tensors[name]
+    array = call.tensors(record)[name]
     flat = array.reshape(-1)
     if start >= flat.size:
         raise InputError(f"start is {start}, but {name} has {flat.size} numbers")

@@ -11,7 +11,7 @@ from schemas.arguments import Layers, ModelRef, Prompt, Steers
 from schemas.effects import Continuation, HookedGeneration
 from schemas.interventions import Interventions
 from server.call import Call, layer_list, token_shown
-from server.interventions import described_cost, described_interventions, sources
+from server.interventions import described_cost, described_interventions, planned_interventions, sources
 from server.metrics import count_tokens
 from server.tools.effects import applied, joined, steering
 
@@ -41,10 +41,12 @@ def generate_with_hooks(
     length = len(ids) + (0 if start is None else start.next_position)
     ablated = () if ablate_layers is None else tuple(layer_list(engine, ablate_layers))
     texts = of_generation(engine.config, len(ids), max_new_tokens) * 2
+    own = [Intervention("zero", ablated)] if ablated else []
+    own += steering(call, engine, steers or (), "last")
+    planned = planned_interventions(call, engine, interventions, length)
+    compile_interventions(engine, [*own, *planned], length, max_new_tokens)
     call.expect(engine, texts.beside(described_cost(call, engine, interventions, length)), len(ids))
-    made = [Intervention("zero", ablated)] if ablated else []
-    made += steering(call, engine, steers or (), "last")
-    made += described_interventions(call, engine, interventions, length)
+    made = [*own, *described_interventions(call, engine, interventions, length)]
     hook = compile_interventions(engine, made, length, max_new_tokens)
     run = partial(generate, engine, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     baseline, hooked = (
@@ -74,7 +76,7 @@ def continuation(model: Model, made: Generation) -> Continuation:
 
 def held_cache(call: Call, model: Model, handle: str) -> KVCache:
     """The cache behind a kv: handle; raises `InputError` for another model's."""
-    return KVCache.from_tensors(call.record(handle, "kv", model).tensors, model.config)
+    return KVCache.from_tensors(call.tensors(call.record(handle, "kv", model)), model.config)
 
 
 def _first_difference(a: list[int], b: list[int]) -> int | None:

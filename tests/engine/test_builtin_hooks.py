@@ -19,7 +19,7 @@ from engine import (
     generate,
 )
 from engine.edits import Edit, component_set, placed
-from engine.errors import HookError, PointError, PositionError, VectorError
+from engine.errors import HookError, PointError, VectorError
 from engine.hooks import EditHook
 
 
@@ -276,7 +276,8 @@ def test_no_hook_stretches_a_vector_over_features_rows_or_heads(synthetic, name)
 def test_two_rows_for_one_position_are_refused_and_both_named(synthetic):
     row = vector(synthetic)
     hook = PatchHook({(1, 2): row, (1, -1): 2 * row, (2, -1): row})
-    with pytest.raises(PositionError, match="positions 2 and -1 of layer 1 are one place"):
+    said = r"patch \(positions \[-1\]\) would leave nothing of patch \(positions \[2\]\) at resid_post, layer 1, pos"
+    with pytest.raises(HookError, match=said):
         forward(synthetic, [1, 2, 3], hook=hook)
     forward(synthetic, [1, 2, 3, 4], hook=hook)
     assert [edit.fired for edit in hook.edits] == [1, 1, 1]
@@ -287,8 +288,26 @@ def test_ablation_then_steering_leaves_the_steering_vector(model, ids, layer):
     left = after(model, ids, CompositeHook([ablate, steer]), layer)
     assert_same(left[-1], 2 * vector(model))
     assert not left[:-1].any()
-    steer.edits[0].fired = 0
-    assert not after(model, ids, CompositeHook([steer, ablate]), layer).any()
+    with pytest.raises(HookError, match=r"zero \(positions all\) would leave nothing of steer \(positions last\)"):
+        forward(model, ids, hook=CompositeHook([steer, ablate]))
+
+
+def test_two_hooks_that_patch_one_row_are_refused_whichever_way_they_come(synthetic):
+    row = vector(synthetic)
+    one, other = PatchHook({(1, 2): row}), PatchHook({(1, -1): 2 * row, (1, 0): row})
+    for hooks in ([one, other], [CompositeHook([one]), RecordHook.for_layers([1]), other]):
+        with pytest.raises(HookError, match="layer 1, position 2: give each row to one of them"):
+            forward(synthetic, [1, 2, 3], hook=CompositeHook(hooks))
+    forward(synthetic, [1, 2, 3, 4], hook=CompositeHook([one, other]))
+    assert [edit.fired for edit in (*one.edits, *other.edits)] == [1, 1, 1]
+
+
+def test_a_row_that_decoding_reaches_is_refused_there(synthetic):
+    both = CompositeHook(
+        [SteerHook().add(1, vector(synthetic), 1.0, "generated"), PatchHook({(1, 4): vector(synthetic)})]
+    )
+    with pytest.raises(HookError, match="position 4"):
+        generate(synthetic, [1, 2, 3], 4, hook=both)
 
 
 def test_a_record_sees_what_the_hooks_before_it_left(model, ids, clean, layer):

@@ -1,5 +1,7 @@
 """Interventions as data: what each kind does at the point it names, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from declared import has, points_of, refuses
@@ -7,7 +9,7 @@ from recording import everything
 from tolerances import assert_close, assert_moved, assert_same
 
 from engine import POINTS, EngineError, Intervention, KVCache, compile_interventions, forward, generate
-from engine.errors import InputError, LayerError, PointError, PositionError, VectorError
+from engine.errors import HookError, InputError, LayerError, PointError, PositionError, VectorError
 
 
 @pytest.fixture
@@ -250,7 +252,12 @@ def test_interventions_apply_in_order_and_count_their_rows(model, ids, layer):
     found = everything(model, ids, hook)["resid_post", layer]
     assert_same(found[-1], 2 * vec)
     assert [edit.fired for edit in hook.edits] == [len(ids), 1]
-    assert not run(model, ids, steer, zero)["resid_post", layer].any()
+    half = Intervention("scale", (layer,), positions="last", value=0.5)
+    after = (
+        run(model, ids, zero, steer, half)["resid_post", layer],
+        run(model, ids, zero, half, steer)["resid_post", layer],
+    )
+    assert_same(np.stack([rows[-1] for rows in after]), np.stack([vec, 2 * vec]))
 
 
 def test_key_value_heads_are_counted_at_keys_and_values(model, ids, clean):
@@ -307,3 +314,45 @@ def test_points_that_exist_once_fire_whatever_layers_are_named(model, ids, clean
 def test_what_cannot_be_done_is_refused_naming_what_can(synthetic, item, error, message):
     with pytest.raises(error, match=message):
         compile_interventions(synthetic, [item], 3)
+
+
+def test_what_replaces_other_heads_neurons_or_rows_goes_together(synthetic):
+    def act(point: str, positions: object, **parts: tuple[int, ...]) -> Intervention:
+        return Intervention("zero", (1,), point, positions, **parts)
+
+    apart = [
+        act("z", "all", heads=(0, 2)),
+        act("z", "all", heads=(1,)),
+        act("mlp_act", "prompt", neurons=(3,)),
+        act("mlp_act", "prompt", neurons=(4, 5)),
+        act("mlp_act", "generated"),
+    ]
+    hook = compile_interventions(synthetic, apart, 4, new_tokens=3)
+    generate(synthetic, [1, 2, 3, 4], 3, hook=hook)
+    assert [edit.fired for edit in hook.edits] == [6, 6, 4, 4, 2]
+
+
+ERASED = {
+    "heads": [Intervention("zero", (1,), "z", heads=(0, 2)), Intervention("scale", (1,), "z", value=2.0)],
+    "neurons": [Intervention("zero", (1,), "mlp_act", neurons=(3,)), Intervention("steer", (1,), "mlp_act", value=1.0)],
+    "new tokens": [Intervention("steer", (1,), positions="last", value=1.0), Intervention("zero", (1,), positions=[5])],
+    "a component": [
+        Intervention("set_component", (1,), value=3.0),
+        Intervention("project_out", (1,), positions=[2]),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", ERASED)
+def test_what_is_replaced_comes_first(synthetic, case):
+    first, second = (
+        replace(item, vector=vector(synthetic.config.d_mlp if item.point == "mlp_act" else synthetic.config.d_model))
+        if item.kind in ("steer", "set_component", "project_out")
+        else item
+        for item in ERASED[case]
+    )
+    erasing, erased = (second, first) if case in ("new tokens", "a component") else (first, second)
+    with pytest.raises(HookError, match=f"^{erasing.kind} .*would leave nothing of {erased.kind} "):
+        compile_interventions(synthetic, [erased, erasing], 4, new_tokens=4)
+    if case != "a component":  # where either sets it
+        compile_interventions(synthetic, [erasing, erased], 4, new_tokens=4)

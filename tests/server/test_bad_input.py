@@ -61,7 +61,7 @@ CASES = {
     "intervention that never fires": (
         "forward_ablate",
         P | {"layers": [1], "positions": "generated"},
-        ["never fired", "0 to 4"],
+        ["never fires", "0 to 4"],
     ),
     "unknown point": ("capture_residuals", P | {"points": ["resid"]}, ["points.0", "resid_post"]),
     "mean without prompts": ("forward_ablate", P | {"layers": [1], "mode": "mean"}, ["mean_over"]),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clients import ask, connected, refused
+from mcp import MCPError
 from slow_model import Entered
 
 from engine import blas
@@ -156,6 +157,71 @@ def test_captures_that_are_on_the_disk_make_room_for_work(tmp_path: Path) -> Non
     assert store.bytes_in_memory == 400
     assert [store.get(handle, LOCAL).tensors["a"][0] for handle in handles] == [0, 1]
     store.close()
+
+
+READS: dict[str, tuple[str, dict[str, Any]]] = {
+    "read_tensor": ("act", {}),
+    "logit_lens": ("act", {"layers": [1]}),
+    "compare": ("act", {"b": "abc"}),
+    "project_through_unembed": ("act", {}),
+    "forward_steer": ("act", {"prompt": "abc"}),
+    "generate_with_hooks": ("kv", {"prompt": "a"}),
+    "prefill_inject": ("kv", {"recipient": "abc"}),
+}
+ARGUMENT = {"read_tensor": "handle", "logit_lens": "tensor", "compare": "a", "generate_with_hooks": "cache"}
+
+
+@pytest.mark.parametrize("tool", READS)
+async def test_stored_tensors_that_have_to_be_read_count(tmp_path: Path, tool: str) -> None:
+    """Nothing fits into the store's own memory, so that every use of a handle reads its file."""
+    store = open_store(tmp_path, 0, 1 << 30)
+    lab, entered = small_lab(1 << 30, store)
+    kind, more = READS[tool]
+    async with connected(build_server(lab)) as client:
+        made = {
+            "act": await ask(client, "capture_residuals", prompt=PROMPT, positions="all"),
+            "kv": await ask(client, "prefill_inject", recipient=PROMPT, donor=OTHER, keep=True, max_new_tokens=1),
+        }
+        handle = made[kind]["handle"]
+        vector = {"handle": handle, "layer": 1, "position": 3}
+        given = {
+            "project_through_unembed": {"vector": vector},
+            "forward_steer": {"steers": [{"layer": 1, "vector": vector, "alpha": 1.0}]},
+            "prefill_inject": {"donor": handle},
+        }.get(tool, {ARGUMENT.get(tool, ""): handle})
+        entered.count, size = 0, store.get(handle, LOCAL).nbytes
+        lab.memory.budget = 2 * size - 1
+        said = await refused(client, tool, **more, **given)
+        assert re.match(r"this needs \S+ while it works, and \S+ of the \S+ for calls", said)
+        assert entered.count == 0
+        lab.memory.budget = 64 << 20
+        await ask(client, tool, **more, **given)
+    store.close()
+
+
+async def test_a_resource_of_stored_tensors_is_read_within_the_budget(tmp_path: Path) -> None:
+    store = open_store(tmp_path, 0, 1 << 30)
+    lab, _ = small_lab(1 << 30, store)
+    async with connected(build_server(lab)) as client:
+        handle = (await ask(client, "capture_residuals", prompt=PROMPT, positions="all"))["handle"]
+        uri = f"mechscope://tensors/{handle}"
+        assert handle in (await client.read_resource(uri)).contents[0].text
+        lab.memory.budget = 2 * store.get(handle, LOCAL).nbytes - 1
+        with pytest.raises(MCPError, match="this needs"):
+            await client.read_resource(uri)
+    store.close()
+
+
+@pytest.mark.parametrize("tool", ["logit_lens", "tokenize"])
+async def test_a_text_is_refused_before_it_is_split(tool: str) -> None:
+    lab, entered = small_lab(1 << 20)
+    name = "text" if tool == "tokenize" else "prompt"
+    async with connected(build_server(lab)) as client:
+        said = await refused(client, tool, **{name: "x" * 5000})
+        assert "this needs 2.4MiB while it works" in said
+        assert "What would fit: 2048 characters" in said
+        await ask(client, "tokenize", text="x" * 500)
+    assert entered.count == 0
 
 
 def test_what_fits_is_told_in_what_bytes_grow_with() -> None:
