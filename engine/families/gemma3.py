@@ -37,11 +37,12 @@ VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mod
 
 
 def text(raw: Raw) -> dict[str, Any]:
-    """config.json of the text model."""
+    """config.json of the text model within the whole: tied if it is said outside, without a final softcap."""
     inner = raw.get("text_config")
     if not isinstance(inner, dict):
         raise DamagedFile(f"config: text_config is {clipped(inner)}; it must be the text model's config")
-    return {**DEFAULTS, **inner}
+    outside = {"tie_word_embeddings": raw.get("tie_word_embeddings", True), "final_logit_softcapping": None}
+    return {**DEFAULTS, **inner} | outside
 
 
 def config(raw: Raw) -> Config:

@@ -25,7 +25,10 @@ PICTURES = {"encoder.layers.0.mlp.fc1.weight": (8, 4), "mm_soft_emb_norm.weight"
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return gguf_rows.directory(ROW, tmp_path_factory.mktemp("text") / "hf")
+    """The text model, without the softcap that its logits do not have beside pictures."""
+    at = gguf_rows.directory(ROW, tmp_path_factory.mktemp("text") / "hf")
+    (at / "config.json").write_text(json.dumps(gguf_rows.ROWS[ROW] | {"final_logit_softcapping": None}))
+    return at
 
 
 def wrapped(plain: Path, at: Path, names: str = "saved", **changes: Any) -> Path:
@@ -63,6 +66,12 @@ def test_what_the_text_config_leaves_out_has_transformers_defaults():
     assert (cfg.n_heads, cfg.n_kv_heads, cfg.d_head, cfg.d_vocab, cfg.n_ctx) == (8, 4, 256, 262_208, 131_072)
     assert cfg.windows[:6] == (4096,) * 5 + (None,)
     assert cfg.attn_scales[0] == 1 / 16
+
+
+def test_the_outer_config_ties_the_head_and_no_softcap_bounds_it():
+    raw = {"text_config": gguf_rows.ROWS[ROW] | {"tie_word_embeddings": False, "final_logit_softcapping": 2.0}}
+    assert (gemma3.config(raw).tied, gemma3.config(raw).final_softcap) == (True, None)
+    assert not gemma3.config(raw | {"tie_word_embeddings": False}).tied
 
 
 @pytest.mark.parametrize(

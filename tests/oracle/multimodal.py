@@ -24,6 +24,7 @@ TEXT = {
     "max_position_embeddings": 256,
     "sliding_window": 4,
     "query_pre_attn_scalar": 24,
+    "final_logit_softcapping": 2.0,  # goes unread here
 }
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
