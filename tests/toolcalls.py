@@ -18,7 +18,14 @@ from hypothesis_jsonschema import from_schema
 Arguments = dict[str, Any]
 Strategy = st.SearchStrategy[Any]
 
-SLOTS = ("act", "grid", "kv", "vec", "run", "model")
+CAPTURED = [
+    "embed", "resid_pre", "q", "k", "v", "attn_pattern", "z", "attn_proj", "attn_out", "resid_mid", "mlp_act",
+    "mlp_proj", "mlp_out", "final_norm",
+]  # fmt: skip
+"""Every point of the synthetic model's but `resid_post`, which the slot `act` has."""
+
+CAPTURES = ("act", *CAPTURED, "several")
+SLOTS = (*CAPTURES, "grid", "kv", "vec", "run", "model")
 STALE = ["act:gone-00", "kv:gone-00", "vec:gone-00", "run:gone-00", "model:gone-00", "act:", "act", ":", "<gone>"]
 LENGTH, LAYERS, WIDTH, VOCABULARY = 8, 4, 64, 257
 TEXTS = ["The cat.", "A  dog!\n", "abcabcab", "abdabdab", "12345678", "\x00\x7f\t<|>[]", "naïve c", "日本.."]
@@ -60,6 +67,7 @@ LAYERS_OF = _lists(LAYER) | st.sampled_from(["all", "1:", "::2", "-2:"])
 MATCH = st.sampled_from(["position", "pooled"])
 PLACES = st.sampled_from(["last", "all"]) | _lists(POSITION)
 PLAIN_VECTOR = st.one_of(
+    _with(handle=_slot("act", "act", *CAPTURES), layer=LAYER, position=POSITION, point_=st.sampled_from(CAPTURED)),
     _with(handle=_slot("act"), layer=LAYER, position=POSITION),
     _with(handle=_slot("vec")),
     _with(token=TOKEN, space=st.sampled_from(["embed", "unembed"])),
@@ -94,13 +102,15 @@ INTERVENTION = st.one_of(
 )
 
 NAMES: dict[str, Strategy] = {
-    **dict.fromkeys(("prompt", "recipient", "donor", "clean", "corrupt", "a", "b"), PROMPT),
+    **dict.fromkeys(("prompt", "recipient", "donor", "clean", "corrupt"), PROMPT),
+    **dict.fromkeys(("a", "b"), PROMPT | PROMPT | _slot(*CAPTURES)),
     **dict.fromkeys(("token", "against", "target"), TOKEN),
     **dict.fromkeys(("layers", "ablate_layers"), LAYERS_OF),
     "text": st.sampled_from(TEXTS) | st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
     "tokens": st.lists(TOKEN, min_size=2, max_size=4, unique_by=lambda t: ord(t) if isinstance(t, str) else t),
     "positions": PLACES,
     "position": POSITION,
+    "points": st.sampled_from([["embed"], ["final_norm"]]) | _lists(st.sampled_from(["resid_post", *CAPTURED]), 2),
     "heads": st.one_of(*[_lists(st.integers(0, 1), 2)] * 4, _lists(PAIR, 2)),  # layers beside pairs are mostly refused
     "chat": st.booleans() | st.sampled_from(TEXTS),
     "k": st.integers(1, 12),
@@ -111,7 +121,7 @@ NAMES: dict[str, Strategy] = {
     "max_new_tokens": st.integers(1, 4),
     "mean_over": _lists(PROMPT),
     "match": MATCH,
-    "handle": _slot("act", "grid", "kv", "vec"),
+    "handle": _slot(*CAPTURES, "grid", "kv", "vec"),
     "cache": _slot("kv"),
     "model": st.sampled_from(["<model>", "synthetic", None]),
     "source": st.tuples(st.integers(0, 3), st.integers(4, LENGTH - 1)).map(list),
@@ -124,8 +134,8 @@ NAMES: dict[str, Strategy] = {
 
 OWN: dict[tuple[str, str], Strategy] = {
     ("load_model", "model"): st.sampled_from(["synthetic", "synthetic:induction"]),
-    ("logit_lens", "tensor"): _slot("act"),
-    ("read_tensor", "tensor"): st.sampled_from(["resid_post.0", "resid_post.3", "grid", "vector"]),
+    ("logit_lens", "tensor"): _slot("act", "act", "act", *CAPTURES),
+    ("read_tensor", "tensor"): st.sampled_from(["resid_post.0", "resid_post.3", "embed.0", "q.1", "grid", "vector"]),
     ("causal_trace", "positions"): _lists(POSITION),
     ("release", "handle"): _slot(*SLOTS),
     ("start_job", "tool"): st.sampled_from(["logit_lens", "capture_residuals", "attention_pattern"]),
@@ -149,6 +159,31 @@ APART: dict[str, tuple[tuple[str, ...], ...]] = {
     "attention_pattern": (("layers", "positions", "k", "heads", "chat"),) * 3 + (("heads", "positions", "k"),),
 }
 """Arguments that go together, where not all of them do; the first of each is always given."""
+
+
+MADE = st.just("<made>")
+ASKED_OF_ANY = {"read_tensor": _with(handle=MADE, start_=st.integers(0, 9)), "release": _with(handle=MADE)}
+FOLLOWED: dict[str, tuple[Arguments, dict[str, Strategy]]] = {
+    "capture_residuals": (
+        {},
+        {
+            "logit_lens": _with(tensor=MADE, layers_=LAYERS_OF, positions_=PLACES),
+            "compare": _with(a=MADE, b=MADE | PROMPT),
+            "project_through_unembed": _with(vector=_with(handle=MADE, layer_=LAYER, position_=POSITION)),
+            **ASKED_OF_ANY,
+        },
+    ),
+    "causal_trace": ({"metric": "kl", "token": None, "against": None}, ASKED_OF_ANY),
+    "prefill_inject": (
+        {"keep": True},
+        {"generate_with_hooks": _with(prompt=PROMPT, cache=MADE, max_new_tokens=st.just(2)), **ASKED_OF_ANY},
+    ),
+    "start_job": (
+        {"dry_run": False},
+        {"get_job": _with(run=MADE), "cancel_job": _with(run=MADE), **ASKED_OF_ANY},
+    ),
+}
+"""tool that makes a handle -> arguments with which it does, and what the next calls are asked about `<made>`"""
 
 
 @st.composite

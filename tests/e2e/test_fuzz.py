@@ -17,6 +17,7 @@ import toolcalls
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from clients import connected
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from mcp import Client
 from mcp.types import CallToolResult, Tool
 
@@ -39,6 +40,11 @@ MOST_WORDS = 4000
 
 KEPT = {
     "act": ("capture_residuals", {"prompt": toolcalls.TEXTS[0], "positions": "all"}),
+    **{
+        point: ("capture_residuals", {"prompt": toolcalls.TEXTS[0], "points": [point], "positions": "all"})
+        for point in toolcalls.CAPTURED
+    },
+    "several": ("capture_residuals", {"prompt": toolcalls.TEXTS[1], "points": toolcalls.CAPTURED, "layers": [1, 3]}),
     "grid": ("causal_trace", {"clean": toolcalls.TEXTS[2], "corrupt": toolcalls.TEXTS[3], "metric": "kl"}),
     "run": (
         "start_job",
@@ -113,20 +119,25 @@ def judge(result: CallToolResult, schema: dict[str, Any]) -> None:
     json.dumps(result.structured_content, allow_nan=False, ensure_ascii=False).encode()
 
 
-@pytest.mark.parametrize("tool", [function.__name__ for function in TOOLS])
-def test_every_call_is_answered_by_its_schema_or_in_words(session: Session, tool: str) -> None:
-    listed = session.tools[tool]
-    about_jobs = "run" in listed.input_schema["properties"]
-    outcomes: Counter[bool] = Counter()
-
-    @settings(
-        max_examples=EACH,
+def drawn(examples: int) -> settings:
+    """The same draws at every run."""
+    return settings(
+        max_examples=examples,
         derandomize=True,
         database=None,
         deadline=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
+
+
+@pytest.mark.parametrize("tool", [function.__name__ for function in TOOLS])
+def test_every_call_is_answered_by_its_schema_or_in_words(session: Session, tool: str) -> None:
+    listed = session.tools[tool]
+    about_jobs = "run" in listed.input_schema["properties"]
+    outcomes: Counter[bool] = Counter()
+
+    @drawn(EACH)
     @given(toolcalls.calls(tool, listed.input_schema))
     def every_call(arguments: dict[str, Any]) -> None:
         result = session.call(tool, toolcalls.filled(arguments, session.handles))
@@ -140,3 +151,44 @@ def test_every_call_is_answered_by_its_schema_or_in_words(session: Session, tool
     share = outcomes[True] / outcomes.total()
     print(f"{tool}: {share:.0%} of {outcomes.total()} calls accepted")
     assert share >= ACCEPTED
+
+
+SEQUENCES = 40
+"""Drawn pairs of calls for each tool that makes a handle."""
+
+
+@pytest.mark.parametrize("maker", toolcalls.FOLLOWED)
+def test_what_a_drawn_call_made_the_next_calls_take_or_refuse_in_words(session: Session, maker: str) -> None:
+    fixed, follow = toolcalls.FOLLOWED[maker]
+    outcomes: Counter[bool] = Counter()
+
+    def answered(tool: str, arguments: dict[str, Any], made: str = "") -> CallToolResult:
+        result = session.call(tool, toolcalls.filled(arguments, session.handles | {"made": made}))
+        judge(result, session.tools[tool].output_schema or {})
+        return result
+
+    @drawn(SEQUENCES)
+    @given(st.data())
+    def both_calls(data: st.DataObject) -> None:
+        arguments = data.draw(toolcalls.sound(maker, session.tools[maker].input_schema))
+        made = answered(maker, arguments | fixed).structured_content
+        if made is None:
+            return
+        for tool, asked in follow.items():
+            taken = answered(tool, data.draw(asked), made["run" if maker == "start_job" else "handle"])
+            outcomes[not taken.is_error] += 1
+        session.restore()
+
+    both_calls()
+    share = outcomes[True] / outcomes.total()
+    print(f"{maker}: {share:.0%} of {outcomes.total()} calls about what it made were accepted")
+    assert share >= ACCEPTED
+
+
+def test_every_layer_that_a_capture_of_any_point_lists_is_there(session: Session) -> None:
+    for point in ("resid_post", *toolcalls.CAPTURED):
+        made = session.call("capture_residuals", {"prompt": toolcalls.TEXTS[0], "points": [point]}).structured_content
+        assert made is not None
+        for layer in made["layers"]:
+            page = session.call("read_tensor", {"handle": made["handle"], "tensor": f"{point}.{layer}"})
+            assert not page.is_error, (point, layer)
