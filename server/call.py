@@ -12,7 +12,6 @@ from typing import Any
 
 import anyio.from_thread
 import numpy as np
-from mcp.server.mcpserver import Context
 
 from engine import Model
 from engine.cost import Cost
@@ -29,6 +28,7 @@ from server.jobs import Jobs
 from server.lab import Lab, LoadedModel
 from server.metrics import count_tokens
 from server.store import Record, is_handle
+from server.teller import Teller
 
 LOCAL = "local"
 """The principal of stdio and of an unauthenticated localhost server."""
@@ -58,7 +58,7 @@ class Call:
     """What a tool is given besides its arguments."""
 
     lab: Lab
-    context: Context[Any, Any]
+    teller: Teller
     jobs: Jobs
     owner: str = LOCAL
     dry: bool = False
@@ -73,7 +73,7 @@ class Call:
     _from_disk: dict[str, int] = field(default_factory=dict)
     """Bytes that reading stored tensors takes, by their handle."""
     _ticks: int = 0
-    _reported: float = field(default=0.0)
+    _told: float = 0.0
     _untold: tuple[int, int | None, str] | None = None
 
     def expect(self, model: Model, cost: Cost, length: int, keeps: int = 0) -> None:
@@ -103,14 +103,15 @@ class Call:
         anyio.from_thread.check_cancelled()
         now = time.monotonic()
         self._untold = done, total, what
-        if now - self._reported >= REPORT_EVERY:
-            self._reported, self._untold = now, None
-            anyio.from_thread.run(self.context.report_progress, done, total, what)
+        if now - self._told >= REPORT_EVERY:
+            self._told, self._untold = now, None
+            anyio.from_thread.run_sync(self.teller.tell, done, total, what)
 
     async def tell_last(self) -> None:
         """Report the last of the progress, so that what is done ends at its total."""
         if self._untold is not None:
-            await self.context.report_progress(*self._untold)
+            self.teller.tell(*self._untold)
+        await self.teller.end()
 
     def note(self, text: str) -> None:
         """Tell it in the answer's notice, once."""

@@ -35,6 +35,7 @@ from server.lab import Lab, Slot
 from server.logs import log
 from server.metrics import count_fault
 from server.store import StoreError
+from server.teller import Teller
 
 PROMPTS = frozenset({"a", "clean", "prompt", "recipient", "text"})
 """An argument of one of these names is a prompt, so the tool takes `chat`: texts go through the chat template."""
@@ -56,19 +57,20 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
         )
 
     async def run(ctx: Context[Any, Any], chat: bool | str = False, **arguments: Any) -> BaseModel:
-        call = Call(lab, ctx, jobs, principal(), isinstance(ctx, DryRun), chat)
+        teller = Teller(ctx.report_progress)
+        call = Call(lab, teller, jobs, principal(), isinstance(ctx, DryRun), chat)
         work = functools.partial(function, call, **arguments)
         try:
             async with AsyncExitStack() as turns:
                 for slot in _worked_with(lab, arguments) if uses_model else ():
                     if slot.taken and not call.dry:
-                        await ctx.report_progress(0, None, f"waiting for {slot.known.name}: another call or job has it")
+                        teller.tell(0, None, f"waiting for {slot.known.name}: another call or job has it")
                     await turns.enter_async_context(slot.turn())
                 if call.dry:
                     return await anyio.to_thread.run_sync(_estimated, work)
                 result: BaseModel = await (work() if on_loop else anyio.to_thread.run_sync(work))
-                await call.tell_last()
-                return _noticed(result, *call.notes, call.as_read())
+            await call.tell_last()
+            return _noticed(result, *call.notes, call.as_read())
         except ToolError:
             raise
         except (EngineError, StoreError) as error:
@@ -84,6 +86,7 @@ def instrument(lab: Lab, jobs: Jobs, function: ToolFunction, without: Collection
                 "log); this is a defect: nothing was computed and nothing was lost"
             ) from error
         finally:
+            teller.drop()
             lab.memory.give_back(call)
 
     on_loop = inspect.iscoroutinefunction(function)

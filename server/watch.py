@@ -17,6 +17,9 @@ from server.tools import PLACELESS, TOOLS
 NAMES = frozenset(function.__name__ for function in TOOLS)
 NO_PLACE = frozenset(function.__name__ for function in PLACELESS)
 
+LONGEST_TOKEN = 256
+"""Characters of a progress token."""
+
 
 class Watch:
     """Calls go through `gate` and into `metrics`; a call that is not let in gets an error that says why."""
@@ -34,6 +37,7 @@ class Watch:
         with logs.request(), self.metrics.measuring():
             logs.log.debug("called", extra={"tool": tool, "arguments": (ctx.params or {}).get("arguments")})
             try:
+                _check_token(ctx)
                 with self.gate.admitted(principal(), tool not in NO_PLACE):
                     result = await call_next(ctx)
                     outcome = "error" if _failed(result) else "ok"
@@ -53,6 +57,14 @@ class Watch:
         self.metrics.seconds.labels(tool).observe(seconds)
         said = {"tool": tool, "outcome": outcome, "seconds": round(seconds, 4), "principal": principal()}
         logs.log.info("call", extra=said)
+
+
+def _check_token(ctx: ServerRequestContext[Any, Any]) -> None:
+    """Raise `Refusal` for a progress token that every report would repeat at length."""
+    meta = (ctx.params or {}).get("_meta")
+    token = meta.get("progressToken") if isinstance(meta, dict) else None
+    if isinstance(token, str) and len(token) > LONGEST_TOKEN:
+        raise Refusal(f"the progress token has {len(token)} characters; give one of at most {LONGEST_TOKEN}")
 
 
 def _failed(result: HandlerResult) -> bool:
