@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from engine import blas, fast
 from engine.cache import KVCache
@@ -78,9 +79,17 @@ def of_pass(cfg: Config, length: int, stop: int | None = None) -> Cost:
 
 
 def of_generation(cfg: Config, length: int, max_new_tokens: int) -> Cost:
-    """A prompt of `length` tokens and at most so many new ones; the last of them is never fed back."""
-    cache = cache_bytes(cfg, length + max_new_tokens)
-    return (of_pass(cfg, length) + of_pass(cfg, 1) * (max_new_tokens - 1)).holding(cache)
+    """A prompt of `length` tokens and at most so many new ones; the last of them is never fed back.
+
+    Where rotary frequencies change with the length, everything so far is fed again.
+    """
+    lengths = range(length, length + max_new_tokens)
+    ropes = {rope for rope in cfg.ropes if rope is not None}
+    frequencies = [[rope.frequencies(n) for rope in ropes] for n in lengths]
+    cost = of_pass(cfg, length)
+    for n, (before, now) in zip(lengths[1:], pairwise(frequencies), strict=True):
+        cost += of_pass(cfg, 1 if now == before else n)
+    return cost.holding(cache_bytes(cfg, length + max_new_tokens))
 
 
 def cache_bytes(cfg: Config, positions: int) -> int:

@@ -63,6 +63,7 @@ def generate(
     whole = cache.length == 0 and window is None
     prompt_length = cache.next_position + ids.shape[1]
     rng = np.random.default_rng(seed)
+    counted = [] if hook is None else [(edit, edit.fired) for edit in hook.named_edits()]
     new: list[int] = []
     feed = ids.tolist()
     progress = None if tick is None else Progress(tick, model.config.n_layers * max_new_tokens)
@@ -75,6 +76,8 @@ def generate(
             break
         if new and not cache.serves(cache.next_position + 1):
             cache.crop(0)
+            for edit, fired in counted:
+                edit.fired = fired
             feed = [[*ids[0].tolist(), *new]]
         result = forward(model, feed, hook=hook, cache=cache, prompt_length=prompt_length, tick=progress)
         assert result.logits is not None

@@ -97,11 +97,11 @@ class Scan:
 
     def ends(self, k: int) -> tuple[list[Cell], list[Cell]]:
         """The k cells that raise the metric most, and the k that lower it most, as (labels, value), each from the
-        largest change on; cells that change it by less than `floor` are in neither.
+        largest change on; cells that change it by less than `floor`, or not at all, are in neither.
         """
         cells, changes, floor = list(product(*self.axes.values())), self.changes.ravel(), self.floor
         order = np.argsort(-changes, kind="stable")
-        found = [(cells[i], float(self.values.flat[i])) for i in order if abs(changes[i]) >= floor]
+        found = [(cells[i], float(self.values.flat[i])) for i in order if abs(changes[i]) >= floor and changes[i]]
         raised = [cell for cell in found if cell[1] > self.baseline]
         return raised[:k], found[len(raised) :][::-1][:k]
 

@@ -76,9 +76,15 @@ class Vouched:
 
     def require_unchanged(self) -> None:
         """Raise `DamagedConversion` if the file was written to: what is mapped changes with it."""
-        now = self._still_there()
-        if now is not None and (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+        now, then = self._still_there(), self._stat
+        if now is None:
+            return
+        if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
             raise self._damaged()
+        if now.st_ctime_ns != then.st_ctime_ns:  # its mode or links, or bytes and then its time set back: look again
+            self._stat, self._whole = now, [None] * len(self._pieces)
+            if self.damaged():
+                raise self._damaged()
 
     def damaged(self) -> list[str]:
         """The names of arrays that are not as they were written; all are looked at."""

@@ -353,7 +353,7 @@ PLAIN_MUTANTS = (
            "test_metrics.py::test_nothing_is_recovered_between_runs_that_are_too_close_in_units_of_the_metric"),
     Mutant("both ends are the raised one", "scans.py", "if cell[1] > self.baseline]", "]",
            "test_scans.py::test_the_ends_of_a_scan_are_signed_and_leave_out_what_is_below_the_floor"),
-    Mutant("cells below the floor are listed", "scans.py", "if abs(changes[i]) >= floor]", "]",
+    Mutant("cells below the floor are listed", "scans.py", "if abs(changes[i]) >= floor and changes[i]]", "]",
            "test_scans.py::test_the_ends_of_a_scan_are_signed_and_leave_out_what_is_below_the_floor"),
     Mutant("whoever is on top leads", "lens.py", " and probability >= len(logits) ** -0.5", "",
            "test_lens.py::test_a_token_leads_by_more_than_chance_or_not_at_all"),

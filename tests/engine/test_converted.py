@@ -272,15 +272,27 @@ def test_who_uses_weights_does_not_wait_for_the_look_ahead(source, monkeypatch):
         logits(load_model(source))
 
 
-def test_numbers_that_are_written_over_while_they_are_mapped_give_no_result(source):
+@pytest.mark.parametrize("times", ["those of the write", "set back"])
+def test_numbers_that_are_written_over_while_they_are_mapped_give_no_result(source, times):
     load_model(source)
     os.utime(only_file(), ns=(0, 0))
     mapped = load_model(source)
     logits(mapped)
     spoil(only_file(), -2)
+    if times == "set back":
+        os.utime(only_file(), ns=(0, 0))
     with pytest.raises(DamagedFile, match="not those that were written"):
         logits(mapped)
     assert load_model(source).conversion == "made"
+
+
+def test_a_conversion_whose_mode_or_links_change_stays_in_use(source):
+    load_model(source)
+    mapped = load_model(source)
+    expected = logits(mapped)
+    only_file().chmod(0o600)
+    os.link(only_file(), only_file().with_suffix(".backup"))
+    assert_same(logits(mapped), expected)
 
 
 def test_a_conversion_that_is_replaced_or_deleted_while_it_is_mapped_stays_what_it_was(source):
@@ -365,7 +377,7 @@ def test_a_change_in_what_reads_models_is_a_change_of_code():
     modules = {node.module.split(".")[1] for node in imports if str(node.module).startswith("engine.")}
     modules |= {alias.name for node in imports if node.module == "engine" for alias in node.names}
     numbers_do_not_come_of = {
-        "catalog", "decoder", "errors", "fast", "heap", "model", "network", "planted", "synthetic"
+        "catalog", "decoder", "errors", "fast", "heap", "model", "network", "planted", "synthetic", "waiting"
     }  # fmt: skip
     digested = {pattern.split("/")[0].removesuffix(".py") for pattern in converted._LOADERS}
     assert modules - numbers_do_not_come_of <= digested

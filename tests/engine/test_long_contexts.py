@@ -4,10 +4,11 @@ import families
 import numpy as np
 import pytest
 from declared import boundary
-from recording import cached
+from recording import Calls, cached
 from tolerances import assert_close, assert_moved, assert_same
 
-from engine import CompositeHook, KVCache, LayerHook, Model, RecordHook, SteerHook, forward, generate
+from engine import CompositeHook, KVCache, LayerHook, Model, RecordHook, ScaleHook, SteerHook, forward, generate
+from engine.cost import of_generation, of_pass
 from engine.errors import CacheError
 
 ROWS = [row for row in families.ROWS if boundary(families.tiny(row))]
@@ -99,6 +100,22 @@ def test_hooks_go_on_across_the_boundary(long, edge, tokens):
     assert found.ids == expected
     assert expected != greedy(long, tokens[: edge - 2], 6)[0]
     assert record.positions.tolist() == list(range(edge + 3))
+
+
+@pytest.mark.parametrize(("scope", "expected"), [("all", 3), ("generated", 5)])
+def test_an_edit_counts_a_row_once_however_often_it_is_computed(long, edge, tokens, scope, expected):
+    hook = ScaleHook.for_layers([1], 0.5, positions=scope)
+    generate(long, tokens[: edge - 2], 6, hook=hook)
+    assert [edit.fired for edit in hook.edits] == [expected + (edge if scope == "all" else 0)]
+
+
+def test_what_a_generation_takes_counts_what_is_computed_anew(long, edge, tokens):
+    calls = Calls(["resid_pre"])
+    generate(long, tokens[: edge - 2], 6, hook=calls)
+    rows = [len(pos) for _, _, _, pos, _ in calls.seen]
+    cost = of_generation(long.config, edge - 2, 6)
+    assert (cost.rows, cost.steps) == (sum(n for n in rows if n > 1), sum(n for n in rows if n == 1))
+    assert cost.nbytes > of_pass(long.config, edge + 1).nbytes
 
 
 def test_a_cache_of_unknown_tokens_or_a_window_ends_the_text_there(long, edge, tokens):

@@ -1,6 +1,7 @@
 """The named scans: each cell is what a run of its own gives, and the grid says what it did."""
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,13 @@ def test_without_a_donor_the_floor_is_what_rounding_can_do(synthetic):
     assert scan.floor == rounding(LOGIT, logits(synthetic, ids))
     same = ablation_scan(synthetic, ids, LOGIT, mode="mean", over=[ids])
     assert same.ends(50) == ([], [])
+    sure = replace(
+        same,
+        values=np.full_like(same.values, same.baseline),
+        metric=Metric("probability", 65),
+        logits=np.where(np.arange(257) == 65, 1e3, 0),
+    )
+    assert (sure.floor, sure.ends(50)) == (0, ([], [])), "what does not change is no finding even without a floor"
 
 
 def test_cells_before_the_first_difference_are_answered_without_a_run(synthetic):
