@@ -54,6 +54,7 @@ def everything(bench: checks.Bench) -> Iterable[Result]:
     yield from checks.hooked_generation_agrees(bench)
     yield from checks.interventions_agree(bench)
     yield from checks.transplants_agree(bench)
+    torch.set_num_threads(1)  # of so many tiny models each is faster so, and the more on a busy machine
     yield from tiny.directories_agree()
     yield from multimodal.multimodal_agrees()
     yield from directories.directories_agree()
