@@ -278,10 +278,9 @@ def layer_list(model: Model, layers: Sequence[int] | str) -> list[int]:
         if layers == "all":
             return list(range(n))
         first, dash, last = layers.partition("-")
-        if dash and first.isdecimal() and last.isdecimal():  # as results tell a span
-            layers = f"{first}:{int(last) + 1}"
-        parts = layers.split(":")
+        span = dash and first.isdecimal() and last.isdecimal()  # as results tell one
         try:
+            parts = [first, str(int(last) + 1)] if span else layers.split(":")
             numbers = [int(part) if part.strip() else None for part in parts]
             chosen = list(range(n))[slice(*numbers)] if 2 <= len(parts) <= 3 else []
         except ValueError:

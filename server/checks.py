@@ -7,16 +7,18 @@ RequireToken  401 without a token that is known
 """
 
 import math
+import re
 import time
+from collections.abc import Sequence
 
 from limits import parse
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
@@ -68,12 +70,12 @@ class KnownPlaces:
     """Web pages cannot reach the server by a name of their own (DNS rebinding) or from an origin of their own."""
 
     def __init__(self, app: ASGIApp, security: TransportSecuritySettings) -> None:
-        self.app, self._check = app, TransportSecurityMiddleware(security)
+        self.app, self._check, self._security = app, TransportSecurityMiddleware(security), security
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = None
         if scope["type"] == "http" and scope["path"] not in OPEN:
-            refused = await self._check.validate_request(Request(scope))
+            refused = await self._check.validate_request(Request(scope)) or self._without_port(Headers(scope=scope))
         if refused is None:
             await self.app(scope, receive, send)
             return
@@ -81,15 +83,32 @@ class KnownPlaces:
         said = f"{bytes(refused.body).decode()}: this server answers to localhost and to what its {setting} names"
         await _error(said, refused.status_code)(scope, receive, send)
 
+    def _without_port(self, headers: Headers) -> Response | None:
+        """The refusal of a place with something else than a port behind it, where the library takes anything."""
+        if not _is_named(headers["host"], self._security.allowed_hosts):
+            return PlainTextResponse("Invalid Host header", 421)
+        origin = headers.get("origin")
+        if origin and not _is_named(origin, self._security.allowed_origins):
+            return PlainTextResponse("Invalid Origin header", 403)
+        return None
+
+
+def _is_named(place: str, allowed: Sequence[str]) -> bool:
+    name, _, port = place.rpartition(":")
+    return place in allowed or (f"{name}:*" in allowed and re.fullmatch(r"[0-9]{1,5}", port) is not None)
+
 
 class RateLimit:
     """A moving window for each principal; before a token is known, for each address."""
 
     def __init__(self, app: ASGIApp, rate: str) -> None:
         self.app, self._rate = app, parse(rate)
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())  # the synchronous one starts a thread at every hit
+        self._storage = MemoryStorage()  # the synchronous one starts a thread at every hit
+        self._limiter = MovingWindowRateLimiter(self._storage)
+        self._latest = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._follow_clock()
         if scope["type"] != "http" or scope["path"] in OPEN or await self._limiter.hit(self._rate, *_who(scope)):
             await self.app(scope, receive, send)
             return
@@ -97,6 +116,12 @@ class RateLimit:
         wait = max(1, math.ceil(window.reset_time - time.time()))
         said = f"too many requests: {self._rate}; try again in {wait} s"
         await _error(said, 429, {"retry-after": str(wait)})(scope, receive, send)
+
+    async def _follow_clock(self) -> None:
+        """Begin anew when the clock was set back: the library counts by it, and would wait until it catches up."""
+        if (now := time.time()) < self._latest:
+            await self._storage.reset()
+        self._latest = now
 
 
 class RequireToken:

@@ -73,6 +73,9 @@ def test_without_a_known_token_the_answer_is_401_and_says_how(guarded: Served) -
 
 def test_unknown_hosts_and_origins_are_refused(guarded: Served) -> None:
     assert post(guarded, Host="evil.example").status_code == 421
+    for port in ("evil.example", "80.evil.example", "80:evil", "", "8 0", "123456", "\u0668"):
+        assert post(guarded, Host=f"localhost:{port}".encode()).status_code in (400, 421), port
+        assert post(guarded, Origin=f"http://localhost:{port}".encode()).status_code == 403, port
     assert post(guarded, Origin="https://evil.example").status_code == 403
     assert post(guarded, Origin="http://localhost:3000").status_code == 200
 
