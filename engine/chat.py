@@ -30,8 +30,9 @@ SECONDS = 2.0
 MOST_SOURCE = 1_000_000
 """Characters that a template may have."""
 
-BROKEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-"""What a template can raise besides Jinja's own errors; a macro without end is a RuntimeError."""
+BROKEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError)
+"""What a template can raise besides Jinja's own errors: a macro without end is a RuntimeError, a hundred ifs in each
+other a SyntaxError of the Python that Jinja makes of them."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of what was thought before an answer; templates read the first two."""

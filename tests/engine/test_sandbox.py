@@ -84,3 +84,90 @@ def test_nothing_grows_without_bounds(source):
     with pytest.raises((DamagedFile, InputError), match=r"makes|writes more"):
         ChatTemplate(source).render(USER)
     assert time.process_time() - began < 10
+
+
+PAIRS = "{% set ns = namespace(a=['x'], b=['x']) %}{% for i in range(20) %}"
+
+
+def pairs(grown: str, then: str = "ns.a | length") -> str:
+    """What holds one thing twice, and that twice, and so on: a few lists that take millions of characters to write."""
+    return f"{PAIRS}{{% set ns.a = {grown} %}}{{% endfor %}}{{{{ {then} }}}}"
+
+
+BOTH = PAIRS + "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
+BIG = "{% set x = 'a' * 900000 %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pairs("[ns.a, ns.a]", "ns.a ~ ''"),
+        pairs("[ns.a, ns.a]", "ns.a | string | length"),
+        pairs("[ns.a, ns.a]", "ns.a | tojson | length"),
+        pairs("[ns.a, ns.a]", "ns.a | pprint | length"),
+        pairs("[ns.a, ns.a]", "('%s' % ns.a) | length"),
+        BOTH + "{{ ns.a == ns.b }}",
+        BOTH + "{{ ns.a < ns.b }}",
+        BOTH + "{{ ns.a in [ns.b] }}",
+        pairs("(ns.a, ns.a)"),
+        pairs("(ns.a, ns.a)", "{(ns.a, ): 1} | length"),
+        pairs("{'x': ns.a, 'y': ns.a}"),
+        pairs("dict(x=ns.a, y=ns.a)"),
+        pairs("dict([('x', ns.a)], y=ns.a)"),
+        pairs("[ns.a] * 2"),
+        pairs("[ns.a] + [ns.a]"),
+        pairs("range(2) | map(attribute='none', default=ns.a) | list"),
+        pairs("[ns.a] | batch(2, ns.a) | list"),
+        pairs("['x', ns.a, ns.a] | slice(2) | list"),
+        pairs("[[1, ns.a], [1, ns.a]] | groupby(0)"),
+        pairs("{'x': ns.a, 'y': ns.a} | dictsort"),
+        pairs("{'x': ns.a, 'y': ns.a}.items()"),
+        pairs("[ns.a, ns.a].copy()"),
+        pairs("[ns.a, ns.a] | sort"),
+        pairs("[[ns.a], [ns.a]] | sum(start=[])"),
+        pairs("cycler(ns.a, ns.a).items"),
+        "{% macro m(n) %}{% set n.b = varargs %}{% endmacro %}" + pairs("[m(ns, ns.a, ns.a), ns.b]"),
+        "{% macro m() %}{{ kwargs }}{% endmacro %}" + BIG + "{{ m(a=x, b=x) | length }}",
+        BIG + "{{ ([x, x] | string) | length }}",
+        BIG + "{% for part in [1] | batch(90, x) %}{{ part | length }}{% endfor %}",
+        BIG + "{{ range(90) | map(attribute='none', default=x) | join | length }}",
+        "{{ range(1000) | map('center', 90000) | list | length }}",
+        "{{ ([2 ** 4500] * 9000) | length }}",
+        "{{ ([[1]] * 100000) | sum(start=[]) | length }}",
+        "{{ (['a'] * 150000) | tojson(indent=32) | length }}",
+        "{% set ns = namespace(a=1) %}{% for i in range(150) %}{% set ns.a = [ns.a] %}{% endfor %}",
+        "{% set ns = namespace(a=1) %}{% for i in range(150) %}{% set ns.a = (ns.a,) %}{% endfor %}",
+        "{% set ns = namespace(a=1) %}{% for i in range(150) %}{% set ns.a = {'a': ns.a} %}{% endfor %}",
+        "{% set ns = namespace(a=1) %}{{ ns }}",
+        "{% set ns = namespace(a=1) %}{% set ns.a = [ns, ns] %}{{ ns.a | string | length }}",
+        "{{ strftime_now('%c' * 100000) | length }}",
+    ],
+)
+def test_what_is_held_twice_counts_twice(source):
+    began = time.process_time()
+    with pytest.raises((DamagedFile, InputError), match=r"makes|writes"):
+        ChatTemplate(source).render(USER)
+    assert time.process_time() - began < 10
+
+
+def test_blocks_too_deep_for_python_are_refused():
+    with pytest.raises(DamagedFile, match="indentation"):
+        ChatTemplate("{% if 1 %}" * 150 + "{% endif %}" * 150).render(USER)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{% set a, (b, c) = 1, [2, 3] %}{{ a }}{{ b }}{{ c }}", "123"),
+        ("{{ [1, (2,), {'a': [3]}, ()] }}", "[1, (2,), {'a': [3]}, ()]"),
+        ("{% set g = [1, 2, 3] | map('string') %}{{ g | first }}{{ g | first }}{{ g | list }}", "12['3']"),
+        ("{{ [[1, 2], [3]] | sum(start=[]) }}", "[1, 2, 3]"),
+        ("{{ 'a-b' | replace('-', '+') ~ ([3, 1] | sort) ~ (1, ) }}", "a+b[1, 3](1,)"),
+        ("{% set ns = namespace(m=[]) %}{% for i in range(300) %}{% set ns.m = ns.m + [messages[0]] %}{% endfor %}"
+         "{{ ns.m | length }}", "300"),
+        ("{% set ns = namespace({'a': 1}, b=2) %}{% set ns.a = ns.b + 1 %}{{ ns.a }}", "3"),
+        ("{{ range(3) | list }}{{ range(99999) | list | length }}", "[0, 1, 2]99999"),
+    ],
+)  # fmt: skip
+def test_what_is_small_is_written_as_jinja_writes_it(source, text):
+    assert ChatTemplate(source).render(USER) == text
