@@ -46,6 +46,14 @@ class Metric:
     token: int | None = None
     against: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a difference between a token and itself, which is 0 in every run."""
+        if self.kind == "logit_difference" and self.token is not None and self.token == self.against:
+            raise InputError(
+                f"token and against are one token, {self.token}: its logit differs from itself by 0 in every run. Give "
+                "another against, or leave it out"
+            )
+
     def check(self, model: Network) -> None:
         """Raise `InputError` unless the metric has the tokens it needs, and the model has them."""
         if self.kind not in METRICS:

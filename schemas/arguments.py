@@ -45,8 +45,17 @@ Prompt = Annotated[
 ]
 """Text, or a list of token ids."""
 
+_MEANT = {"true": True, "false": False, "null": False, "none": False}
+
+
+def _meant(value: Any) -> Any:
+    """A truth value that a client sent as a text: no answer is begun with it."""
+    return _MEANT.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 Chat = Annotated[
     bool | Annotated[str, Field(min_length=1, max_length=100_000)],
+    BeforeValidator(_meant),
     WithJsonSchema({"type": ["boolean", "string"]}),
 ]
 """Whether texts go through the chat template, and how the answer begins."""

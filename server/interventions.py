@@ -25,7 +25,8 @@ Pairs = tuple[tuple[int, int], ...]
 
 RENORMALISED = (
     "knockout: of each row the weights that are left are scaled to the sum of 1, as if the hidden keys had never been "
-    "there, so the rest is attended to more; zero or scale at attn_pattern leaves the rest as it was"
+    "there, so the rest is attended to more, and a row with nothing left becomes zero; zero or scale at attn_pattern "
+    "leaves the rest as it was"
 )
 
 

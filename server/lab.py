@@ -196,7 +196,10 @@ class Lab:
                 loaded.model.params.vouched.require_all()
         except DamagedConversion as error:
             log.warning("converted weights are damaged", extra={"model": slot.handle, "reason": str(error)})
-            slot.loaded = loaded = None
+            with self._lock:
+                if slot.loaded is loaded:  # another call may have loaded it again meanwhile
+                    slot.loaded = None
+            return None
         return loaded
 
     @contextmanager

@@ -66,7 +66,7 @@ def read_point(call: Call, points: Sequence[str], what: str, asked: str | None =
     point = next((name for name in RESIDUALS if name in ([asked] if asked else points)), None)
     others = [name for name in points if name != point]
     if asked is None and others:
-        why = "which are not the residual stream"
+        why = f"which {'is' if len(others) == 1 else 'are'} not the residual stream"
         if more := [name for name in others if name in RESIDUALS]:
             why = f"of which logit_lens with tensor and point reads {' and '.join(more)}"
         read = "nothing" if point is None else point

@@ -64,6 +64,9 @@ def serve(settings: Settings) -> None:
     watch = Watch(lab, Gate(settings.max_calls, settings.max_calls_each))
     server = build_server(lab, settings.toolset, settings.read_only, watch)
     gc.freeze()  # a full collection goes through modules and schemas for 0.1 s, and nobody is answered meanwhile
+    if settings.unfollowed is not None:
+        said = "http = true of %s is not followed, because stdin belongs to a client; --http or --config asks for it"
+        logs.log.warning(said, settings.unfollowed)
     if unused := sorted(settings.model_fields_set & OF_HTTP) if not settings.http else ():
         logs.log.warning("without --http these settings do nothing", extra={"settings": ", ".join(unused)})
     if not settings.http and sys.stdin is not None and sys.stdin.isatty():

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import typer
 from platformdirs import user_config_path, user_data_path
-from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -89,6 +89,13 @@ class Settings(BaseSettings):
         "info", description="What goes to stderr. Only debug shows prompts."
     )
 
+    _unfollowed: Path | None = PrivateAttr(None)
+
+    @property
+    def unfollowed(self) -> Path | None:
+        """The file whose http = true is not followed, because stdin belongs to a client."""
+        return self._unfollowed
+
     @field_validator("rate_limit")
     @classmethod
     def _a_rate(cls, value: str) -> str:
@@ -145,7 +152,10 @@ def is_local(host: str) -> bool:
 
 
 def read_settings(given: Mapping[str, Any], config: Path | None = None) -> Settings:
-    """Flags that were given, over the environment, over the file, over the defaults. Raises `BadSettings`."""
+    """Flags that were given, over the environment, over the file, over the defaults. Raises `BadSettings`.
+
+    The file that is read without being named turns no client's server into one over HTTP.
+    """
     _check_environment()
     path = _config_file(config)
 
@@ -153,10 +163,12 @@ def read_settings(given: Mapping[str, Any], config: Path | None = None) -> Setti
         model_config = SettingsConfigDict(toml_file=path)
 
     known = {name: value for name, value in given.items() if value is not None}
-    if "http" not in known and f"{PREFIX}HTTP" not in os.environ and _has_client():
-        known["http"] = False
+    usual = config is None and "http" not in known and f"{PREFIX}HTTP" not in os.environ
     try:
-        return Configured(**known)
+        overridden = usual and bool(TomlConfigSettingsSource(Configured)().get("http")) and _has_client()
+        made = Configured(**known | ({"http": False} if overridden else {}))
+        made._unfollowed = path if overridden else None
+        return made
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc'][:1])) or 'settings'}: {_reason(e)}" for e in error.errors()]
         raise BadSettings("; ".join(wrong)) from None
@@ -166,7 +178,7 @@ def read_settings(given: Mapping[str, Any], config: Path | None = None) -> Setti
 
 def _has_client() -> bool:
     """Whether stdin is another program's: a client that started this process would wait for its answers in vain when a
-    file says http.
+    file that it knows nothing of says http.
     """
     try:
         kind = os.fstat(0).st_mode

@@ -3,22 +3,38 @@ it their sender would wait.
 
 answer_unreadable   stdio and SSE: `Answering` streams
 NameIds             Streamable HTTP: ASGI middleware
+
+A request whose id is neither a text nor a whole number is one of them: the MCP library takes it for a notification,
+which nobody answers, so that every transport reads messages with `MESSAGES`.
 """
 
 import json
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
+import mcp.server.streamable_http
+import mcp_types
 from anyio.abc import ObjectReceiveStream
 from mcp.server import MCPServer
 from mcp.shared.message import SessionMessage
-from mcp.types import INVALID_REQUEST, PARSE_ERROR, ErrorData, JSONRPCError
-from pydantic import ValidationError
+from mcp.types import INVALID_REQUEST, PARSE_ERROR, ErrorData, JSONRPCError, JSONRPCMessage
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_DIGITS = 18
 """Of an id that is a number."""
+
+
+def _identified(message: Any) -> Any:
+    """Raise `ValueError` for an id that no answer can name."""
+    found = message.get("id") if isinstance(message, dict) else None
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int | str)):
+        raise ValueError("an id is a text or a whole number")
+    return message
+
+
+MESSAGES: TypeAdapter[Any] = TypeAdapter(Annotated[JSONRPCMessage, BeforeValidator(_identified)])
 
 
 class Answering(ObjectReceiveStream[Any]):
@@ -51,6 +67,8 @@ def answer_unreadable(server: MCPServer[Any]) -> None:
         await run(Answering(messages, answers), answers, *others, **named)
 
     low_level.run = run_answering  # type: ignore  # of the transports only stdio and SSE call it
+    for module in (mcp_types, mcp.server.streamable_http):  # where the transports look it up
+        module.jsonrpc_message_adapter = MESSAGES  # type: ignore[attr-defined]
 
 
 def _refusal(unread: ValidationError) -> JSONRPCError | None:
@@ -58,7 +76,8 @@ def _refusal(unread: ValidationError) -> JSONRPCError | None:
     errors = unread.errors(include_url=False, include_context=False)
     if errors[0]["type"] != "json_invalid":
         whole = next((error["input"] for error in errors if error["type"] == "missing"), None)
-        said = "Invalid request: this is JSON, but no message of JSON-RPC 2.0"
+        why = errors[0]["msg"].removeprefix("Value error, ") if errors[0]["type"] == "value_error" else None
+        said = f"Invalid request: {why or 'this is JSON, but no message of JSON-RPC 2.0'}"
         return JSONRPCError(jsonrpc="2.0", id=_id_in(whole), error=ErrorData(code=INVALID_REQUEST, message=said))
     text, said = errors[0]["input"], f"Parse error: {errors[0]['msg']}"
     if "escape" in said:

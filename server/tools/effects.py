@@ -68,7 +68,7 @@ def forward_ablate(
     engine = loaded.model
     ids = call.ids(engine, prompt)
     own = layers is not None or heads is not None
-    if not own and (mean_over or (point, positions, mode) != ("resid_post", "all", "zero")):
+    if not own and (mean_over or match or (point, positions, mode) != ("resid_post", "all", "zero")):
         raise InputError("say which layers, or which [layer, head] pairs in heads; interventions name their own")
     which = head_list(engine, layers, heads, point) if own else {}
     cost = _cost(call, engine, len(ids), interventions).beside(pattern_cost(engine.config, point, len(ids)))
@@ -167,6 +167,8 @@ def forward_steer(
     """
     loaded = call.loaded(model)
     ids = call.ids(loaded.model, prompt)
+    if not steers and positions != "last":
+        raise InputError("positions are those of steers, which are missing; interventions name their own")
     made = steering(call, loaded.model, steers or (), scope(positions))
     _check(call, loaded.model, len(ids), made, interventions, token, against)
     call.expect(loaded.model, _cost(call, loaded.model, len(ids), interventions), len(ids))
@@ -246,14 +248,16 @@ def _pair(model: Model, target: Target, donor_length: int, length: int) -> tuple
 
 
 def _pairing(model: Model, targets: Sequence[Target], donor: list[int], recipient: list[int]) -> str | None:
-    """What is at the one position that stands for both prompts, when they are of different lengths."""
-    alike = (target.position for target in targets if target.position is not None and target.position >= 0)
-    if len(donor) == len(recipient) or (first := next(alike, None)) is None:
+    """What the first target pairs that says `position`, when the prompts are of different lengths."""
+    said = (target for target in targets if target.position is not None and target.position >= 0)
+    if len(donor) == len(recipient) or (first := next(said, None)) is None:
         return None
-    here, there = (repr(model.tokenizer.piece(ids[first])) for ids in (donor, recipient))
+    _, source, dest = _pair(model, first, len(donor), len(recipient))
+    here, there = (repr(model.tokenizer.piece(i)) for i in (donor[source], recipient[dest]))
+    other = "" if source == dest else f"position {dest} is "
     return (
-        f"the prompts have {len(donor)} and {len(recipient)} tokens: position {first} is {here} in the donor and "
-        f"{there} in the recipient; donor_position and recipient_position pair others"
+        f"the prompts have {len(donor)} and {len(recipient)} tokens: position {source} is {here} in the donor and "
+        f"{other}{there} in the recipient; donor_position and recipient_position pair others"
     )
 
 

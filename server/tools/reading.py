@@ -29,6 +29,7 @@ TOO_FLAT = (
     "The token ends on top of a distribution too flat for a lead: some token always is on top. It leads where it has "
     "at least 1 / sqrt(d_vocab) of the probability"
 )
+TOO_CLOSE = "The token ends on top, but ahead of another by no more than rounding can make, which is no lead"
 
 
 def capture_residuals(
@@ -269,10 +270,10 @@ def track_token(
         for layer, row in logits.items()
         if layer in chosen
     ]
-    since = emergence_layer(logits, wanted)
+    since = emergence_layer({row.layer: logits[row.layer] for row in rows}, wanted)
     return Track(
         model=loaded.handle,
-        notice=joined(loaded.notice, TOO_FLAT if since is None and rows[-1].rank == 0 else None),
+        notice=joined(loaded.notice, _no_lead(engine, rows[-1]) if since is None else None),
         token=token_shown(engine, wanted),
         position=place,
         rows=rows,
@@ -280,6 +281,12 @@ def track_token(
         emergence_layer=since,
         peak_layer=max(rows, key=lambda row: row.probability).layer,
     )
+
+
+def _no_lead(model: Model, end: TrackRow) -> str | None:
+    """Why a token that ends on top does not lead there."""
+    flat = end.probability < model.config.d_vocab**-0.5
+    return None if end.rank else TOO_FLAT if flat else TOO_CLOSE
 
 
 def track_race(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from engine import Metric
+from engine.errors import InputError
 from engine.metrics import LEAST_GAP, METRICS, recovered, rounding, saturating
 
 
@@ -73,3 +74,8 @@ def test_probabilities_and_kl_are_saturated_where_a_logit_hardly_moves_them(metr
     if saturated:
         assert p == pytest.approx(float(np.exp(row[metric.token or 0]) / np.exp(row).sum()), rel=1e-4)
         assert abs(float((metric(raised[None], row) - metric(row[None], row))[0])) < 0.01
+
+
+def test_a_token_has_no_difference_to_itself():
+    with pytest.raises(InputError, match="token and against are one token, 7"):
+        Metric("logit_difference", 7, 7)

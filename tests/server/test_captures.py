@@ -93,6 +93,17 @@ async def test_one_position_for_prompts_of_different_lengths_draws_a_notice(lab:
             assert (said in told["notice"]) == drawn
 
 
+async def test_the_notice_names_the_pair_of_tokens_that_is_used(lab: Lab) -> None:
+    pairs = {
+        (("donor_position", 1), ("position", 0)): "position 1 is 'b' in the donor and position 0 is 't' in the",
+        (("position", 0), ("recipient_position", 4)): "position 0 is 'a' in the donor and position 4 is 'c' in the",
+    }
+    async with connected(build_server(lab)) as client:
+        for pair, said in pairs.items():
+            given = {"donor": "ab", "recipient": "the cat sat", "targets": [{"layer": 0, **dict(pair)}]}
+            assert said in (await ask(client, "patch_activations", **given))["notice"]
+
+
 async def test_what_memory_cannot_hold_is_an_answer_that_says_how_much(lab: Lab, monkeypatch) -> None:
     def too_much(*arguments: object, **named: object) -> None:
         np.ones((1 << 46,), np.float32)

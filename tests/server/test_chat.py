@@ -52,6 +52,15 @@ async def test_a_templated_prompt_is_the_same_as_its_ids(talking: Lab) -> None:
     assert chat["rows"] == same["rows"]
 
 
+@pytest.mark.parametrize("text", ["true", "True", "false", "FALSE", " null ", "None"])
+async def test_a_truth_value_sent_as_a_text_begins_no_answer(talking: Lab, text: str) -> None:
+    meant = text == text.lower() == "true" or text == "True"
+    async with connected(build_server(talking)) as client:
+        answers = [await ask(client, "tokenize", text="hi", chat=chat) for chat in (text, meant)]
+    assert answers[0] == answers[1]
+    assert answers[0]["count"] == (len("[u]hi[a]") if meant else len("hi"))
+
+
 async def test_every_prompt_of_a_call_is_templated_and_shown(talking: Lab) -> None:
     model = talking.models[0].model
     base, donor = (forward(model, model.encode(f"[u]{text}[a]")).logits[0, -1] for text in ("hello", "jelly"))

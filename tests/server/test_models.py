@@ -1,6 +1,7 @@
 """Models are shared, loaded once, let go by budget, and come back under their handle."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from clients import ask, connected, refused
 
 import server.lab
 from engine import Model, load_model
-from engine.errors import InputError, ModelError, UnknownModel
+from engine.errors import DamagedConversion, InputError, ModelError, UnknownModel
 from server.app import build_server
 from server.lab import Lab
 from server.sources import Sources
@@ -282,3 +283,18 @@ async def test_weights_in_bfloat16_are_another_model_and_every_result_says_so(la
         held = await ask(client, "capture_residuals", prompt="hello", model=rounded["model"])
         said = await refused(client, "logit_lens", tensor=held["handle"], model=dense["model"])
         assert "another model" in said
+
+
+def test_a_model_that_another_call_loads_while_damage_is_found_stays(lab: Lab, monkeypatch) -> None:
+    slot = lab.slots[0]
+    assert slot.loaded is not None
+    fresh = replace(slot.loaded)
+
+    class Damaged:
+        def require_all(self) -> None:
+            slot.loaded = fresh  # as the call that loads it again places it
+            raise DamagedConversion("bytes differ")
+
+    monkeypatch.setattr(slot.loaded.model.params, "vouched", Damaged())
+    assert lab._in_memory(slot) is None
+    assert slot.loaded is fresh

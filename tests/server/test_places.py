@@ -90,28 +90,47 @@ def test_a_port_that_is_taken_is_an_error_that_names_it() -> None:
     assert "cannot be listened on" in " ".join(made.stderr.replace("│", " ").split())
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize("named", [True, False])
-async def test_a_client_that_starts_the_server_gets_stdio_whatever_a_file_says(tmp_path: Path, named: bool) -> None:
-    file = tmp_path / "mechscope" / "config.toml"
+def usual_file(folder: Path, text: str) -> tuple[Path, dict[str, str]]:
+    """A settings file in the place where it is looked for, and the environment that says which place that is."""
+    file = folder / "mechscope" / "config.toml"
     file.parent.mkdir()
-    file.write_text('http = true\nhost = "0.0.0.0"\n')
-    env = os.environ | {"XDG_CONFIG_HOME": str(tmp_path)}
-    arguments = ["serve", *(["--config", str(file)] if named else [])]
-    async with connected(StdioServerParameters(command=str(SCRIPT), args=arguments, env=env)) as client:
+    file.write_text(text)
+    return file, os.environ | {"XDG_CONFIG_HOME": str(folder)}
+
+
+@pytest.mark.anyio
+async def test_a_client_that_starts_the_server_gets_stdio_whatever_the_usual_file_says(tmp_path: Path) -> None:
+    _, env = usual_file(tmp_path, 'http = true\nhost = "0.0.0.0"\n')
+    async with connected(StdioServerParameters(command=str(SCRIPT), args=["serve"], env=env)) as client:
         await ask(client, "list_session")
 
 
-def test_a_file_that_says_http_is_followed_where_no_client_is(tmp_path: Path) -> None:
-    file = tmp_path / "config.toml"
-    file.write_text("http = true\nport = 0\n")
-    command = [SCRIPT, "serve", "--config", str(file)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+def first_logged(env: dict[str, str], *arguments: str, stdin: int) -> str:
+    """The message of the first line that a server logs."""
+    pipes = {"stdin": stdin, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen([SCRIPT, "serve", *arguments], env=env, text=True, **pipes) as process:
         try:
             assert process.stderr is not None
-            assert json.loads(process.stderr.readline())["message"] == "serving"
+            return json.loads(process.stderr.readline())["message"]
         finally:
             process.terminate()
+
+
+def test_the_log_says_which_file_is_not_followed_and_why(tmp_path: Path) -> None:
+    file, env = usual_file(tmp_path, "http = true\nport = 0\n")
+    said = first_logged(env, stdin=subprocess.PIPE)
+    assert said.startswith(f"http = true of {file} is not followed, because stdin belongs to a client")
+    assert first_logged(env, stdin=subprocess.DEVNULL) == "serving"
+
+
+@pytest.mark.parametrize("stdin", [subprocess.PIPE, subprocess.DEVNULL])
+@pytest.mark.parametrize("way", ["--config", "MECHSCOPE_CONFIG"])
+def test_a_named_file_that_says_http_is_followed_wherever_stdin_leads(tmp_path: Path, way: str, stdin: int) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("http = true\nport = 0\n")
+    arguments = ["--config", str(file)] if way == "--config" else []
+    env = os.environ | ({} if arguments else {way: str(file)})
+    assert first_logged(env, *arguments, stdin=stdin) == "serving"
 
 
 def said_in_a_terminal(*arguments: str, until: str) -> str:

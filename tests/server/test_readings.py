@@ -123,8 +123,14 @@ async def test_a_capture_that_the_lens_cannot_read_stays(lab: Lab) -> None:
         held = await ask(client, "capture_residuals", prompt=PROMPT, points=["mlp_out", "z"], lens_k=2)
         page = await ask(client, "read_tensor", handle=held["handle"], tensor="mlp_out.3", count=2)
     assert "lens" not in held
-    assert "the lens reads nothing, not mlp_out, z" in held["notice"]
+    assert "the lens reads nothing, not mlp_out, z, which are not the residual stream" in held["notice"]
     assert len(page["values"]) == 2
+
+
+async def test_one_point_that_the_lens_leaves_is_told_in_the_singular(lab: Lab) -> None:
+    async with connected(build_server(lab)) as client:
+        held = await ask(client, "capture_residuals", prompt=PROMPT, points=["embed", "mlp_out"], lens_k=1)
+    assert "the lens reads embed, not mlp_out, which is not the residual stream" in held["notice"]
 
 
 # --- which token ----------------------------------------------------------------------------------------------
@@ -327,6 +333,7 @@ async def test_a_knockout_says_that_the_rest_is_renormalised(lab: Lab) -> None:
         knocked = await ask(client, "forward_ablate", prompt=PROMPT, interventions=[cut, cut])
         zeroed = await ask(client, "forward_ablate", prompt=PROMPT, layers=[1], point="attn_pattern")
     assert knocked["notice"].count("scaled to the sum of 1") == 1
+    assert "a row with nothing left becomes zero" in knocked["notice"]
     assert "scaled" not in zeroed["notice"]
 
 

@@ -19,7 +19,7 @@ PROMPT, DONOR = "abcabcabcab", "abdabdabdab"
 
 @pytest.fixture
 def entered(lab: Lab) -> Entered:
-    made = Entered(lab.models[0].model, seconds=0)
+    made = Entered(lab.models[0].model)
     lab.models[0].model = made.model
     return made
 
@@ -38,6 +38,35 @@ def item(kind: str, **more: Any) -> dict[str, Any]:
         "steer": {"vector": {"random_seed": 1}, "value": 2.0},
     }
     return {"kind": kind, "layers": [1]} | needs.get(kind, {}) | more
+
+
+ITSELF: dict[str, dict[str, Any]] = {
+    "forward_ablate": {"prompt": PROMPT, "layers": [0]},
+    "forward_steer": {"prompt": PROMPT, "interventions": [{"kind": "zero", "layers": [1]}]},
+    "patch_activations": {"donor": DONOR, "recipient": PROMPT, "targets": [{"layer": 2, "position": 3}]},
+    "causal_trace": {"clean": DONOR, "corrupt": PROMPT},
+}
+
+
+@pytest.mark.parametrize("tool", ITSELF)
+async def test_a_token_against_itself(client: Client, entered: Entered, tool: str) -> None:
+    said = await refused(client, tool, **ITSELF[tool], token="c", against=ord("c"))
+    assert "token and against are one token, 99" in said
+    assert entered.count == 0
+
+
+IDLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "match": ("forward_ablate", {"match": "pooled"}, "say which layers"),
+    "positions": ("forward_steer", {"positions": [2]}, "positions are those of steers"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+async def test_arguments_of_a_change_that_is_not_asked_for(client: Client, entered: Entered, case: str) -> None:
+    tool, given, told = IDLE[case]
+    said = await refused(client, tool, prompt=PROMPT, **given, interventions=[item("zero")])
+    assert told in said
+    assert entered.count == 0
 
 
 NOWHERE = {

@@ -1,6 +1,7 @@
 """Each tool's answer is what the engine computes, called through a real client in memory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from engine import (
     trace_forward,
 )
 from engine.distribution import kl_divergence, softmax_of
-from engine.lens import lens_logits
+from engine.lens import leads, lens_logits
+from engine.params import Params
 from engine.planted import CIRCUITS
 from server.app import build_server
 from server.auth import LOCAL
@@ -177,6 +179,36 @@ async def test_a_token_emerges_where_its_lead_begins_and_not_by_luck() -> None:
     assert "too flat for a lead" in by_luck["notice"]
     assert written["emergence_layer"] == circuit.heads["induction"][0]
     assert "too flat" not in written["notice"]
+
+
+async def test_a_token_emerges_in_a_layer_that_was_read(lab: Lab, synthetic: Model) -> None:
+    lens = [lens_logits(synthetic, row) for row in synthetic.capture_residuals(PROMPT, range(4)).values()]
+    best = int(lens[2].argmax())
+    assert leads(lens[2], best)
+    assert not leads(lens[1], best)
+    assert lens[3].argmax() != best
+    late = int(lens[3].argmax())
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "track_token", prompt=PROMPT, token=best, layers=[1, 2])
+        unread = await ask(client, "track_token", prompt=PROMPT, token=late, layers=[0, 1])
+    assert (answer["emergence_layer"], unread["emergence_layer"]) == (2, None)
+    assert "ends on top" not in answer["notice"] + unread["notice"]
+
+
+async def test_a_token_that_is_level_with_another_is_not_said_to_be_in_a_flat_distribution(lab: Lab) -> None:
+    model = lab.models[0].model
+    best, other = np.argsort(-forward(model, model.encode(PROMPT)).logits[0, -1])[:2]
+    unembed = 10 * model.params.unembed
+    unembed[other] = unembed[best]
+    params = Params(model.params.ends._replace(unembed=unembed), model.params.layer, keep=4)
+    lab.models[0].model = replace(model, params=params)
+    async with connected(build_server(lab)) as client:
+        answer = await ask(client, "track_token", prompt=PROMPT, token=int(best))
+    assert answer["rows"][-1]["rank"] == 0
+    assert answer["rows"][-1]["probability"] == pytest.approx(0.5, abs=0.01)
+    assert answer["emergence_layer"] is None
+    assert "ahead of another by no more than rounding" in answer["notice"]
+    assert "too flat" not in answer["notice"]
 
 
 async def test_a_race_names_the_leader_and_the_crossings(lab: Lab) -> None:

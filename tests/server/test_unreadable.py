@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -79,6 +80,19 @@ def test_over_stdio_what_names_no_id_is_answered_and_an_empty_line_is_not(piped:
         piped.send(line)
         told = piped.answer()
         assert (told["error"]["code"], told["id"]) == (code, 9 if "9" in line else None)
+
+
+@pytest.mark.parametrize("id_", [1.5, True, [1], {"a": 1}])
+def test_a_request_with_an_id_that_no_answer_can_name_gets_an_error(piped: Piped, served: Served, id_: Any) -> None:
+    asked = {"jsonrpc": "2.0", "id": id_, "method": "ping"}
+    said = "Invalid request: an id is a text or a whole number"
+    piped.send(json.dumps(asked))
+    assert piped.answer() == {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": said}}
+    piped.send('{"jsonrpc": "2.0", "id": "next", "method": "ping"}')
+    assert piped.answer()["id"] == "next"
+    session = {"Mcp-Session-Id": httpx.post(f"{served.base}/mcp", json=START, headers=ACCEPT).headers["mcp-session-id"]}
+    answer = httpx.post(f"{served.base}/mcp", json=asked, headers=ACCEPT | session)
+    assert (answer.status_code, answer.json()["id"]) == (400, None)
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
