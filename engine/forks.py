@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.config import Config
-from engine.cost import working_bytes
+from engine.cost import pattern_bytes, working_bytes
 from engine.edits import Edit, rows_in_scope
 from engine.errors import InputError, LayerError
 from engine.interventions import Intervention, compile_interventions
@@ -23,6 +23,9 @@ from engine.shares import dealt, most_shares, pays
 
 FEEDS_ROWS = ("embed", "resid_pre", "k", "v")
 """Points of a layer that come before the rows part from keys and values."""
+
+COPIES_EDITED = 3
+"""Of one variant's pattern, beside it, while an edit changes it."""
 
 Slice = list["Fork"]
 """Variants that run together."""
@@ -93,16 +96,19 @@ def rows_entered(cfg: Config, forks: Sequence[Fork], length: int) -> int:
 
 def held_by(cfg: Config, shares: Sequence[Sequence[Slice]], length: int) -> int:
     """Bytes that the largest slice of each share needs, all at one time."""
-    of_slices = ([sum(_needs(cfg, fork, length) for fork in forks) for forks in share] for share in shares)
-    return sum(max(needed, default=0) for needed in of_slices)
+    every = [fork for share in shares for forks in share for fork in forks]
+    whole = _change_patterns(every)
+    of_slices = ([sum(_needs(cfg, fork, length, whole) for fork in forks) for forks in share] for share in shares)
+    edited = max((_pattern(cfg, length - fork.start, length) for fork in every), default=0) if whole else 0
+    return COPIES_EDITED * len(shares) * edited + sum(max(needed, default=0) for needed in of_slices)
 
 
 def _slices(cfg: Config, forks: Sequence[Fork], length: int, budget: int) -> list[Slice]:
     """Forks by first layer, cut where the budget is full."""
     slices: list[Slice] = []
-    held = 0
+    held, whole = 0, _change_patterns(forks)
     for fork in _in_order(forks):
-        needed = _needs(cfg, fork, length)
+        needed = _needs(cfg, fork, length, whole)
         if not slices or held + needed > budget:
             slices.append([])
             held = 0
@@ -115,10 +121,23 @@ def _in_order(forks: Sequence[Fork]) -> list[Fork]:
     return sorted(forks, key=lambda fork: (fork.layer, fork.start))
 
 
-def _needs(cfg: Config, fork: Fork, length: int) -> int:
-    """Bytes of a living variant; one that lives in the last layer alone hardly has more than its last row."""
+def _needs(cfg: Config, fork: Fork, length: int, whole: bool) -> int:
+    """Bytes of a living variant; one that lives in the last layer alone hardly has more than its last row.
+
+    `whole`: patterns are, as they are made and as they are changed, because some variant beside it changes its own.
+    """
     last = cfg.n_layers - 1
-    return working_bytes(cfg, length - fork.start if fork.layer < last or fork.ends_whole(last) else 1, length)
+    rows = length - fork.start if fork.layer < last or fork.ends_whole(last) else 1
+    return working_bytes(cfg, rows, length) + (2 * _pattern(cfg, rows, length) if whole else 0)
+
+
+def _pattern(cfg: Config, rows: int, length: int) -> int:
+    """Bytes of so many rows of one layer's attention pattern."""
+    return pattern_bytes(cfg, length) * rows // length
+
+
+def _change_patterns(forks: Iterable[Fork]) -> bool:
+    return any(edit.point == "attn_pattern" for fork in forks for edit in fork.edits)
 
 
 def _fork(model: Network, index: int, variant: Variant, length: int) -> Fork:

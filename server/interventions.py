@@ -23,6 +23,9 @@ from server.call import Call, head_list
 Pairs = tuple[tuple[int, int], ...]
 """Heads as (layer, head)."""
 
+PATTERNS = 4
+"""Of one layer, while one is changed: as it was, as it becomes, and what is between; a second change adds one."""
+
 RENORMALISED = (
     "knockout: of each row the weights that are left are scaled to the sum of 1, as if the hidden keys had never been "
     "there, so the rest is attended to more, and a row with nothing left becomes zero; zero or scale at attn_pattern "
@@ -85,10 +88,17 @@ def blank_patch(
     return Intervention("patch", layers, point, heads=heads, rows=dict.fromkeys(positions, row))
 
 
-def described_cost(call: Call, model: Model, items: Iterable[described.Intervention] | None, length: int) -> Cost:
-    """What the donors and the prompts that are averaged take, and changed patterns of a prompt of `length` tokens."""
-    cfg, cost = model.config, Cost()
-    for item in items or ():
+def described_cost(
+    call: Call, model: Model, items: Iterable[described.Intervention] | None, length: int, point: str | None = None
+) -> Cost:
+    """What the donors and the prompts that are averaged take, and changed patterns of a prompt of `length` tokens.
+
+    `point` is changed beside them. One layer's patterns are held at one time, however many change.
+    """
+    cfg, listed = model.config, list(items or ())
+    changes = [point, *map(_point, listed)].count("attn_pattern")
+    cost = Cost(nbytes=(PATTERNS + (changes > 1)) * pattern_bytes(cfg, length) if changes else 0)
+    for item in listed:
         if item.over is not None:
             cost += replacements_cost(call, model, item.over, [*_which(model, item)], _point(item))
         if item.donor is not None:
@@ -96,7 +106,6 @@ def described_cost(call: Call, model: Model, items: Iterable[described.Intervent
             taken = len(_pairs(item, donor, length))
             rows = donor_rows_cost(cfg, donor, _point(item), layers, taken)
             cost = cost.beside(of_pass(cfg, donor, max(layers) + 1).beside(rows))
-        cost = cost.beside(pattern_cost(cfg, _point(item), length))
     return cost
 
 
@@ -165,11 +174,6 @@ def donor_rows_cost(cfg: Config, length: int, point: str, layers: Sequence[int],
     """Rows of a donor beside its pass: as they are recorded, and by position."""
     rows = of_capture(cfg, length, [point], len(layers), positions)
     return rows.holding(rows.growing)
-
-
-def pattern_cost(cfg: Config, point: str, length: int) -> Cost:
-    """What changing a point holds beside the pass: attention patterns are whole then."""
-    return Cost(nbytes=4 * pattern_bytes(cfg, length) if point == "attn_pattern" else 0)
 
 
 def _point(item: described.Intervention) -> str:

@@ -272,6 +272,8 @@ PLAIN_MUTANTS = (
     Mutant("an edited cache is not read", "sweep.py",
            "                if layer in fork.kv:", "                if False:",
            "test_sweep.py::test_an_edited_cache_gives_what_decoding_over_it_gives"),
+    Mutant("changed patterns are not counted", "forks.py", 'return any(edit.point == "attn_pattern"',
+           'return any(edit.point == "none"', "test_cost.py::test_patterns_that_a_sweep_changes_are_counted"),
     Mutant("the budget is ignored", "forks.py", "held + needed > budget", "False",
            "test_sweep.py::test_slices_change_nothing"),
     Mutant("a slice forgets what it holds", "forks.py", "        held += needed\n", "        held = needed\n",

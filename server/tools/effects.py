@@ -26,7 +26,6 @@ from server.interventions import (
     described_interventions,
     donor_rows_cost,
     named,
-    pattern_cost,
     planned_interventions,
     replacements_cost,
     scope,
@@ -71,7 +70,7 @@ def forward_ablate(
     if not own and (mean_over or match or (point, positions, mode) != ("resid_post", "all", "zero")):
         raise InputError("say which layers, or which [layer, head] pairs in heads; interventions name their own")
     which = head_list(engine, layers, heads, point) if own else {}
-    cost = _cost(call, engine, len(ids), interventions).beside(pattern_cost(engine.config, point, len(ids)))
+    cost = _cost(call, engine, len(ids), interventions, point)
     if which and mode != "zero" and mean_over:
         cost = cost.beside(replacements_cost(call, engine, mean_over, list(which), point))
     at = (*named(which), point, scope(positions))
@@ -208,12 +207,11 @@ def patch_activations(
     layers = list({layer for layer, _, _ in pairs})
     held = donor_rows_cost(engine.config, len(donor_ids), point, layers, len({source for _, source, _ in pairs}))
     donors = of_pass(engine.config, len(donor_ids), max(layers) + 1) + of_pass(engine.config, len(donor_ids))
-    changed = pattern_cost(engine.config, point, len(ids))
-    passes = donors + _cost(call, engine, len(ids), interventions)
+    passes = donors + _cost(call, engine, len(ids), interventions, point)
     donor_places(engine, len(donor_ids), [(layer, source) for layer, source, _ in pairs], point)
     planned = [blank_patch(engine, (i,), point, [to for layer, _, to in pairs if layer == i]) for i in layers]
     _check(call, engine, len(ids), planned, interventions, token, against)
-    call.expect(engine, passes.beside(held).beside(changed), len(ids))
+    call.expect(engine, passes.beside(held), len(ids))
     state = capture_donor_state(engine, donor_ids, {(layer, source) for layer, source, _ in pairs}, point, call.tick)
     rows = {layer: {to: state.rows[i, source] for i, source, to in pairs if i == layer} for layer, _, _ in pairs}
     made = [Intervention("patch", (layer,), point, rows=by_position) for layer, by_position in rows.items()]
@@ -229,9 +227,9 @@ def patch_activations(
     )
 
 
-def _cost(call: Call, model: Model, length: int, interventions: FurtherInterventions) -> Cost:
-    """Of the runs without and with interventions, and of what those need."""
-    return (of_pass(model.config, length) * 2).beside(described_cost(call, model, interventions, length))
+def _cost(call: Call, model: Model, length: int, interventions: FurtherInterventions, point: str | None = None) -> Cost:
+    """Of the runs without and with interventions, and of what those need; the tool changes `point` itself."""
+    return (of_pass(model.config, length) * 2).beside(described_cost(call, model, interventions, length, point))
 
 
 def _pair(model: Model, target: Target, donor_length: int, length: int) -> tuple[int, int, int]:

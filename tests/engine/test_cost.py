@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 
-from engine import Metric, Model, RecordHook, blas, forward, generate, kv_inject_test, load_model, patching_grid
+from engine import (
+    Intervention,
+    Metric,
+    Model,
+    RecordHook,
+    blas,
+    forward,
+    generate,
+    kv_inject_test,
+    load_model,
+    patching_grid,
+)
 from engine import prefill_inject as injected
 from engine.cost import Cost, of_generation, of_pass, row_size, seconds
 from engine.forks import Variant
 from engine.injection import kv_inject_cost, prefill_inject_cost
 from engine.scans import patching_grid_cost
-from engine.sweep import sweep_cost
+from engine.sweep import sweep, sweep_cost
 
 DONOR, RECIPIENT = [5, 9, 2, 7, 7, 3], [5, 9, 4, 7, 1, 3]
 
@@ -103,6 +114,34 @@ def test_the_bytes_of_a_grid_are_those_it_holds(
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.4 * held < cost.nbytes < 2.5 * held
+
+
+def knocked(layer: int, head: int, key: int = 0, rows: str = "all") -> Variant:
+    return Variant((Intervention("knockout", (layer,), "attn_pattern", rows, (head,), keys=(key,)),))
+
+
+CHANGED_PATTERNS = {
+    "heads": [knocked(layer, head) for layer in range(4) for head in range(4)],
+    "keys of the last row": [knocked(layer, 0, key, "last") for layer in range(4) for key in range(0, 300, 8)],
+    "one head": [Variant((Intervention("zero", (2,), "attn_pattern", heads=(1,)),))],
+    "beside others": [knocked(2, 1), *(Variant((Intervention("scale", (1,), "z", heads=(i,)),)) for i in range(4))],
+}
+
+
+@pytest.mark.parametrize("budget", [2**28, 2**22])
+@pytest.mark.parametrize("case", CHANGED_PATTERNS)
+def test_patterns_that_a_sweep_changes_are_counted(
+    model: Model, monkeypatch: pytest.MonkeyPatch, case: str, budget: int
+) -> None:
+    monkeypatch.setattr(blas, "most_threads", lambda: 1)  # several seldom hold the most at one time
+    ids, variants = [i % 99 for i in range(300)], CHANGED_PATTERNS[case]
+    cost = sweep_cost(model, ids, variants, budget)
+    tracemalloc.start()
+    run = sweep(model, ids, variants, lambda logits, base: logits[:, 0], budget=budget)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.9 * held < cost.nbytes < 2.5 * held
+    assert (run.slices > 1) == (budget < 2**28 and len(variants) > 1)
 
 
 def test_a_row_is_as_large_as_what_is_recorded(model: Model) -> None:

@@ -25,9 +25,12 @@ pytestmark = pytest.mark.anyio
 
 N = 500
 PROMPT, OTHER = [1, *(i % 251 for i in range(1, N))], [2, *(i % 251 for i in range(1, N))]
+LONG = [1, *(1000 + i % 4000 for i in range(1, 4001))]
 STEER = {"layer": 1, "vector": {"random_seed": 1}, "alpha": 2.0}
 CUT = {"kind": "knockout", "layers": [1], "keys": [0]}
 PATCH = {"kind": "patch", "layers": "all", "point": "mlp_act", "donor": OTHER}
+
+CUTS = [CUT | {"keys": [key], "layers": [layer]} for key, layer in ((0, 1), (1, 1), (0, 2), (0, 3))]
 
 CALLS: list[tuple[str, dict[str, Any]]] = [
     ("capture_residuals", {"prompt": PROMPT, "points": ["mlp_act", "z"], "positions": "all"}),
@@ -38,6 +41,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("track_race", {"prompt": PROMPT}),
     ("attention_pattern", {"prompt": PROMPT, "layers": "all"}),
     ("forward_ablate", {"prompt": PROMPT, "layers": [1], "point": "attn_pattern"}),
+    ("forward_ablate", {"prompt": PROMPT, "layers": [0], "point": "attn_pattern", "interventions": CUTS}),
     ("forward_ablate", {"prompt": PROMPT, "layers": "all", "point": "mlp_act", "mode": "mean", "mean_over": [OTHER]}),
     ("forward_steer", {"prompt": PROMPT, "steers": [STEER], "interventions": [CUT]}),
     ("forward_steer", {"prompt": PROMPT, "interventions": [PATCH]}),
@@ -101,6 +105,26 @@ async def test_what_is_said_to_fit_fits() -> None:
         said = await refused(client, "logit_lens", prompt=PROMPT)
         tokens = int(re.search(r"fit: a prompt of (\d+) tokens", said)[1])
         await ask(client, "logit_lens", prompt=PROMPT[:tokens])
+
+
+@pytest.mark.real
+async def test_long_prompts_on_a_real_model_are_refused_before_a_layer_runs() -> None:
+    lab = Lab(memory_budget=2 << 30)
+    lab.load("smollm2-135m-instruct", "dense")
+    entered = Entered(lab.models[0].model)
+    lab.models[0].model = entered.model
+    patterns = {"prompt": LONG[:2001], "points": ["attn_pattern"], "positions": "all"}
+    async with connected(build_server(lab)) as client:
+        entries = await refused(client, "logit_lens", prompt=LONG, positions="all")
+        assert "30 layers x 4001 positions x 3 tokens are more than 500 entries" in entries
+        said = await refused(client, "capture_residuals", **patterns)
+        layers, positions = map(int, re.search(r"fit: (\d+) layers or (\d+) positions", said).groups())
+        assert 30 > layers > 0 < positions < 2001
+        await refused(client, "capture_residuals", **patterns | {"layers": [*range(layers + 1)]})
+        await refused(client, "capture_residuals", **patterns | {"positions": [*range(positions + 1)]})
+    assert entered.count == 0
+    whole = 4 * lab.models[0].model.config.n_heads * 2001**2  # of one layer
+    assert 30 * whole > 2 << 30 > layers * whole
 
 
 async def test_more_entries_than_an_answer_has_are_refused_before_a_layer_runs() -> None:
