@@ -1,6 +1,7 @@
 """Reading residuals in the vocabulary: the logit lens (nostalgebraist 2020) and projections.
 
 lens_logits, logit_lens_topk, most_probable, track_token, track_race    final norm, unembedding, logit scale, softcap
+lens_cost, distributions_cost    what the lens of some rows holds, and next-token distributions that are compared
 leads, emergence_layer     whether a token is more than on top by chance, and from which layer on
 project_through_unembed    raw W_U @ vec: no norm, no softcap (raw direct logit attribution)
 embedding_neighbors        cosine against the unscaled W_E
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.cost import Cost
 from engine.decoder import norm, unembed
 from engine.distribution import softmax_of, top_k
 from engine.errors import VectorError
@@ -67,9 +69,20 @@ def most_probable(model: Network, rows: Array, k: int) -> list[Ranked]:
     """
     found: list[Ranked] = []
     for start in range(0, len(rows), READ_AT_ONCE):
-        probabilities = softmax(lens_logits(model, rows[start : start + READ_AT_ONCE]))
-        found += [top_k(row, k) for row in probabilities]
+        found += _each(softmax(lens_logits(model, rows[start : start + READ_AT_ONCE])), k)
     return found
+
+
+def lens_cost(model: Network, rows: int) -> Cost:
+    """What `most_probable` holds: the logits of some rows at a time, and what ranks one of them."""
+    at_once = min(rows, READ_AT_ONCE)
+    by = {"positions": rows} if rows == at_once else {}
+    return Cost().holding(4 * model.config.d_vocab * at_once, **by).holding(2 * 4 * model.config.d_vocab)
+
+
+def distributions_cost(model: Network, runs: int) -> Cost:
+    """What so many runs' next-token logits hold, and KL between two of them in float64."""
+    return Cost(nbytes=(4 * runs + 3 * 8 + 4) * model.config.d_vocab)
 
 
 def leads(logits: Array, token: int) -> bool:
@@ -126,4 +139,8 @@ def unembedding_row(model: Network, token_id: int) -> Array:
 
 
 def _ranked(scores: Array, k: int) -> Ranked | list[Ranked]:
-    return top_k(scores, k) if scores.ndim == 1 else [top_k(row, k) for row in scores]
+    return top_k(scores, k) if scores.ndim == 1 else _each(scores, k)
+
+
+def _each(scores: Array, k: int) -> list[Ranked]:
+    return [top_k(row, k) for row in scores]

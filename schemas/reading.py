@@ -60,7 +60,9 @@ class Lens(Result):
     point: str = Field(description="what was read")
     own_answer: OwnAnswer = None
     identity_error: Number | None = Field(
-        None, description="largest difference between the last layer's lens and the model's own distribution"
+        None,
+        description="largest difference between the last layer's lens and the model's own distribution; left out where "
+        "own_answer is",
     )
 
 

@@ -138,10 +138,15 @@ class Call:
     def tensors(self, record: Record) -> Mapping[str, Array]:
         """A record's tensors. Raises `OutOfSpace` when they have to be read, and there is no room for that."""
         if not record.in_memory and record.handle not in self._from_disk:
-            self._from_disk[record.handle] = COPIES_KEPT * record.nbytes
+            self.expect_read(record)
             self.needs = (self.needs or 0) + self._from_disk[record.handle]
             self.lab.memory.take(self, Cost(nbytes=self.needs), 1)
         return record.tensors
+
+    def expect_read(self, record: Record) -> None:
+        """Let what `expect` is told next count the reading of a record's tensors too."""
+        if not record.in_memory:
+            self._from_disk[record.handle] = COPIES_KEPT * record.nbytes
 
     def ids(self, model: Model, prompt: str | Sequence[int], inside: bool = False) -> list[int]:
         """The ids of a prompt argument, checked; `inside`: it continues what a cache holds."""

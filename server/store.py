@@ -175,6 +175,9 @@ class MemoryStore:
         self._budget = budget
         self._records: dict[str, Record] = {}
         self._runs: dict[str, Run] = {}
+        self._taken_by: dict[str, int] = {}
+        """Bytes by handle, records' and runs'; `_used` is their sum."""
+        self._used = 0
         self._models: dict[str, RememberedModel] = {}
         self._lock = threading.RLock()
 
@@ -186,7 +189,14 @@ class MemoryStore:
         with self._lock:
             self.require_room(size, owner)
             self._records[handle] = made
+            self._count(handle, size)
         return handle
+
+    def _count(self, handle: str, size: int) -> None:
+        """What a handle takes from now on."""
+        self._used += size - self._taken_by.pop(handle, 0)
+        if size:
+            self._taken_by[handle] = size
 
     def get(self, handle: str, owner: str) -> Record:
         record = self._records.get(handle)
@@ -199,10 +209,12 @@ class MemoryStore:
             self.run(handle, owner)
             with self._lock:
                 self._runs.pop(handle, None)
+                self._count(handle, 0)
             return 0
         record = self.get(handle, owner)
         with self._lock:
             self._records.pop(handle, None)
+            self._count(handle, 0)
         return record.nbytes
 
     def records(self, owner: str) -> list[Record]:
@@ -212,22 +224,27 @@ class MemoryStore:
     def start_run(self, owner: str, tool: str, arguments: Mapping[str, Any], provenance: Mapping[str, Any]) -> Run:
         run = Run(mint("run", tool), owner, tool, dict(arguments), dict(provenance), time.time())
         with self._lock:
-            self.require_room(_taken(run), owner)
+            size = _taken(run)
+            self.require_room(size, owner)
             self._runs[run.handle] = run
+            self._count(run.handle, size)
         return run
 
     def save_run(self, run: Run) -> None:
         with self._lock:
-            if (before := self._runs.get(run.handle)) is not None:
-                self._runs[run.handle] = self._fitting(run, before)
+            if run.handle in self._runs:
+                self._runs[run.handle], size = self._fitting(run)
+                self._count(run.handle, size)
 
-    def _fitting(self, run: Run, before: Run) -> Run:
-        """The run, or word of why what came of it could not be kept."""
+    def _fitting(self, run: Run) -> tuple[Run, int]:
+        """The run, or word of why what came of it could not be kept; and its size."""
+        size = _taken(run)
         try:
-            self.require_room(_taken(run) - _taken(before), run.owner)
+            self.require_room(size - self._taken_by[run.handle], run.owner)
         except OutOfSpace as error:
-            return unkept(run, error)
-        return run
+            short = unkept(run, error)
+            return short, _taken(short)
+        return run, size
 
     def run(self, handle: str, owner: str) -> Run:
         run = self._runs.get(handle)
@@ -254,8 +271,7 @@ class MemoryStore:
 
     @property
     def bytes_in_memory(self) -> int:
-        with self._lock:
-            return sum(record.nbytes for record in self._records.values()) + sum(map(_taken, self._runs.values()))
+        return self._used
 
     def require_room(self, wanted: int, owner: str) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from engine.cost import Cost, of_pass
 from engine.distribution import kl_divergence, softmax_of
 from engine.edits import Edit, Scope
 from engine.errors import InputError
+from engine.lens import distributions_cost
 from engine.metrics import LEAST_GAP, Metric, MetricKind, recovered, saturating
 from engine.ops import Array
 from engine.patching import destinations, donor_places
@@ -229,7 +230,8 @@ def patch_activations(
 
 def _cost(call: Call, model: Model, length: int, interventions: FurtherInterventions, point: str | None = None) -> Cost:
     """Of the runs without and with interventions, and of what those need; the tool changes `point` itself."""
-    return (of_pass(model.config, length) * 2).beside(described_cost(call, model, interventions, length, point))
+    runs = (of_pass(model.config, length) * 2).beside(distributions_cost(model, 2))
+    return runs.beside(described_cost(call, model, interventions, length, point))
 
 
 def _pair(model: Model, target: Target, donor_length: int, length: int) -> tuple[int, int, int]:

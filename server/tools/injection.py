@@ -8,8 +8,9 @@ from pydantic import Field
 from engine import KVCache, Metric, Model
 from engine import kv_inject_test as scanned
 from engine import prefill_inject as injected
-from engine.cost import cache_bytes
+from engine.cost import Cost, cache_bytes
 from engine.injection import Injection, InjectionCell, kv_inject_cost, prefill_inject_cost
+from engine.lens import distributions_cost
 from schemas import effects
 from schemas.arguments import Heads, Layers, ModelRef, Prompt, TokenRef
 from schemas.effects import InjectionResult, InjectionTest
@@ -55,6 +56,7 @@ def prefill_inject(
     asked = asked_metric(engine, token, None)
     which, only = named(head_list(engine, layers, heads, "k"))
     cost = prefill_inject_cost(engine, ids, donor_cache or donor_ids, max_new_tokens)
+    cost = cost.beside(distributions_cost(engine, 3))
     call.expect(engine, cost, len(ids), keeps=cache_bytes(engine.config, len(ids) - 1) if keep else 0)
     result = injected(
         engine, ids, donor_cache or donor_ids, which,
@@ -157,7 +159,8 @@ def kv_inject_test(
     engine = loaded.model
     ids, donor_ids = call.ids(engine, recipient), call.ids(engine, donor)
     chosen, wanted = layer_list(engine, layers), token_id(engine, target)
-    call.expect(engine, kv_inject_cost(engine, ids, donor_ids, chosen), len(ids))
+    cost = kv_inject_cost(engine, ids, donor_ids, chosen).beside(_read_cost(engine, len(chosen)))
+    call.expect(engine, cost, len(ids))
     scan = scanned(engine, ids, donor_ids, wanted, chosen, tick=call.tick)
     parts = [cell.recovered for cells in (scan.per_layer, scan.from_last, scan.from_first) for cell in cells]
     tell_twins(call, engine, [wanted], scan.donor_logits)
@@ -175,6 +178,12 @@ def kv_inject_test(
         unrelated_control=_cell(scan.unrelated_control),
         unrelated_donor=engine.tokenizer.decode(scan.unrelated)[:MOST_TEXT],
     )
+
+
+def _read_cost(model: Model, layers: int) -> Cost:
+    """Of every transplant of a scan, each span of layers and two controls, logits and KL in float64."""
+    transplants = 2 + max(3 * layers - 3, 1)
+    return distributions_cost(model, 3).holding((4 + 2 * 8) * transplants * model.config.d_vocab)
 
 
 def _cell(cell: InjectionCell) -> effects.InjectionCell:

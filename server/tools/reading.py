@@ -11,19 +11,21 @@ from engine import Model, RecordHook, forward, trace_forward
 from engine.cost import Cost, of_capture, of_pass
 from engine.distribution import rank_of, softmax_of, top_k
 from engine.errors import InputError
-from engine.lens import emergence_layer, lens_logits
-from engine.ops import Array
+from engine.lens import READ_AT_ONCE, emergence_layer, lens_cost, lens_logits
+from engine.ops import Array, softmax
 from engine.points import ONCE, POINTS, only_layer
 from schemas.arguments import Layers, ModelRef, PointName, Positions, Prompt, ResidualName, TokenRef, TopK
 from schemas.reading import Capture, Crossing, Lens, LensRow, PointNorm, Race, RaceRow, Track, TrackRow
 from server.call import Call, label, layer_list, position_list, require_one, token_id, token_shown
 from server.lab import LoadedModel
-from server.residuals import check_entries, held_residuals, held_rows, lens_rows, own_answer, read_point
+from server.residuals import check_entries, held_places, held_residuals, held_rows, lens_rows, own_answer, read_point
 from server.tools.effects import joined
 from server.twins import tell_twins
 
 MOST_CHARACTERS = 7700
-"""Of a capture in one answer, which stays under 2,000 tokens with the notice."""
+"""Of a capture in one answer, beyond which its lens lists fewer tokens of each row, but one at least: with a hundred
+rows or fewer the answer stays under 2,000 tokens with the notice, with `MOST_ENTRIES` rows it takes 10,000.
+"""
 
 TOO_FLAT = (
     "The token ends on top of a distribution too flat for a lead: some token always is on top. It leads where it has "
@@ -57,7 +59,8 @@ def capture_residuals(
     if lens_k:
         check_entries(len(chosen), len(rows), lens_k)
     held = of_capture(engine.config, len(ids), names, len(there), len(rows))
-    call.expect(engine, of_pass(engine.config, len(ids)).beside(held), len(ids), keeps=held.growing)
+    work = of_pass(engine.config, len(ids)) + (lens_cost(engine, len(rows)) if lens_k else Cost())
+    call.expect(engine, work.beside(held), len(ids), keeps=held.growing)
     kept = _recorded(call, engine, ids, chosen, names, rows)
     tensors = {f"{name}.{layer}": array for name, by_layer in kept.items() for layer, array in by_layer.items()}
     lens, own = _lens_of_capture(call, engine, kept, rows, lens_k) if lens_k else (None, None)
@@ -161,7 +164,7 @@ def logit_lens(
 ) -> Lens:
     """Read the residual stream after each layer as next-token probabilities: what would the model say here?
 
-    The last layer equals the model's own distribution; identity_error shows it.
+    The last layer equals the model's own distribution; identity_error shows it where that layer is read.
     """
     require_one(prompt=prompt, tensor=tensor)
     loaded = call.loaded(model)
@@ -186,26 +189,43 @@ def _lens_of_prompt(
     rows, last = position_list(engine, positions, len(ids)), engine.config.n_layers - 1
     chosen = [0] if point in ONCE else layer_list(engine, layers)
     check_entries(len(chosen), len(rows), k)
-    call.expect(engine, _lens_cost(engine, point, len(ids), len(chosen), len(rows)), len(ids))
-    record = RecordHook.for_layers({*chosen, last}, points=dict.fromkeys([point, "resid_post"]), positions=sorted(rows))
-    own = forward(engine, ids, hook=record, logits_at=rows, tick=call.tick).logits
-    assert own is not None
+    compared = point == "resid_post" and last in chosen
+    call.expect(engine, _lens_cost(engine, point, len(ids), len(chosen), len(rows), compared), len(ids))
+    record = RecordHook.for_layers(chosen, points=[point], positions=sorted(rows))
+    own = forward(engine, ids, hook=record, logits_at=rows if compared else "none", tick=call.tick).logits
     residuals = _ordered(record.get(point), point, rows)
-    final = softmax_of(lens_logits(engine, _ordered({last: record.post_layer[last]}, "resid_post", rows)[last]))
     return Lens(
         model=loaded.handle,
         notice=loaded.notice,
         rows=lens_rows(engine, {layer: residuals[layer] for layer in chosen}, rows, k),
         point=point,
         own_answer=own_answer(call, engine, chosen, point),
-        identity_error=float(np.abs(final - softmax_of(own[0])).max()),
+        identity_error=None if own is None else _identity_error(engine, residuals[last], own[0]),
     )
 
 
-def _lens_cost(model: Model, point: str, length: int, layers: int, positions: int) -> Cost:
-    """A pass, then the model's own distribution at each position beside the lens's; and the rows that are read."""
-    held = of_capture(model.config, length, [*{point, "resid_post"}], layers + 1, positions)
-    read = Cost().holding(5 * 4 * positions * model.config.d_vocab, positions=positions)
+def _identity_error(model: Model, residuals: Array, own: Array) -> float:
+    """The largest difference of the lens of (rows, d_model) from (rows, d_vocab) logits, in probabilities; some rows
+    at a time, as the lens reads them.
+    """
+    parts = [slice(start, start + READ_AT_ONCE) for start in range(0, len(residuals), READ_AT_ONCE)]
+    return max(_apart(lens_logits(model, residuals[part]), own[part]) for part in parts)
+
+
+def _apart(logits: Array, others: Array) -> float:
+    """The largest difference in probabilities; the logits are used up."""
+    apart = softmax(logits)
+    apart -= softmax_of(others)
+    return float(np.abs(apart, out=apart).max())
+
+
+def _lens_cost(model: Model, point: str, length: int, layers: int, positions: int, compared: bool) -> Cost:
+    """A pass, then the lens, beside what is read and, where it is compared, the model's own distributions."""
+    held = of_capture(model.config, length, [point], layers, positions)
+    read = lens_cost(model, positions)
+    if compared:
+        own = Cost().holding(4 * positions * model.config.d_vocab, positions=positions)
+        read = read.beside(read).beside(own)
     return (of_pass(model.config, length) + read).beside(held)
 
 
@@ -223,9 +243,13 @@ def _lens_of_handle(
     asked = position_list(loaded.model, positions, held["prompt_length"])
     rows = held["positions"] if positions == "all" else asked
     point = read_point(call, held["points"], record.handle, point)
-    kept = held_residuals(call, record, point, layers, rows, loaded.model)
-    check_entries(len(kept), len(rows), k)
+    chosen, _ = held_places(record, point, layers, rows, loaded.model)
+    check_entries(len(chosen), len(rows), k)
     assert point is not None
+    taken = of_capture(loaded.model.config, 1, [point], len(chosen), len(rows))
+    call.expect_read(record)
+    call.expect(loaded.model, lens_cost(loaded.model, len(rows)).beside(taken), held["prompt_length"])
+    kept = held_residuals(call, record, point, chosen, rows, loaded.model)
     return Lens(
         model=loaded.handle,
         notice=loaded.notice,
@@ -238,8 +262,9 @@ def _lens_of_handle(
 
 def _layer_logits(call: Call, model: Model, ids: list[int], layers: list[int], position: int) -> dict[int, Array]:
     """{layer: (d_vocab,)} lens logits at one position."""
-    shown = 3 * 4 * len(layers) * model.config.d_vocab
-    call.expect(model, of_pass(model.config, len(ids)).holding(shown, layers=len(layers)), len(ids))
+    row = 4 * model.config.d_vocab
+    shown = Cost().holding(len(layers) * row, layers=len(layers)).holding(4 * row)
+    call.expect(model, of_pass(model.config, len(ids)) + shown, len(ids))
     trace = trace_forward(model, ids, capture_layers=layers, positions=[position], tick=call.tick)
     return {layer: lens_logits(model, rows)[0] for layer, rows in trace.residuals.items()}
 

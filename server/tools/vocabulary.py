@@ -9,6 +9,7 @@ from engine.cost import Cost
 from engine.lens import embedding_neighbors as neighbours_of
 from engine.lens import embedding_row, unembedding_row
 from engine.lens import project_through_unembed as projected
+from engine.matrices import WIDENED_AT_ONCE
 from engine.ops import Array
 from schemas.arguments import ModelRef, TokenRef, TopK, Vector, VectorRef
 from schemas.base import ScoredToken
@@ -24,7 +25,8 @@ def embedding_neighbors(
     require_one(token=token, vector=vector)
     loaded = call.loaded(model)
     query, name = _query(call, loaded.model, token, vector, "W_E")
-    _expect(call, loaded.model)
+    cfg = loaded.model.config
+    _expect(call, loaded.model, 2 * 4 * min(WIDENED_AT_ONCE, cfg.d_vocab) * cfg.d_model)
     return _view(loaded, query, name, "cosine with W_E", neighbours_of(loaded.model, query, k))
 
 
@@ -42,9 +44,9 @@ def project_through_unembed(
     return _view(loaded, query, name, "logit, W_U @ vector", projected(loaded.model, query, k))
 
 
-def _expect(call: Call, model: Model) -> None:
-    """No pass: some numbers for each token of the vocabulary."""
-    call.expect(model, Cost(nbytes=4 * 4 * model.config.d_vocab), 1)
+def _expect(call: Call, model: Model, rows: int = 0) -> None:
+    """No pass: some numbers for each token of the vocabulary, and so many bytes of rows."""
+    call.expect(model, Cost(nbytes=4 * 4 * model.config.d_vocab + rows), 1)
 
 
 def _query(call: Call, model: Model, token: str | int | None, vector: Any, matrix: str) -> tuple[Array, str]:

@@ -41,6 +41,7 @@ def generate_with_hooks(
     length = len(ids) + (0 if start is None else start.next_position)
     ablated = () if ablate_layers is None else tuple(layer_list(engine, ablate_layers))
     texts = of_generation(engine.config, len(ids), max_new_tokens) * 2
+    texts = texts.holding(4 * 4 * engine.config.d_vocab)  # logits, and what ranks or draws from them
     own = [Intervention("zero", ablated)] if ablated else []
     own += steering(call, engine, steers or (), "last")
     planned = planned_interventions(call, engine, interventions, length)

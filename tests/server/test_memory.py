@@ -12,14 +12,15 @@ from clients import ask, connected, refused
 from mcp import MCPError
 from slow_model import Entered
 
-from engine import blas
+from engine import Model, blas
 from engine.cost import Cost, what_fits
+from engine.synthetic import CONFIG, synthetic
 from server.app import build_server
 from server.call import LOCAL
 from server.disk_store import open_store
 from server.lab import Lab
 from server.memory import TooMuchMemory, WorkingMemory
-from server.store import MemoryStore, OutOfSpace
+from server.store import RESERVED, MemoryStore, OutOfSpace, run_body
 
 pytestmark = pytest.mark.anyio
 
@@ -67,6 +68,60 @@ async def test_a_call_holds_what_its_dry_run_says(
         held = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert 0.8 * held < said < 2.5 * held
+
+
+WIDE = 60_000
+"""Tokens of a vocabulary beside which the rest of a short prompt's work is small."""
+SHORT = {"prompt": PROMPT[:20]}
+PAIR = {"recipient": PROMPT[:20], "donor": OTHER[:20]}
+OF_VOCABULARY: list[tuple[str, dict[str, Any]]] = [
+    ("capture_residuals", {**SHORT, "positions": "all", "lens_k": 1}),
+    ("capture_residuals", {"prompt": PROMPT, "layers": [1], "positions": list(range(300)), "lens_k": 1}),
+    ("logit_lens", {**SHORT, "positions": "all"}),
+    ("logit_lens", {**SHORT, "positions": "all", "layers": [1]}),
+    ("logit_lens", {"tensor": "HANDLE", "layers": [1], "positions": list(range(300)), "k": 1}),
+    ("logit_lens", {"tensor": "HANDLE", "layers": [1], "k": 1}),
+    ("track_token", {**SHORT, "token": "c"}),
+    ("track_race", SHORT),
+    ("compare", {"a": PROMPT[:20], "b": OTHER[:20]}),
+    ("embedding_neighbors", {"token": "c"}),
+    ("project_through_unembed", {"token": "c"}),
+    ("forward_ablate", {**SHORT, "layers": [1]}),
+    ("forward_ablate", {**SHORT, "layers": [1], "token": "c", "against": "d"}),
+    ("forward_steer", {**SHORT, "steers": [STEER]}),
+    ("patch_activations", {**PAIR, "targets": [{"layer": 2, "position": 3}], "token": "c"}),
+    ("causal_trace", {"clean": OTHER[:20], "corrupt": PROMPT[:20], "token": "c", "metric": "probability"}),
+    ("generate_with_hooks", {**SHORT, "max_new_tokens": 2, "steers": [STEER]}),
+    ("prefill_inject", {**PAIR, "max_new_tokens": 2, "token": "c"}),
+    ("kv_inject_test", {**PAIR, "target": "d"}),
+]
+
+
+@pytest.fixture(scope="module")
+def wide() -> Model:
+    return synthetic(config=replace(CONFIG, d_vocab=WIDE))
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"), OF_VOCABULARY, ids=[f"{t}-{i}" for i, (t, _) in enumerate(OF_VOCABULARY)]
+)
+async def test_arrays_of_the_vocabularys_size_count(
+    lab: Lab, wide: Model, monkeypatch: pytest.MonkeyPatch, tool: str, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(blas, "most_threads", lambda: 1)
+    lab.models[0].model = wide
+    async with connected(build_server(lab)) as client:
+        given = dict(arguments)
+        if "tensor" in given:
+            made = await ask(client, "capture_residuals", prompt=PROMPT, layers=[1], positions="all")
+            given["tensor"] = made["handle"]
+        said = (await ask(client, "start_job", tool=tool, arguments=given, dry_run=True))["estimate"]["bytes"]
+        await ask(client, tool, **given)
+        tracemalloc.start()
+        await ask(client, tool, **given)
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert 0.8 * held < said < 2.5 * held, (said / WIDE, held / WIDE)
 
 
 def small_lab(budget: int, store: MemoryStore | None = None) -> tuple[Lab, Entered]:
@@ -265,5 +320,19 @@ def test_the_runs_of_a_store_in_memory_count() -> None:
     ended = store.run(run.handle, LOCAL)
     assert (ended.state, ended.result) == ("failed", None)
     assert "could not be kept" in (ended.error or "")
+    assert store.bytes_in_memory == len(run_body(ended))
     store.release(run.handle, LOCAL)
     assert store.bytes_in_memory == 0
+
+
+def test_runs_that_are_kept_are_not_written_out_again_at_each_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, sizes = MemoryStore(1 << 20), []
+    runs = [store.start_run(LOCAL, "logit_lens", {"prompt": "x" * 100}, {}) for _ in range(20)]
+    monkeypatch.setattr("server.store.run_body", lambda run: sizes.append(run.handle) or run_body(run))
+    store.put("act", "x", LOCAL, {"a": np.zeros(10, np.float32)}, {})
+    WorkingMemory(store).take("a", Cost(nbytes=5), 1)
+    assert sizes == []
+    store.save_run(replace(runs[3], state="done", result={"rows": "x" * 500}))
+    assert sizes == [runs[3].handle]
+    going = sum(len(run_body(run)) + RESERVED for run in runs if run is not runs[3])
+    assert store.bytes_in_memory == 40 + going + len(run_body(store.run(runs[3].handle, LOCAL)))
