@@ -164,7 +164,7 @@ def logit_lens(
 ) -> Lens:
     """Read the residual stream after each layer as next-token probabilities: what would the model say here?
 
-    The last layer equals the model's own distribution; identity_error shows it where that layer is read.
+    The last layer equals the model's own distribution; identity_error shows it.
     """
     require_one(prompt=prompt, tensor=tensor)
     loaded = call.loaded(model)
