@@ -8,7 +8,6 @@ each layer from that one on waits until it is gone, or until its call is cancell
 """
 
 import asyncio
-import concurrent.futures
 import dataclasses
 import sys
 import threading
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import anyio
 import anyio.from_thread
 import anyio.to_thread
 from waiting import LOOK, PATIENCE, until
@@ -34,13 +32,13 @@ slow_model.main()
 
 
 class Entered:
-    """Counts the layers that begin to run. The test's event loop is the server's."""
+    """Counts the layers that begin to run. What was held is let go at last: its thread outlives the event loop."""
 
     def __init__(self, model: Model, entered: Callable[[], None] = lambda: None) -> None:
         self.count = 0
         self._held_at: int | None = None
         self._reached = threading.Event()
-        self._let_go = anyio.Event()
+        self._let_go = threading.Event()
         inner = model.params
 
         def load(layer: int) -> LayerParams:
@@ -55,16 +53,17 @@ class Entered:
         self.model = dataclasses.replace(model, params=params)
 
     def _hold(self) -> None:
-        """Until the layer is let go, or its call is cancelled."""
-        try:
-            anyio.from_thread.run(self._let_go.wait)
-        except (asyncio.CancelledError, concurrent.futures.CancelledError):
-            return
+        """Until the layer is let go, or its call is cancelled, of which a thread gets no word: it has to look."""
+        while not self._let_go.wait(LOOK):
+            try:
+                anyio.from_thread.check_cancelled()
+            except asyncio.CancelledError:
+                return
 
     def hold_at(self, count: int) -> None:
         """From the layer that is entered as number `count` on, each waits until `let_go`."""
         self._reached.clear()
-        self._let_go = anyio.Event()
+        self._let_go.clear()
         self._held_at = count
 
     async def held(self) -> None:

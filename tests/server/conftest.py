@@ -1,5 +1,7 @@
 """A lab with the synthetic model loaded, shared by the tests of one file."""
 
+from collections.abc import Iterator
+
 import pytest
 from slow_model import Entered
 
@@ -19,8 +21,9 @@ def lab() -> Lab:
 
 
 @pytest.fixture
-def slow(lab: Lab) -> Entered:
+def slow(lab: Lab) -> Iterator[Entered]:
     """The lab's model, its layers counted, to be held."""
     entered = Entered(lab.models[0].model)
     lab.models[0].model = entered.model
-    return entered
+    yield entered
+    entered.let_go()

@@ -8,6 +8,7 @@ import pytest
 from clients import ERAS, STDIO, ask, connected
 from mcp import Client
 from slow_model import Entered
+from waiting import until
 
 from server.app import build_server
 from server.gate import Gate
@@ -65,9 +66,15 @@ async def test_progress_rises_to_a_known_total(lab: Lab, slow: Entered, monkeypa
     async def follow(progress: float, total: float | None, message: str | None) -> None:
         seen.append((progress, total))
 
-    async with connected(build_server(lab)) as client:
-        await client.call_tool("kv_inject_test", LONG["kv_inject_test"], progress_callback=follow)
-    assert seen == [(layer, slow.count) for layer in range(1, slow.count + 1)]
+    slow.hold_at(3)
+    async with connected(build_server(lab)) as client, anyio.create_task_group() as group:
+        group.start_soon(partial(client.call_tool, "kv_inject_test", LONG["kv_inject_test"], progress_callback=follow))
+        await until(lambda: seen, "progress while a layer is held")
+        slow.let_go()
+    done = [progress for progress, _ in seen]
+    assert done == sorted(set(done))
+    assert done[0] <= 3 < done[-1] == slow.count
+    assert {total for _, total in seen} == {slow.count}
 
 
 async def test_two_calls_on_one_model_run_one_after_the_other(lab: Lab, slow: Entered) -> None:

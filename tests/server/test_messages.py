@@ -155,10 +155,13 @@ async def _one_too_many(lab: Lab, gate: Gate) -> str:
     lab.models[0].model = entered.model
     entered.hold_at(1)
     long = {"prompt": "hello", "max_new_tokens": 200}
-    async with connected(build_server(lab, watch=Watch(lab, gate))) as client:
-        job = await ask(client, "start_job", tool="generate_with_hooks", arguments=long)
-        said = await refused(client, "list_session")
-        await ask(client, "cancel_job", run=job["run"])
+    try:
+        async with connected(build_server(lab, watch=Watch(lab, gate))) as client:
+            job = await ask(client, "start_job", tool="generate_with_hooks", arguments=long)
+            said = await refused(client, "list_session")
+            await ask(client, "cancel_job", run=job["run"])
+    finally:
+        entered.let_go()
     return said
 
 
