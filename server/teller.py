@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from server.logs import log
 
-LAST = 0.5
+LAST = 2.0
 """Seconds that a client gets at a call's end to read the last of it."""
 
 Report = Callable[[float, float | None, str | None], Awaitable[None]]
