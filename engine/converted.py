@@ -42,8 +42,8 @@ ALIGNMENT = 64
 """The arrays begin at a multiple of this: a cache line, and the widest vector register."""
 _LOADERS = (
     "converted.py", "floats.py", "gguf_file.py", "gguf_tokenizer.py", "library.py", "load.py", "matrices.py",
-    "params.py", "scaled.py", "tokenizer.py", "tokenizer_files.py", "vouched.py", "weight_files.py", "weights.py",
-    "families/**/*.py",
+    "params.py", "scaled.py", "tokenizer.py", "tokenizer_classes.py", "tokenizer_files.py", "vouched.py",
+    "weight_files.py", "weights.py", "families/**/*.py",
 )  # fmt: skip
 """The code whose changes make a conversion stale; the notes hold what tokenizers say of BOS and EOS, so they count."""
 _HEADER_LIMIT = 64 << 20

@@ -62,6 +62,7 @@ class Library:
         for name, part in parts.items():
             if (chosen := part or getattr(whole, name)) is not None:
                 setattr(made, name, chosen)
+        made.encode_special_tokens = whole.encode_special_tokens
         made.add_tokens([token for _, token in sorted(self._added.items())])
         return made
 
@@ -84,7 +85,9 @@ def _within(state: dict[str, Any]) -> dict[str, Any] | None:
     kind, changes = state["type"], dict[str, Any]()
     if kind == "Sequence":
         (key,) = state.keys() - {"type"}
-        changes = {key: [part for part in map(_within, state[key]) if part is not None]}
+        first = 1 if key == "pretokenizers" else len(state[key])
+        parts = [*map(_within, state[key][:first]), *(p if _every(p) else _within(p) for p in state[key][first:])]
+        changes = {key: [part for part in parts if part is not None]}
     elif kind == "Prepend":
         return None
     elif kind == "Metaspace":
@@ -94,6 +97,11 @@ def _within(state: dict[str, Any]) -> dict[str, Any] | None:
     elif kind == "Strip":
         changes = {key: type(state[key])(0) for key in ("strip_left", "start") if key in state}
     return state | changes
+
+
+def _every(state: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer puts a space in front of every piece that the one before it made."""
+    return bool(state.get("add_prefix_space") or state.get("prepend_scheme") == "always")
 
 
 def byte_level() -> Tokenizer:

@@ -1,7 +1,7 @@
 """A directory's tokenizer, from the files that Hugging Face writes: `from_directory`.
 
-tokenizer.json             the tokenizer itself
-tokenizer_config.json      special tokens by name, added tokens by id, the chat template
+tokenizer.json             the tokenizer itself, or what its class makes its own of (`tokenizer_classes.py`)
+tokenizer_config.json      its class, special tokens by name, added tokens by id, the chat template
 special_tokens_map.json    special tokens and added_tokens.json ids, where tokenizer_config.json has none by id
 generation_config.json     where generation ends
 chat_template.jinja        the chat template; additional_chat_templates/NAME.jinja others
@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import tokenizer_classes
 from engine.chat import ChatTemplate, template_from
-from engine.errors import DamagedFile, UnknownModel, clipped
+from engine.errors import DamagedFile, EngineError, UnknownModel, clipped
 from engine.library import Library
 from engine.tokenizer import Tokenizer, eos_ids, named_ends
 from engine.weights import read_json
@@ -33,30 +34,34 @@ MOST_TEMPLATES = 50
 
 def from_directory(directory: Path, raw: dict[str, Any]) -> Tokenizer:
     """`raw` is config.json, which also says where text ends."""
-    import tokenizers
-
     path = directory / "tokenizer.json"
     if not path.exists():
         raise UnknownModel(
             f"{directory} has no tokenizer.json; save the tokenizer there in its fast form (other kinds are not read)"
         )
-    read_json(path)
-    said = Said.read(directory)
+    source, settings = read_json(path), _json(directory, "tokenizer_config.json")
+    of = tokenizer_classes.of_directory(settings, raw, '"ByteLevel"' in path.read_text("utf-8"))
+    said = Said.read(directory, of, source)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.no_truncation()
-        backend.no_padding()
-        said.add_to(backend)
+        backend = said.complete(of.rebuilt(_as_filed(path), source, settings), of)
         with_special = backend.encode("a", add_special_tokens=True).ids
         plain = backend.encode("a", add_special_tokens=False).ids
-    except DamagedFile:
+    except EngineError:
         raise
     except Exception as error:  # the library raises bare Exception
         raise DamagedFile(f"tokenizer.json cannot be read: {str(error)[:200]}; fetch it again") from None
-    ends = (*_eos(raw), *_eos(_json(directory, "generation_config.json")), *said.ends(backend))
-    return Tokenizer(
-        Library(backend), _bos(with_special, plain), tuple(dict.fromkeys(ends)), partial(_template, directory)
-    )
+    ends = _eos(_json(directory, "generation_config.json")) or _eos(raw) or said.ends(backend)
+    bos, template = _bos(with_special, plain), partial(_template, directory, said.texts())
+    return Tokenizer(Library(backend), bos, tuple(dict.fromkeys(ends)), template)
+
+
+def _as_filed(path: Path) -> "tokenizers.Tokenizer":
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.no_truncation()
+    made.no_padding()
+    return made
 
 
 def _bos(with_special: list[int], plain: list[int]) -> int | None:
@@ -84,14 +89,19 @@ def _json(directory: Path, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Said:
-    """What the files beside tokenizer.json say of tokens: special ones by name, other special ones, tokens by id."""
+    """What the files say of added tokens: special ones by name, other special ones, tokens by id.
+
+    `splits`: a special token that is written in a text is no token.
+    """
 
     named: "dict[str, tokenizers.AddedToken]"
     more: "list[tokenizers.AddedToken]"
     placed: "dict[int, tokenizers.AddedToken]"
+    splits: bool = False
 
     @classmethod
-    def read(cls, directory: Path) -> "Said":
+    def read(cls, directory: Path, of: tokenizer_classes.Class, source: Mapping[str, Any]) -> "Said":
+        """`source` is tokenizer.json."""
         settings = _json(directory, "tokenizer_config.json")
         more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
         placed = settings.get("added_tokens_decoder")
@@ -99,17 +109,23 @@ class Said:
             told = _json(directory, "special_tokens_map.json")
             settings = {**settings, **told}
             more = more or told.get("extra_special_tokens") or told.get("additional_special_tokens") or []
-        named = {key: value for key, value in settings.items() if key.endswith("_token") and _is_token(value)}
+        given = {**of.named, **{key: value for key, value in settings.items() if key.endswith("_token")}}
+        named: dict[str, Any] = {key: value for key, value in given.items() if _is_token(value)}
         if isinstance(more, dict):
             named, more = named | more, []
+        more = more or [text for key, text in of.named.items() if key not in NAMES and _default(settings, key)]
         if not isinstance(more, list) or not isinstance(placed, dict | None):
             raise DamagedFile("tokenizer_config.json: added tokens must be an object, additional special tokens a list")
+        if not isinstance(splits := settings.get("split_special_tokens", False), bool):
+            raise DamagedFile(f"split_special_tokens is {clipped(splits)}; it must be true or false")
         special = {name: _token(value) for name, value in named.items() if value}
         others = [*map(_token, more)]
         if placed is None:
             known = {token.content for token in (*special.values(), *others)}
-            return cls(special, others, _by_id(_json(directory, "added_tokens.json"), known))
-        return cls(special, others, {_number(at): _token(token, special=False) for at, token in placed.items()})
+            ids = _by_id(_json(directory, "added_tokens.json"), known) | _filed(source)
+        else:
+            ids = {_number(at): _token(token, special=False) for at, token in placed.items()}
+        return cls(special, others, ids, splits)
 
     def texts(self) -> dict[str, str]:
         """Name -> text of the special tokens that have one."""
@@ -120,6 +136,14 @@ class Said:
         added = {token.content: at for at, token in library.get_added_tokens_decoder().items()}
         eos = self.named.get("eos_token")
         return (*([added[eos.content]] if eos is not None and eos.content in added else ()), *named_ends(added))
+
+    def complete(self, library: "tokenizers.Tokenizer", of: tokenizer_classes.Class) -> "tokenizers.Tokenizer":
+        """The library's tokenizer with all added tokens."""
+        library.encode_special_tokens = self.splits
+        self.add_to(library)
+        texts = self.texts()
+        of.finish(library, texts.get("bos_token"), [*texts.values(), *(token.content for token in self.more)])
+        return library
 
     def add_to(self, library: "tokenizers.Tokenizer") -> None:
         """Add what tokenizer.json lacks; raises `DamagedFile` where its place is not the one that a file gives it."""
@@ -137,6 +161,11 @@ class Said:
         order = sorted(self.named, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
         wanted = [*(self.named[name] for name in order), *self.more]
         library.add_tokens([token for token in wanted if token.content not in known])
+
+
+def _default(settings: Mapping[str, Any], key: str) -> bool:
+    """Whether a class keeps a token of its own: neither null nor a token's fields stand in its place."""
+    return isinstance(settings.get(key, ""), str)
 
 
 def _is_token(value: object) -> bool:
@@ -170,6 +199,14 @@ def _by_id(ids: Mapping[str, Any], special: set[str]) -> "dict[int, tokenizers.A
     return made
 
 
+def _filed(source: Mapping[str, Any]) -> "dict[int, tokenizers.AddedToken]":
+    """As tokenizer.json has them."""
+    tokens = source.get("added_tokens") or []
+    if not isinstance(tokens, list) or not all(isinstance(token, dict) and "id" in token for token in tokens):
+        raise DamagedFile("tokenizer.json: added_tokens must be a list of tokens with their ids")
+    return {_number(token["id"]): _token({k: v for k, v in token.items() if k != "id"}) for token in tokens}
+
+
 def _number(value: Any) -> int:
     text = str(value)
     if isinstance(value, bool) or not text.isascii() or not text.isdecimal() or len(text) > 9:
@@ -177,7 +214,7 @@ def _number(value: Any) -> int:
     return int(text)
 
 
-def _template(directory: Path) -> ChatTemplate | None:
+def _template(directory: Path, texts: Mapping[str, str]) -> ChatTemplate | None:
     """Of files of their own where there are any, or of tokenizer_config.json."""
     beside = {"default": directory / "chat_template.jinja"}
     beside |= {
@@ -191,4 +228,4 @@ def _template(directory: Path) -> ChatTemplate | None:
         sources = {str(item.get("name")): item.get("template") for item in source if isinstance(item, dict)}
     elif not sources:
         sources = source if isinstance(source, dict) else {"default": source}
-    return template_from(sources, Said.read(directory).texts())
+    return template_from(sources, dict(texts))

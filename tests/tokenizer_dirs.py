@@ -2,6 +2,7 @@
 
 KINDS          name -> tokenizer: byte-level BPE, SentencePiece's BPE with bytes (in both forms of its space), Unigram
 directory()    tokenizer.json of one of them, with other files beside it
+CLASSES        name -> kind and files of directories that name a class, as real models' do
 """
 
 import json
@@ -78,8 +79,57 @@ def unigram() -> Tokenizer:
     return _finished(made)
 
 
+def gemma() -> Tokenizer:
+    made = _pieces()
+    made.normalizer = normalizers.Replace(" ", MARK)
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.decoder = decoders.Sequence([decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return _finished(made)
+
+
+END, PADDING, TURN = "<|endoftext|>", "<|padding|>", "<|im_start|>"
+WORDS = [("1", "2"), ("12", "3"), ("t", "h"), ("th", "e"), ("\u0120", "the"), ("'", "S"), ("!", "!"), ("\u0120", "1")]
+WORDS += [("\u00c3", "\u00a9"), ("e", "\u00cc"), ("e\u00cc", "\u0123"), ("\u010a", "\u010a"), ("T", "H")]
+
+
+def written() -> Tokenizer:
+    """Byte-level BPE whose merges tell the pipelines apart: digits, capitals, marks, line ends."""
+    tokens = [END, PADDING, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in WORDS)]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, WORDS))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    made.add_special_tokens([AddedToken(token, normalized=False) for token in (END, PADDING, TURN)])
+    return made
+
+
+def digits() -> Tokenizer:
+    """As StarCoder2's and SmolLM2's: every digit by itself."""
+    made = written()
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), made.pre_tokenizer])
+    return made
+
+
+def lower() -> Tokenizer:
+    made = written()
+    made.normalizer = normalizers.Lowercase()
+    return made
+
+
+def beginning() -> Tokenizer:
+    """BOS in front, as Llama 3's."""
+    made = written()
+    made.post_processor = processors.TemplateProcessing(single=[END, "$A"], special_tokens=[(END, 0)])
+    return made
+
+
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte level": byte_level,
+    "gemma": gemma,
+    "written": written,
+    "digits": digits,
+    "lower": lower,
+    "beginning": beginning,
     "prepended": prepended,
     "metaspace": metaspace,
     "unigram": unigram,
@@ -157,3 +207,88 @@ ASKED: dict[str, dict[str, Any]] = {
     "rag": {"chat_template": "rag", "documents": [{"title": "t", "text": "x"}]},
 }
 PIECE_TEXTS = ["Paris in", " Paris", "<s>Paris", "in</s>Paris", "Paris  in Paris", "\u00e9a", "Par<unk>is"]
+
+
+_ENDS = {"bos_token": END, "eos_token": END, "unk_token": END}
+_MARKS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n {{ m.content }}{{ eos_token }}{% endfor %}{{ bos_token }}"
+_INST = "{% for m in messages %}{{ bos_token }} [INST] {{ m.content }} {{ eos_token }}in{% endfor %}{{ pad_token }}"
+_LEANING = {"content": TURN, "lstrip": True, "rstrip": True, "special": True}
+_PLACED = {str(i): {"content": token, "special": True} for i, token in enumerate(FIRST)}
+
+
+def _of(kind: str, model_type: str, name: str | None, **more: Any) -> tuple[str, dict[str, Any]]:
+    given = more if name is None else {"tokenizer_class": name} | more
+    return kind, {"config.json": {"model_type": model_type}} | ({"tokenizer_config.json": given} if given else {})
+
+
+CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 2": _of("prepended", "llama", "LlamaTokenizer", **_MARKS, legacy=False, chat_template=_INST),
+    "Llama 2, fast": _of("prepended", "llama", "LlamaTokenizerFast", added_tokens_decoder=_PLACED),
+    "Llama 2, old": _of("prepended", "llama", "LlamaTokenizer", **_MARKS, legacy=True),
+    "Llama 2, of marks": _of("metaspace", "llama", "LlamaTokenizer", **_MARKS, legacy=None),
+    "Llama 2, nothing in front": _of("prepended", "llama", "LlamaTokenizer", add_prefix_space=False),
+    "Llama 2, without BOS": _of("prepended", "llama", "LlamaTokenizer", add_bos_token=False, add_eos_token=True),
+    "Llama 2, no class": _of("prepended", "llama", None),
+    "Llama 2, class in config": (
+        "prepended",
+        {"config.json": {"model_type": "llama", "tokenizer_class": "LlamaTokenizer"}},
+    ),
+    "Llama 2, fewer added": _of("prepended", "llama", "LlamaTokenizer", added_tokens_decoder={}, unk_token=None),
+    "Llama 2, more added": _of(
+        "prepended", "llama", "LlamaTokenizer", pad_token="<pad>", additional_special_tokens=["<|user|>"]
+    ),
+    "Code Llama": _of("prepended", "llama", "CodeLlamaTokenizer", **_MARKS),
+    "Code Llama, no infilling": _of(
+        "prepended", "llama", "CodeLlamaTokenizerFast", fill_token=None, suffix_token="<b>"
+    ),
+    "Llama 3": _of(
+        "beginning", "llama", "PreTrainedTokenizerFast", bos_token=END, eos_token=TURN, chat_template=_TURNS
+    ),
+    "Llama 3, as Llama 2": _of("beginning", "llama", "LlamaTokenizer", bos_token=END),
+    "SmolLM2": _of("digits", "llama", "GPT2Tokenizer", **_ENDS, chat_template=_TURNS, extra_special_tokens=[TURN]),
+    "SmolLM3": _of("digits", "smollm3", "PreTrainedTokenizerFast", eos_token=TURN),
+    "Mistral": _of("prepended", "mistral", "LlamaTokenizer", **_MARKS, legacy=False),
+    "Phi 3": _of("prepended", "phi3", "LlamaTokenizer", **_MARKS, legacy=False),
+    "Phi 2": _of("written", "phi", "CodeGenTokenizer", **_ENDS),
+    "Phi 2, a space": _of("written", "phi", "CodeGenTokenizer", add_prefix_space=True),
+    "Qwen 2": _of(
+        "written", "qwen2", "Qwen2Tokenizer", eos_token=TURN, pad_token=END, unk_token=None, chat_template=_TURNS
+    ),
+    "Qwen 2, fast": _of("digits", "qwen2", "PreTrainedTokenizerFast"),
+    "Qwen 2, leaning": _of(
+        "written",
+        "qwen2",
+        "Qwen2Tokenizer",
+        added_tokens_decoder={"0": {"content": END, "special": True}, "1": {"content": PADDING}, "271": _LEANING},
+        eos_token=TURN,
+    ),
+    "Qwen 3": _of("lower", "qwen3", "Qwen2TokenizerFast", eos_token=TURN, bos_token=None),
+    "Qwen 3, as filed": _of("lower", "qwen3", "PreTrainedTokenizerFast"),
+    "Qwen 3, a space": _of("written", "qwen3", "Qwen2Tokenizer", add_prefix_space=True),
+    "Gemma": _of("gemma", "gemma", "GemmaTokenizer", **_MARKS),
+    "Gemma 2": _of("prepended", "gemma2", "GemmaTokenizerFast", **_MARKS, pad_token=None, mask_token=None),
+    "Gemma 3": _of("gemma", "gemma3_text", "GemmaTokenizer", unk_token="<unk>"),
+    "GPT-2": _of("written", "gpt2", "GPT2Tokenizer"),
+    "GPT-2, no class": _of("digits", "gpt2", None),
+    "GPT-2, a space": _of("written", "gpt2", "GPT2Tokenizer", add_prefix_space=True, add_bos_token=True),
+    "GPT-2, lower": _of("lower", "gpt2", "GPT2TokenizerFast"),
+    "GPT-2, BOS": _of("beginning", "gpt2", "GPT2Tokenizer", **_ENDS),
+    "GPT-Neo": _of("written", "gpt_neo", "GPT2Tokenizer", model_max_length=2048),
+    "Pythia": _of("written", "gpt_neox", "GPTNeoXTokenizer", **_ENDS, add_prefix_space=False),
+    "Pythia, BOS": _of("beginning", "gpt_neox", "GPTNeoXTokenizerFast", add_bos_token=True),
+    "StarCoder 2": _of("digits", "starcoder2", "GPT2Tokenizer", **_ENDS),
+    "OLMo 2": _of("digits", "olmo2", "GPT2Tokenizer", **_ENDS),
+    "Granite": _of("digits", "granite", "GPT2Tokenizer", **_ENDS),
+    "StableLM": _of("digits", "stablelm", "GPTNeoXTokenizer", **_ENDS),
+    "unknown class": _of("digits", "qwen3", "StrangeTokenizer"),
+    "split": _of("beginning", "llama", "PreTrainedTokenizerFast", split_special_tokens=True, bos_token=END),
+    "split, rebuilt": _of("prepended", "llama", "LlamaTokenizer", split_special_tokens=True),
+}
+"""As the models of that name have it; what is odd about the others stands behind the comma."""
+
+CLASS_TEXTS = [
+    "Paris in", " Paris", "  Paris", "</s>Paris", "in</s> Paris", "<s>in\n</s>", "Par<unk>is", "in <pad><|user|>Paris",
+    "THE the'S 12 123 1!!", "e\u0301 \u00e9\n\n the", "<|im_start|>the 12<|endoftext|> the", "the <|im_start|> 1",
+    "<|padding|>the <b> \u2581<SUF>in",
+]  # fmt: skip

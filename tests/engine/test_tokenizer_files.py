@@ -43,6 +43,64 @@ def test_ids_of_sentencepiece_equal_transformers(kind, tmp_path):
         assert tokenizer.encode(text) == single_bos(ids), text
 
 
+def of_class(path: Path, name: str) -> Tokenizer:
+    kind, files = tokenizer_dirs.CLASSES[name]
+    return words(path, files, kind, **files["config.json"])
+
+
+@pytest.mark.parametrize("name", tokenizer_dirs.CLASSES)
+def test_ids_and_texts_of_a_class_equal_transformers(name, tmp_path):
+    tokenizer, said = of_class(tmp_path, name), GOLDEN["classes"][name]
+    asked = zip(tokenizer_dirs.CLASS_TEXTS, said["ids"], said["texts"], strict=True)
+    for text, ids, decoded in asked:
+        assert tokenizer.decode(ids) == decoded, text
+        assert tokenizer.encode(text) == (ids[1:] if ids[:2] == [tokenizer.bos] * 2 else ids), text
+
+
+def test_chats_and_special_tokens_of_a_class_equal_transformers(tmp_path):
+    chatting = [name for name, said in GOLDEN["classes"].items() if "chats" in said]
+    assert len(chatting) >= 4
+    for name in chatting:
+        template, said = of_class(tmp_path / name, name).chat_template, GOLDEN["classes"][name]
+        assert template.tokens == said["special"], name
+        assert template.render(tokenizer_dirs.TURNS) == said["chats"]["plain"], name
+
+
+@pytest.mark.parametrize("name", tokenizer_dirs.CLASSES)
+def test_a_text_of_two_parts_has_the_ids_of_its_parts_in_every_class(name, tmp_path):
+    tokenizer = of_class(tmp_path, name)
+    for text in (" in</s>Paris", "\nthe", "</s> Paris", "<|im_start|>the"):
+        whole = tokenizer.encode(f"Paris{text}")
+        assert whole == [*tokenizer.encode("Paris"), *tokenizer.encode(text, inside=True)], text
+
+
+def test_the_golden_ids_tell_the_classes_from_the_file():
+    """Directories of one tokenizer.json that differ in their class alone have other ids."""
+    said = {name: answers["ids"] for name, answers in GOLDEN["classes"].items()}
+    assert GOLDEN["classes"].keys() == tokenizer_dirs.CLASSES.keys()
+    for rebuilt, filed in (("Llama 2", "Mistral"), ("Llama 2", "Llama 2, no class"), ("StarCoder 2", "OLMo 2"),
+                           ("Qwen 3", "Qwen 3, as filed"), ("Phi 2, a space", "Phi 2"), ("Pythia", "GPT-2"),
+                           ("Pythia, BOS", "Llama 3"), ("split", "Llama 3"), ("Gemma 2", "Mistral")):  # fmt: skip
+        assert said[rebuilt] != said[filed], (rebuilt, filed)
+    assert said["Llama 2"][1] == [1, 278]  # " Paris"
+    assert said["Llama 2, no class"][1] == [1, 259, 278]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "error", "says"),
+    [
+        ("prepended", {"tokenizer_class": "T5TokenizerFast"}, UnknownModel, "T5Tokenizer.*PreTrainedTokenizerFast"),
+        ("written", {"tokenizer_class": "CohereTokenizer"}, UnknownModel, "CohereTokenizer"),
+        ("unigram", {"tokenizer_class": "LlamaTokenizer"}, UnknownModel, "Unigram.*makes BPE"),
+        ("prepended", {"tokenizer_class": 5}, DamagedFile, "tokenizer_class is 5"),
+        ("written", {"split_special_tokens": "no"}, DamagedFile, "split_special_tokens is 'no'"),
+    ],
+)
+def test_a_class_that_is_not_followed_is_refused_by_name(kind, settings, error, says, tmp_path):
+    with pytest.raises(error, match=says):
+        words(tmp_path, {"tokenizer_config.json": settings}, kind, model_type="llama")
+
+
 def test_the_golden_ids_tell_the_files_apart():
     assert GOLDEN["files"].keys() == tokenizer_dirs.FILES.keys()
     plain = GOLDEN["files"]["nothing more"]["ids"]
@@ -84,15 +142,18 @@ def test_a_directory_without_a_default_template_names_those_it_has(tmp_path):
     ("files", "raw", "eos"),
     [
         ({}, {}, (1,)),  # <|end|>, by its name
-        ({"generation_config.json": {"eos_token_id": 5}}, {"eos_token_id": 7}, (7, 5, 1)),
-        ({"generation_config.json": {"eos_token_id": [5, 6]}}, {"eos_token_id": [6]}, (6, 5, 1)),
+        ({"generation_config.json": {"eos_token_id": 5}}, {"eos_token_id": 7}, (5,)),
+        ({"generation_config.json": {"eos_token_id": [5, 6]}}, {"eos_token_id": [6]}, (5, 6)),
+        ({"generation_config.json": {"eos_token_id": 0}}, {"eos_token_id": 7}, (0,)),
+        ({"generation_config.json": {"do_sample": True}}, {"eos_token_id": 7}, (7,)),
+        ({"generation_config.json": {"eos_token_id": None}}, {"text_config": {"eos_token_id": [7, 1]}}, (7, 1)),
         ({"tokenizer_config.json": {"eos_token": "<|start|>"}}, {}, (0, 1)),
-        ({"tokenizer_config.json": {"eos_token": {"content": "<|stop|>"}}}, {"eos_token_id": 5}, (5, 263, 1)),
-        ({"added_tokens.json": {"<|im_end|>": 263}}, {"eos_token_id": 1}, (1, 263)),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<|stop|>"}}}, {"eos_token_id": 5}, (5,)),
+        ({"added_tokens.json": {"<|im_end|>": 263}}, {"eos_token_id": 1}, (1,)),
         ({"added_tokens.json": {"<|return|>": 263, "<|call|>": 264}}, {}, (263, 264)),
     ],
 )
-def test_generation_ends_at_every_end_that_the_files_name(files, raw, eos, tmp_path):
+def test_generation_ends_where_the_first_file_that_names_an_end_says(files, raw, eos, tmp_path):
     assert words(tmp_path, files, **raw).eos == eos
 
 
