@@ -116,7 +116,7 @@ def forward(
     if hook is not None:
         whole = int(pos[-1]) + 1 if prompt_length is None else prompt_length
         _check_hook(hook, model)
-        check_order(hook.named_edits(), pos, whole)
+        check_order(hook.named_edits(), pos, whole, goes_on=cache is not None)
         hook.begin_run(whole, past)
     listeners = Listeners(hook, range(start, stop), cfg.n_layers - 1, pos)
     run = Pass(cfg, listeners, pos, _rotary_tables(cfg, cache, pos), cache)

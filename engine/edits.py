@@ -2,7 +2,7 @@
 
 Scope, resolve_positions, rows_in_scope    which rows
 Edit                                       a point, a layer, rows, heads or neurons, and a function
-check_order                                refuses an edit that leaves nothing of one before it
+check_order                                refuses edits that others leave nothing of
 zeroed, times, plus, replaced_by, placed, component_set, knocked_out    what becomes of the rows
 drawn                                      one of several rows for each position
 """
@@ -86,6 +86,17 @@ class Edit:
         if self.neurons is not None and point(self.point).axes[-1] != "d_mlp":
             raise PointError(f"{self.point} has no neurons; the point with neurons is mlp_act")
 
+    @property
+    def parts(self) -> frozenset[int | None]:
+        """The heads or neurons of a row that it changes; None alone means all."""
+        chosen = self.heads if self.neurons is None else self.neurons
+        return frozenset([None] if chosen is None else chosen)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether its scope is a list of positions."""
+        return not isinstance(self.scope, str)
+
     def __call__(self, x: Array, pos: IntArray, key_pos: IntArray | None, prompt_length: int) -> Array | None:
         """`x` with the rows in scope changed, or None if it holds none of them."""
         rows = rows_in_scope(self.scope, pos, prompt_length)
@@ -114,36 +125,80 @@ class Edit:
         return changed
 
 
-def check_order(edits: Iterable[Edit], pos: IntArray, prompt_length: int) -> None:
-    """Raise `HookError` for an edit, of rows at positions `pos`, that would leave nothing of what one before it did."""
+def check_order(edits: Iterable[Edit], pos: IntArray, prompt_length: int, goes_on: bool = False) -> None:
+    """Raise `HookError` for an edit of rows at `pos` that later ones leave nothing of, or two rows for one place.
+
+    Edits apply in the order listed; refused are an edit of which nothing is left, as each row (head, neuron) it changes
+    is set by a later one, and two that set the same position, which both name in a list, to different things.
+    `goes_on`: more rows may come than those at `pos`: the rest of a prompt, and new tokens.
+    """
     places: dict[tuple[str, int], list[Edit]] = {}
     for edit in edits:
         places.setdefault((edit.point, edit.layer), []).append(edit)
     for some in places.values():
         if any(edit.sets for edit in some[1:]):
-            _check_rows(some, pos, prompt_length)
+            _check_place(some, _rows_to_come(some, pos, prompt_length) if goes_on else pos, prompt_length)
 
 
-def _check_rows(edits: Iterable[Edit], pos: IntArray, prompt_length: int) -> None:
+def _rows_to_come(edits: Iterable[Edit], pos: IntArray, prompt_length: int) -> IntArray:
+    """All of the prompt's, those that edits name, and one beyond, which stands for whatever else is generated."""
+    named = [
+        p for edit in edits if not isinstance(edit.scope, str) for p in resolve_positions(edit.scope, prompt_length)
+    ]
+    end = max(prompt_length, int(pos[-1]) + 1)
+    beyond = max([end, *(p + 1 for p in named)])
+    return np.array([*range(end), *sorted({p for p in named if p >= end}), beyond])
+
+
+@dataclass
+class _Work:
+    """What an edit does: its rows' positions, and {position: heads or neurons} of what no later one has set."""
+
+    edit: Edit
+    rows: list[int]
+    left: dict[int, frozenset[int | None]]
+
+
+def _check_place(edits: Sequence[Edit], pos: IntArray, prompt_length: int) -> None:
     """`edits` are those of one point and layer."""
-    earlier: dict[int, list[Edit]] = {}
+    earlier: dict[int, list[_Work]] = {}
     for edit in edits:
-        for position in pos[rows_in_scope(edit.scope, pos, prompt_length)].tolist():
+        rows = pos[rows_in_scope(edit.scope, pos, prompt_length)].tolist()
+        work = _Work(edit, rows, dict.fromkeys(rows, edit.parts))
+        for position in rows:
             others = earlier.setdefault(position, [])
-            if (erased := next((other for other in others if _erases(edit, other)), None)) is not None:
-                raise HookError(
-                    f"{_named(edit)} would leave nothing of {_named(erased)} at {edit.point}, layer {edit.layer}, "
-                    f"position {position}: give each row to one of them, or put first what replaces it"
-                )
-            others.append(edit)
+            for other in others:
+                _take(work, other, position)
+            others.append(work)
 
 
-def _erases(edit: Edit, other: Edit) -> bool:
-    shared = all(
-        mine is None or theirs is None or {*mine} & {*theirs}
-        for mine, theirs in ((edit.heads, other.heads), (edit.neurons, other.neurons))
-    )
-    return edit.sets and shared and (edit.along is None or _is_parallel(edit.along, other.along))
+def _take(later: _Work, earlier: _Work, position: int) -> None:
+    """Take from what is left of the earlier what the later one sets at a position."""
+    edit, other = later.edit, earlier.edit
+    before = earlier.left.get(position, frozenset())
+    if (rest := _untouched(edit, other, before)) == before:
+        return
+    if other.sets and edit.is_listed and other.is_listed and edit.function is not other.function:
+        raise HookError(
+            f"{_named(edit)} and {_named(other)} both set position {position} at {edit.point}, layer {edit.layer}: "
+            "give each row to one of them"
+        )
+    earlier.left[position] = rest
+    if not rest:
+        del earlier.left[position]
+    if not earlier.left:
+        after = "" if other.sets and {*later.rows} <= {*earlier.rows} else ", or list the other one after it"
+        raise HookError(
+            f"{_named(edit)} would leave nothing of {_named(other)} at {edit.point}, layer {edit.layer}: edits apply "
+            f"in the order listed, so leave one of them out{after}"
+        )
+
+
+def _untouched(edit: Edit, other: Edit, parts: frozenset[int | None]) -> frozenset[int | None]:
+    """What `edit` does not set of some parts of a row that the other changed."""
+    if not edit.sets or not (edit.along is None or _is_parallel(edit.along, other.along)):
+        return parts
+    return frozenset() if None in edit.parts else parts - edit.parts
 
 
 def _is_parallel(one: Array, other: Array | None) -> bool:
@@ -185,8 +240,10 @@ def plus(vec: Array, alpha: float, unit: Unit = "raw") -> EditFunction:
 
 
 def times(factor: float) -> EditFunction:
-    """An edit function: rows * factor."""
+    """An edit function: rows * factor; 0 sets them to zero."""
     by = number(factor)
+    if by == 0:
+        return zeroed
     return lambda rows, pos, key_pos: rows * by
 
 

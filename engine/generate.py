@@ -8,6 +8,7 @@ import numpy as np
 
 from engine.cache import KVCache
 from engine.decoder import Tick, forward
+from engine.edits import check_order
 from engine.errors import InputError
 from engine.hooks import LayerHook
 from engine.network import Network, Tokens
@@ -63,7 +64,9 @@ def generate(
     whole = cache.length == 0 and window is None
     prompt_length = cache.next_position + ids.shape[1]
     rng = np.random.default_rng(seed)
-    counted = [] if hook is None else [(edit, edit.fired) for edit in hook.named_edits()]
+    edits = [] if hook is None else [*hook.named_edits()]
+    check_order(edits, np.arange(cache.next_position, prompt_length + max_new_tokens - 1), prompt_length)
+    counted = [(edit, edit.fired) for edit in edits]
     new: list[int] = []
     feed = ids.tolist()
     progress = None if tick is None else Progress(tick, model.config.n_layers * max_new_tokens)

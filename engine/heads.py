@@ -2,16 +2,24 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from engine.errors import InputError, clipped
 from engine.network import Network
+from engine.ops import IntArray
 
-Heads = Sequence[int | Sequence[int]]
-"""Numbers mean those heads of each of the layers beside them, pairs (layer, head) one head of one layer each."""
+Heads = Sequence[int | Sequence[int]] | IntArray
+"""Numbers mean those heads of each of the layers beside them, pairs (layer, head), or an array (n, 2), one head of one
+layer each."""
 
 
 def name_layers(heads: Heads | None) -> bool:
     """Whether some are pairs."""
-    return any(isinstance(head, Sequence) for head in heads or ())
+    return any(isinstance(head, Sequence) for head in _plain(heads if heads is not None else ()))
+
+
+def _plain(heads: Heads) -> list[int | Sequence[int]]:
+    return [head.tolist() if isinstance(head, np.ndarray) else head for head in heads]
 
 
 def heads_by_layer(
@@ -22,10 +30,13 @@ def heads_by_layer(
     Pairs name their layers: `layers` is empty then, or the same layers. Raises `InputError`.
     """
     chosen = model.resolve_layers(layers)
+    if not chosen and not name_layers(heads):
+        raise InputError("layers is an empty list: it names no layer")
     if heads is None:
         return dict.fromkeys(chosen)
     if not len(heads):
         raise InputError("heads is an empty list; leave it out to mean all heads")
+    heads = _plain(heads)
     pairs = [head for head in heads if isinstance(head, Sequence)]
     if not pairs:
         which = tuple(dict.fromkeys(model.resolve_head(head, key_value) for head in heads))  # type: ignore[arg-type]

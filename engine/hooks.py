@@ -14,6 +14,7 @@ Arrays have the batch axis (see `points.POINTS` for all axes).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class LayerHook:
         return ()
 
     def named_edits(self) -> Iterable[Edit]:
-        """The edits it makes, in order; a run raises `HookError` for one that would erase another."""
+        """The edits it makes, in order; a run raises `HookError` for one that others leave nothing of."""
         return ()
 
     def wants(self, point: str, layer: int) -> bool:
@@ -230,7 +231,11 @@ def _same_width(rows: list[Array], point: str) -> list[Array]:
 
 
 class EditHook(LayerHook):
-    """Applies `edits` in order."""
+    """Applies `edits` in the order listed, and what they do adds up.
+
+    A run refuses an edit of which nothing would be left, because later ones set every row, head or neuron that it
+    changes, and two that set the same position, which both name in a list, to different things. Scaling by 0 sets.
+    """
 
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
         self.edits: list[Edit] = list(edits)
@@ -286,7 +291,9 @@ class ScaleHook(EditHook):
     def for_layers(
         cls, layers: Iterable[int], factor: float, point: str = "resid_post", positions: Scope = "all"
     ) -> "ScaleHook":
-        return cls(Edit(point, layer, times(factor), positions) for layer in dict.fromkeys(layers))
+        by = times(factor)
+        made = partial(Edit, function=by, scope=positions, kind="scale", sets=by is zeroed)
+        return cls(made(point, layer) for layer in dict.fromkeys(layers))
 
 
 class PatchHook(EditHook):

@@ -202,7 +202,7 @@ def kv_inject_test(
     from `seed`.
     """
     token = model.check_token(target)
-    chosen = sorted(model.resolve_layers(range(model.config.n_layers) if layers is None else layers))
+    chosen = sorted(heads_by_layer(model, range(model.config.n_layers) if layers is None else layers, None))
     _check_prompt(recipient)
     _check_prompt(donor)
     random = [int(i) for i in np.random.default_rng(seed).integers(0, model.config.d_vocab, len(donor))]

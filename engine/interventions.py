@@ -38,7 +38,7 @@ from engine.edits import (
     zeroed,
 )
 from engine.errors import HookError, InputError, PointError, VectorError, clipped
-from engine.heads import heads_by_layer
+from engine.heads import heads_by_layer, name_layers
 from engine.hooks import EditHook
 from engine.network import Network, check_numbers
 from engine.ops import LARGEST, Array
@@ -49,7 +49,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 UNITS: tuple[str, ...] = get_args(Unit)
 
 SETS = ("zero", "mean", "resample", "patch", "set_component", "project_out")
-"""Kinds after which it makes no difference what was there before."""
+"""Kinds after which it makes no difference what was there before; scale by 0 is another."""
 
 DIRECTED = ("steer", "set_component", "project_out")
 """Kinds that change a row along a direction alone."""
@@ -90,7 +90,7 @@ def compile_interventions(
     """One hook with an `Edit` per intervention and layer, in order; checks everything against the model.
 
     Positions may reach into the `new_tokens` to be generated. Each edit's `fired` counts its rows as it runs. Raises
-    `InputError` for one that no row would meet, and for one that would leave nothing of another before it.
+    `InputError` for one that no row would meet, and for one that later ones leave nothing of (`EditHook`).
     """
     edits: list[Edit] = []
     rows = np.arange(_computed(prompt_length, new_tokens))
@@ -101,11 +101,12 @@ def compile_interventions(
         positions = item.positions if item.kind != "patch" or item.rows is None else list(item.rows)
         scope = _scope(positions, prompt_length, new_tokens)
         for heads, layers in _by_heads(model, item, name).items():
-            part = item if heads is None else replace(item, heads=heads)
+            part = item if heads is None else replace(item, heads=heads, layers=tuple(layers))
             function = _function(model, part, prompt_length, new_tokens)
             along = np.asarray(item.vector, np.float32) if item.kind in DIRECTED else None
             made = partial(Edit, function=function, scope=scope, heads=heads, neurons=neurons, kind=item.kind)
-            edits += [made(name, layer, sets=item.kind in SETS, along=along) for layer in layers]
+            sets = item.kind in SETS or function is zeroed
+            edits += [made(name, layer, sets=sets, along=along) for layer in layers]
         if not len(rows_in_scope(scope, rows, prompt_length)):
             raise InputError(_never(item, name, scope, len(rows)))
     check_order(edits, rows, prompt_length)
@@ -127,11 +128,11 @@ def _computed(prompt_length: int, new_tokens: int) -> int:
 
 def _by_heads(model: Network, item: Intervention, name: str) -> dict[tuple[int, ...] | None, list[int]]:
     """{heads: the layers in which it is these}."""
+    if not item.layers and not name_layers(item.heads):
+        raise InputError(f"the intervention {item.kind!r} names no layer")
     groups: dict[tuple[int, ...] | None, list[int]] = {}
     for layer, heads in heads_by_layer(model, item.layers, item.heads, key_value=name in ("k", "v")).items():
         groups.setdefault(heads, []).append(layer)
-    if not groups:
-        raise InputError(f"the intervention {item.kind!r} names no layer")
     only = only_layer(name, model.config.n_layers)
     return groups if only is None else {heads: [only] for heads in groups}
 
@@ -237,8 +238,11 @@ def _vectors(model: Network, item: Intervention, given: Iterable[Array | None]) 
     vectors = [np.asarray(() if vector is None else vector, np.float32) for vector in given]
     for vector in vectors:
         if vector.shape not in shapes:
+            where = "" if item.heads is None else f", layers {[*item.layers]}, heads {[*item.heads]},"
+            wanted = " or ".join(map(str, shapes[1:]))
             raise VectorError(
-                f"{item.kind} at {item.point} needs a vector of {width} finite numbers, not {vector.shape}"
+                f"{item.kind} at {item.point}{where} needs a vector of {width} finite numbers"
+                f"{wanted and ', or ' + wanted}, not {vector.shape}"
             )
     check_numbers(np.concatenate([vector.ravel() for vector in vectors]), f"the vector of {item.kind}")
     return vectors

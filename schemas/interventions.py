@@ -95,7 +95,7 @@ def _takers(name: str) -> str:
 
 Interventions = Annotated[
     list[Intervention] | None,
-    Field(max_length=64, description="after the others, in order; what replaces a row: once, first"),
+    Field(max_length=64, description="after the others, in the order listed"),
 ]
 
 _ELSEWHERE = "applied last; as in generate_with_hooks"

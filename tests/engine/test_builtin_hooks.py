@@ -276,7 +276,7 @@ def test_no_hook_stretches_a_vector_over_features_rows_or_heads(synthetic, name)
 def test_two_rows_for_one_position_are_refused_and_both_named(synthetic):
     row = vector(synthetic)
     hook = PatchHook({(1, 2): row, (1, -1): 2 * row, (2, -1): row})
-    said = r"patch \(positions \[-1\]\) would leave nothing of patch \(positions \[2\]\) at resid_post, layer 1, pos"
+    said = r"patch \(positions \[-1\]\) and patch \(positions \[2\]\) both set position 2 at resid_post, layer 1: give"
     with pytest.raises(HookError, match=said):
         forward(synthetic, [1, 2, 3], hook=hook)
     forward(synthetic, [1, 2, 3, 4], hook=hook)
@@ -296,18 +296,57 @@ def test_two_hooks_that_patch_one_row_are_refused_whichever_way_they_come(synthe
     row = vector(synthetic)
     one, other = PatchHook({(1, 2): row}), PatchHook({(1, -1): 2 * row, (1, 0): row})
     for hooks in ([one, other], [CompositeHook([one]), RecordHook.for_layers([1]), other]):
-        with pytest.raises(HookError, match="layer 1, position 2: give each row to one of them"):
+        with pytest.raises(HookError, match="both set position 2 at resid_post, layer 1: give each row to one of them"):
             forward(synthetic, [1, 2, 3], hook=CompositeHook(hooks))
     forward(synthetic, [1, 2, 3, 4], hook=CompositeHook([one, other]))
     assert [edit.fired for edit in (*one.edits, *other.edits)] == [1, 1, 1]
 
 
-def test_a_row_that_decoding_reaches_is_refused_there(synthetic):
-    both = CompositeHook(
-        [SteerHook().add(1, vector(synthetic), 1.0, "generated"), PatchHook({(1, 4): vector(synthetic)})]
-    )
-    with pytest.raises(HookError, match="position 4"):
-        generate(synthetic, [1, 2, 3], 4, hook=both)
+def test_a_patch_leaves_what_else_is_generated_to_the_edit_before_it(synthetic):
+    steer = SteerHook().add(1, vector(synthetic), 1.0, "generated")
+    patch = PatchHook({(1, 3): vector(synthetic)})
+    generate(synthetic, [1, 2, 3], 3, hook=CompositeHook([steer, patch]))
+    assert [edit.fired for edit in (*steer.edits, *patch.edits)] == [2, 1]
+    with pytest.raises(HookError, match="would leave nothing of steer"):
+        generate(synthetic, [1, 2, 3], 2, hook=CompositeHook([steer, patch]))
+
+
+def test_pieces_of_a_prompt_are_judged_as_the_whole(synthetic):
+    row = vector(synthetic)
+    both = CompositeHook([ZeroAblateHook.for_layers([1]), PatchHook({(1, 0): row, (1, 2): row})])
+    cache = KVCache.with_layers(synthetic.config.n_layers)
+    for token in (1, 2, 3):
+        forward(synthetic, [token], hook=both, cache=cache, prompt_length=3, logits_at="none")
+    assert [edit.fired for edit in both.named_edits()] == [3, 1, 1]
+
+
+def test_what_is_set_in_part_by_a_later_edit_keeps_the_rest(synthetic):
+    row, last = vector(synthetic), synthetic.config.n_layers - 1
+    zero = ZeroAblateHook.for_layers
+    for first in (zero([last]), ScaleHook.for_layers([last], 0), SteerHook().add(last, row, 1.0, "all")):
+        forward(synthetic, [1, 2, 3], hook=CompositeHook([first, zero([last], [2])]))
+    found = forward(synthetic, [1, 2, 3], hook=CompositeHook([zero([last]), PatchHook({(last, 1): row})])).residual[0]
+    assert np.array_equal(found, np.stack([0 * row, row, 0 * row]))
+    halves = CompositeHook([SteerHook().add(last, row, 1.0, [0, 1]), zero([last], [0]), PatchHook({(last, 1): row})])
+    with pytest.raises(HookError, match=r"leave nothing of steer \(positions \[0, 1\]\)"):
+        forward(synthetic, [1, 2, 3], hook=halves)
+
+
+def test_the_advice_is_an_order_that_goes(synthetic):
+    patch, zero = PatchHook({(1, 1): vector(synthetic)}), ZeroAblateHook.for_layers([1])
+    for erasing in (zero, ScaleHook.for_layers([1], 0)):
+        with pytest.raises(HookError, match=r"leave one of them out, or list the other one after it$"):
+            forward(synthetic, [1, 2, 3], hook=CompositeHook([patch, erasing]))
+        forward(synthetic, [1, 2, 3], hook=CompositeHook([erasing, patch]))
+    with pytest.raises(HookError, match=r"leave one of them out$"):
+        forward(synthetic, [1, 2, 3], hook=CompositeHook([zero, ZeroAblateHook.for_layers([1])]))
+
+
+def test_the_same_content_may_name_a_row_twice(synthetic):
+    same = [ZeroAblateHook.for_layers([1], [0, 1]), ScaleHook.for_layers([1], 0, positions=[1, 2])]
+    forward(synthetic, [1, 2, 3], hook=CompositeHook(same))
+    with pytest.raises(HookError, match="both set position 1"):
+        forward(synthetic, [1, 2, 3], hook=CompositeHook([same[0], PatchHook({(1, 1): vector(synthetic)})]))
 
 
 def test_a_record_sees_what_the_hooks_before_it_left(model, ids, clean, layer):

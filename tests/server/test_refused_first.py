@@ -103,10 +103,11 @@ async def test_interventions_that_cannot_act(client: Client, entered: Entered, t
 
 TWICE = {
     "two patches": ([item("patch", positions=[4]), item("patch", pairs=[[2, 4]])], "patch (positions [4])"),
-    "two means": ([item("mean"), item("mean", positions=[4])], "mean (positions all)"),
+    "two means": ([item("mean", positions=[4]), item("mean")], "mean (positions [4])"),
+    "steering, then nothing": ([item("steer", positions=[4]), item("scale", value=0)], "steer (positions [4])"),
     "an ablation, then a patch": (
-        [item("zero", positions=[3, 4]), item("patch", positions=[4])],
-        "zero (positions [3, 4])",
+        [item("zero", positions=[4]), item("patch", positions=[3, 4])],
+        "zero (positions [4])",
     ),
     "a patch, then an ablation": ([item("patch", positions=[4]), item("zero")], "patch (positions [4])"),
     "steering, then a patch": ([item("steer", positions=[4]), item("patch", positions=[4])], "steer (positions [4])"),
@@ -128,23 +129,32 @@ async def test_an_intervention_that_leaves_nothing_of_another(
 ) -> None:
     given, erased = TWICE[case]
     said = await refused(client, tool, **OWN[tool], interventions=given)
-    assert f"would leave nothing of {erased} at {given[0].get('point', 'resid_post')}, layer 1, position 4" in said
+    place = f"at {given[0].get('point', 'resid_post')}, layer 1"
+    assert f"would leave nothing of {erased} {place}" in said or f"and {erased} both set position 4 {place}" in said
     assert entered.count == 0
 
 
 async def test_the_tools_own_change_counts_too(client: Client, entered: Entered) -> None:
-    own = {"patch_activations": "patch", "forward_ablate": "mean", "generate_with_hooks": "zero"}
+    own = {"forward_ablate": "mean (positions all)", "generate_with_hooks": "zero (positions all)"}
     more = {"generate_with_hooks": {"ablate_layers": [2]}}
     for tool, kind in own.items():
-        again = item("patch", layers=[0 if tool == "forward_ablate" else 2], positions=[3])
+        again = item("zero", layers=[0 if tool == "forward_ablate" else 2])
         said = await refused(client, tool, **OWN[tool] | more.get(tool, {}), interventions=[again])
-        assert f"patch (positions [3]) would leave nothing of {kind} (" in said
+        assert f"zero (positions all) would leave nothing of {kind}" in said
+    said = await refused(
+        client,
+        "patch_activations",
+        **OWN["patch_activations"],
+        interventions=[item("patch", layers=[2], positions=[3])],
+    )
+    assert "both set position 3" in said
     assert entered.count == 0
 
 
 APART = {
     "other heads": [item("zero", point="z", heads=[2]), item("mean", point="z", heads=[1, 3])],
     "other rows": [item("patch", positions=[3]), item("zero", positions=[4])],
+    "all rows, then one": [item("mean"), item("patch", positions=[4])],
     "other points": [item("zero", point="mlp_out"), item("patch", positions=[4])],
     "replaced, then changed": [item("patch", positions=[4]), item("steer", positions=[4]), item("scale", value=0.5)],
     "two directions": [item("steer", positions=[4]), item("project_out", vector={"random_seed": 2})],
