@@ -19,7 +19,7 @@ def test_numbers_come_as_an_array_too(synthetic):
     assert heads_by_layer(synthetic, [1], np.array([2, -1])) == {1: (2, 3)}
     with pytest.raises(InputError, match=r"not \[0, 1, 2\]"):
         heads_by_layer(synthetic, (), np.array([[0, 1, 2]]))
-    with pytest.raises(InputError, match=r"head 1\.5 does not exist"):
+    with pytest.raises(InputError, match=r"a layer is a whole number, not 0\.0"):
         heads_by_layer(synthetic, (), np.array([[0, 1.5]]))
 
 
