@@ -135,6 +135,7 @@ class Tokenizer:
             pieces = ", ".join(f"{self.piece(i)!r} ({i})" for i in ids[:PIECES_SHOWN]) or "nothing"
             pieces += f" and {len(ids) - PIECES_SHOWN} more" if len(ids) > PIECES_SHOWN else ""
             hint = " (a word inside a sentence usually starts with a space)" if not text.startswith(" ") else ""
+            hint = " (an id is a number without quotes)" if text.isdecimal() else hint
             raise TokenError(
                 f"{clipped(text)} is {len(ids)} tokens, not one: {pieces}; give one of them by text or id{hint}"
             )

@@ -19,13 +19,17 @@ def factual_recall(known: Model | None, prompt: Text, answer: Answer, rival: Riv
             loading(known, model),
             f"{call('tokenize', text=prompt, model=model)}: check the pieces; positions count them from 0.",
             f"{call('track_race', prompt=prompt, tokens=[answer, rival], model=model)}: does {answer!r} end on top? If "
-            "not, the model does not recall it here: stop and say so. LAYER is where it takes the lead for good.",
+            "not, the model does not recall it here: stop and say so. Crossings of tokens that are both unlikely mean "
+            "nothing.",
+            f"{call('track_token', prompt=prompt, token=answer, model=model)}: LAYER is emergence_layer, where it "
+            "takes the lead for good.",
             f"{call('logit_lens', prompt=prompt, layers=[-1], k=10, model=model)}: what else is likely; identity_error "
             "must be below 1e-4.",
             f"{ablated('mlp_out')} and {ablated('attn_out')}: the change of the logit difference is what that part of "
             "the layer contributes at the last position. Repeat for the layers around LAYER.",
             f"Controls: {ablated('mlp_out', EARLIER)} and {ablated('attn_out', EARLIER)}, EARLIER being half as deep "
-            "as LAYER; and at LAYER with a prompt whose answer is another fact.",
+            "as LAYER (without one of the first layers every prompt breaks, so that they are no control); and at LAYER "
+            "with a prompt whose answer is another fact.",
             _in_chat(prompt, answer, model) if known is None or known.tokenizer.chat_template is not None else "",
         ],
         "the layers whose ablation lowers the logit difference of this fact clearly more than the controls do.",

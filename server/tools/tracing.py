@@ -97,7 +97,7 @@ def _cell(model: Model, grid: Scan, place: tuple[Any, ...], value: float) -> Gri
 
 
 def _notices(grid: Scan, k: int, listed: Sequence[GridCell]) -> Iterator[str | None]:
-    """What the floor cut, what `recovered` means where it is odd, and whether the metric could move at all."""
+    """What is not listed, what `recovered` means where it is odd, and whether the metric could move at all."""
     kind, clean = grid.metric.kind, _of_donor(grid)
     small = int((~grid.identical & (abs(grid.changes) < grid.floor)).sum())
     if small and len(listed) < 2 * k:
@@ -105,6 +105,10 @@ def _notices(grid: Scan, k: int, listed: Sequence[GridCell]) -> Iterator[str | N
             f"{small} cells that change the metric by less than {grid.floor:.2g} are not listed: that is "
             f"{'rounding' if grid.floor == rounding(grid.metric, grid.logits) else 'a hundredth of clean - corrupt'}"
         )
+    if more := sum(map(len, grid.ends(grid.values.size))) - len(listed):
+        yield f"{more} more cells change it: name layers or positions, or raise k, to see them"
+    if kind != "kl" and clean < grid.baseline:
+        yield "clean is below corrupt: the token is no answer of clean's, and what moves corrupt to clean is in bottom"
     yield recovered_notice(kind, [cell.recovered for cell in listed], grid.baseline, clean)
     for name, logits in (("corrupt", grid.logits), ("clean", grid.donor_logits)):
         if logits is not None and (p := saturating(grid.metric, logits)) is not None:

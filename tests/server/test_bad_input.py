@@ -146,6 +146,7 @@ CASES = {
     "direction of zero": ("embedding_neighbors", {"vector": {"values": [0.0] * 64}}, ["zero"]),
     "handle of any length": ("read_tensor", {"handle": "x" * 9000}, ["no such handle"]),
     "model of any length": ("logit_lens", P | {"model": "x" * 9000}, ["no model"]),
+    "an id in quotes": ("track_token", P | {"token": "105"}, ["3 tokens", "an id is a number without quotes"]),
     "layers of more digits than Python reads": ("logit_lens", P | {"layers": "0-" + "9" * 5000}, ["start:stop:step"]),
     "layers of any length": ("logit_lens", P | {"layers": "x" * 9000}, ["start:stop:step"]),
     "token of any length": ("track_token", P | {"token": "x" * 9000}, ["9000 tokens"]),

@@ -453,6 +453,19 @@ async def test_a_trace_of_the_planted_circuit_names_its_heads() -> None:
     assert all(cell["recovered"] > 0.9 for cell in answer["top"])
 
 
+async def test_a_trace_counts_what_it_does_not_list_and_says_when_the_token_is_not_the_clean_answer(lab: Lab) -> None:
+    asked = {"clean": DONOR, "corrupt": PROMPT, "point": "attn_out"}
+    async with connected(build_server(lab)) as client:
+        one, all_ = [await ask(client, "causal_trace", **asked, token="d", k=k) for k in (1, 50)]
+        ways = [await ask(client, "causal_trace", **asked, token=t, against=a) for t, a in ("dc", "cd")]
+    listed = len(all_["top"] + all_["bottom"])
+    assert listed > 2
+    assert f"{listed - 2} more cells change it: name layers or positions" in one["notice"]
+    assert "more cells change it" not in all_["notice"]
+    (turned,) = [way for way in ways if "clean is below corrupt" in way["notice"]]
+    assert turned["clean"] < turned["corrupt"]
+
+
 async def test_a_suppressor_that_kl_does_not_see_is_at_the_bottom_of_the_logit() -> None:
     circuit = CIRCUITS["copy-suppression"]
     asked = {"clean": circuit.prompt, "corrupt": circuit.corrupt, "point": "z", "by": "head"}
