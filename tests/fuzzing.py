@@ -48,6 +48,7 @@ def family_directory(path: Path, row: str) -> Path:
     path.mkdir()
     (path / "config.json").write_text(json.dumps(families.ROWS[row]))
     model.tokenizer.backend._library.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     save_file(tensors.made, path / "model.safetensors")
     return path
 

@@ -132,7 +132,7 @@ def tensors(row: str) -> Weights:
 def directory(row: str, at: Path) -> Path:
     at.mkdir()
     (at / "config.json").write_text(json.dumps(ROWS[row]))
-    Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(at / "tokenizer.json"))
+    Tokenizer(models.BPE({"<unk>": 0}, [], unk_token="<unk>")).save(str(at / "tokenizer.json"))
     save_file(tensors(row), at / "model.safetensors")
     return at
 

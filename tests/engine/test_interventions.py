@@ -333,25 +333,33 @@ def test_what_replaces_other_heads_neurons_or_rows_goes_together(synthetic):
 
 
 ERASED = {
-    "heads": [Intervention("zero", (1,), "z", heads=(0, 2)), Intervention("scale", (1,), "z", value=2.0)],
-    "neurons": [Intervention("zero", (1,), "mlp_act", neurons=(3,)), Intervention("steer", (1,), "mlp_act", value=1.0)],
-    "new tokens": [Intervention("steer", (1,), positions="last", value=1.0), Intervention("zero", (1,), positions=[5])],
+    "heads": [
+        Intervention("scale", (1,), "z", heads=(0,), value=2.0),
+        Intervention("zero", (1,), "z", heads=(0, 2)),
+    ],
+    "neurons": [
+        Intervention("scale", (1,), "mlp_act", neurons=(3,), value=2.0),
+        Intervention("zero", (1,), "mlp_act", neurons=(3, 4)),
+    ],
+    "new tokens": [
+        Intervention("steer", (1,), positions=[5], value=1.0),
+        Intervention("zero", (1,), positions="generated"),
+    ],
     "a component": [
-        Intervention("set_component", (1,), value=3.0),
         Intervention("project_out", (1,), positions=[2]),
+        Intervention("set_component", (1,), value=3.0),
     ],
 }
 
 
 @pytest.mark.parametrize("case", ERASED)
-def test_what_is_replaced_comes_first(synthetic, case):
-    first, second = (
-        replace(item, vector=vector(synthetic.config.d_mlp if item.point == "mlp_act" else synthetic.config.d_model))
+def test_what_leaves_nothing_of_another_comes_before_it(synthetic, case):
+    erased, erasing = (
+        replace(item, vector=vector(synthetic.config.d_model))
         if item.kind in ("steer", "set_component", "project_out")
         else item
         for item in ERASED[case]
     )
-    erasing, erased = (second, first) if case in ("new tokens", "a component") else (first, second)
     with pytest.raises(HookError, match=f"^{erasing.kind} .*would leave nothing of {erased.kind} "):
         compile_interventions(synthetic, [erased, erasing], 4, new_tokens=4)
     if case != "a component":  # where either sets it

@@ -76,7 +76,7 @@ def test_the_outer_config_ties_the_head_and_no_softcap_bounds_it():
 
 @pytest.mark.parametrize(
     ("changes", "eos"),
-    [({}, (256,)), ({"eos_token_id": [1, 6]}, (1, 6)), ({"eos_token_id": None}, ())],
+    [({}, (256,)), ({"eos_token_id": [1, 6]}, (1, 6)), ({"eos_token_id": None}, (2,))],
 )
 def test_the_end_of_a_text_stands_in_either_config(plain, tmp_path, changes, eos):
     assert load_model(wrapped(plain, tmp_path / "both", **changes)).tokenizer.eos == eos

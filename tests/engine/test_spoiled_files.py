@@ -119,7 +119,7 @@ def test_a_tokenizer_that_makes_its_library_panic_is_refused(part, key, value, t
 def test_a_tokenizer_that_fails_on_the_first_text_with_a_number_is_refused(tmp_path: Path) -> None:
     directory = tiny_files.hf_directory(tmp_path / "m")
     tree = json.loads((directory / "tokenizer.json").read_text())
-    tree["model"] = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "gone"}
+    tree["model"] = {"type": "WordLevel", "vocab": {"<|start|>": 0, "<|end|>": 1, "a": 2}, "unk_token": "gone"}
     (directory / "tokenizer.json").write_text(json.dumps(tree))
     with pytest.raises(DamagedFile, match="the tokenizer cannot be used"):
         engine.load_model(directory)

@@ -199,6 +199,7 @@ def directory(path: Path, row: str, rename: Callable[[str], str] = str) -> Path:
         model.params.layer(i)
     tiny_files.hf_directory(path, asked)
     (path / "config.json").write_text(json.dumps(families.ROWS[row]))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return path
 
 

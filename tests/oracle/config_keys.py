@@ -14,7 +14,7 @@ from typing import Any
 
 import families
 import torch
-from oracle.families import ON_DISK, tokenizer
+from oracle.families import ON_DISK, save_tokenizer
 from oracle.layouts import SAME, ours, saved, theirs
 from oracle.measure import Measure, Result, distance
 from oracle.reference import Array
@@ -149,7 +149,7 @@ def _both(row: str, edit: Edit) -> tuple[Array | None, Array | None]:
     """Transformers' logits and ours; None where there are none."""
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(scratch)
-        tokenizer().save(str(at / "tokenizer.json"))
+        save_tokenizer(at)
         (at / "config.json").write_text(json.dumps(families.ROWS[row] | edit))
         try:
             _write_weights(at)

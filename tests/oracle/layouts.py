@@ -11,7 +11,7 @@ from pathlib import Path
 import families
 import numpy as np
 import torch
-from oracle.families import reference, tokenizer
+from oracle.families import reference, save_tokenizer
 from oracle.measure import Measure, Result, distance
 from oracle.reference import Array
 from safetensors.torch import load_file, save_file
@@ -59,7 +59,7 @@ def saved(at: Path, row: str, seed: int = 0) -> Path:
             for parameter in model.parameters():
                 parameter.copy_(parameter.flip(0))
     model.save_pretrained(at)
-    tokenizer().save(str(at / "tokenizer.json"))
+    save_tokenizer(at)
     return at
 
 

@@ -1,5 +1,6 @@
 """A tiny Gemma 3 that sees pictures, saved by transformers: its text part against `Gemma3ForConditionalGeneration`."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,8 @@ def multimodal_agrees() -> Iterator[Result]:
         single.save_pretrained(directory)
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
         words.save(str(Path(directory) / "tokenizer.json"))
+        as_filed = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+        (Path(directory) / "tokenizer_config.json").write_text(as_filed)
         ours = forward(load_model(directory), ids, logits_at="all").logits[0]
     control = distance(np.roll(exact, 1, axis=0), exact)
     yield Result("multimodal gemma3", "logits of its text part", measure(ours, _logits(single, ids), exact), control)

@@ -4,6 +4,7 @@ Grouped queries, heads wider than d_model / n_heads, biases everywhere, sharded 
 and without tied embeddings.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,4 +66,6 @@ def write(directory: Path, tied: bool, dtype: torch.dtype) -> int:
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(
         str(directory / "tokenizer.json")
     )
+    as_filed = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    (directory / "tokenizer_config.json").write_text(as_filed)
     return len(list(directory.glob("*.safetensors")))

@@ -12,7 +12,7 @@ from server.lab import Lab
 pytestmark = pytest.mark.anyio
 
 OTHERS = [[1, 2, 3], "other text"]
-PATCH = {"kind": "patch", "layers": [1, 2], "donor": "jelly"}
+PATCH = {"kind": "patch", "layers": [2, 3], "donor": "jelly"}
 MEAN = {"kind": "mean", "layers": [1], "point": "attn_out", "over": OTHERS}
 STEER = {"layer": 1, "vector": {"random_seed": 1}, "alpha": 2.0}
 
