@@ -29,9 +29,9 @@ from engine.model import Model
 from engine.network import ROUNDED
 from engine.params import LayerParams, Params, in_bfloat16, in_panels
 from engine.planted import planted
+from engine.progress import Follower, following
 from engine.scaled import dequantised
 from engine.synthetic import synthetic
-from engine.waiting import Follower, following
 from engine.weight_files import weight_files
 from engine.weights import Counted, Prefixed, Safetensors, Tensors, read_json
 

@@ -27,8 +27,8 @@ from schemas.base import LEAST_SHOWN, Token, TokenProbability
 from server.jobs import Jobs
 from server.lab import Lab, LoadedModel
 from server.metrics import count_tokens
+from server.progress import Teller
 from server.store import Record, is_handle
-from server.teller import Teller
 
 LOCAL = "local"
 """The principal of stdio and of an unauthenticated localhost server."""

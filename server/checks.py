@@ -15,10 +15,10 @@ from limits import parse
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
-from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
+from mcp.server.transport_security import TransportSecuritySettings
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
@@ -27,6 +27,8 @@ from server.metrics import Metrics
 OPEN = ("/health", "/ready")
 PATHS = (*OPEN, "/metrics", "/mcp", "/sse", "/messages/")
 """Paths as metrics name them; others count as `other`."""
+
+ELSEWHERE = "this server answers to localhost and to what its"
 
 BUSY = -32000
 """JSON-RPC's first code for a server's own errors."""
@@ -70,26 +72,21 @@ class KnownPlaces:
     """Web pages cannot reach the server by a name of their own (DNS rebinding) or from an origin of their own."""
 
     def __init__(self, app: ASGIApp, security: TransportSecuritySettings) -> None:
-        self.app, self._check, self._security = app, TransportSecurityMiddleware(security), security
+        self.app, self._security = app, security
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = None
         if scope["type"] == "http" and scope["path"] not in OPEN:
-            refused = await self._check.validate_request(Request(scope)) or self._without_port(Headers(scope=scope))
-        if refused is None:
-            await self.app(scope, receive, send)
-            return
-        setting = "--allowed-hosts" if refused.status_code == 421 else "--allowed-origins"
-        said = f"{bytes(refused.body).decode()}: this server answers to localhost and to what its {setting} names"
-        await _error(said, refused.status_code)(scope, receive, send)
+            refused = self._refusal(Headers(scope=scope))
+        await (refused or self.app)(scope, receive, send)
 
-    def _without_port(self, headers: Headers) -> Response | None:
-        """The refusal of a place with something else than a port behind it, where the library takes anything."""
-        if not _is_named(headers["host"], self._security.allowed_hosts):
-            return PlainTextResponse("Invalid Host header", 421)
-        origin = headers.get("origin")
+    def _refusal(self, headers: Headers) -> JSONResponse | None:
+        """The library's own check takes anything behind a known name and a colon; here that is a port."""
+        if not _is_named(headers.get("host", ""), self._security.allowed_hosts):
+            return _error(f"Invalid Host header: {ELSEWHERE} --allowed-hosts names", 421)
+        origin = headers.get("origin")  # of web pages alone
         if origin and not _is_named(origin, self._security.allowed_origins):
-            return PlainTextResponse("Invalid Origin header", 403)
+            return _error(f"Invalid Origin header: {ELSEWHERE} --allowed-origins names", 403)
         return None
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from engine.catalog import fetch
 from engine.errors import EngineError
-from engine.waiting import bar
+from engine.progress import bar
 
 
 def fetch_with_bar(name: str) -> int:

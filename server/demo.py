@@ -20,7 +20,7 @@ from rich.console import Console
 
 from engine.catalog import CATALOGUE, SYNTHETIC
 from engine.errors import EngineError
-from engine.waiting import bar
+from engine.progress import bar
 from server import report
 from server.console import fetched
 

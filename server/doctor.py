@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from engine import converted, fast, forward, load_model
 from engine.catalog import CATALOGUE, SYNTHETIC, cache_dir, cached_path, is_cached
-from engine.waiting import following
+from engine.progress import following
 from server.repair import repair as repair_workspace
 from server.repair import state
 from server.store import StoreError

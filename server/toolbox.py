@@ -34,8 +34,8 @@ from server.jobs import DryRun, Jobs
 from server.lab import Lab, Slot
 from server.logs import log
 from server.metrics import count_fault
+from server.progress import Teller
 from server.store import StoreError
-from server.teller import Teller
 
 PROMPTS = frozenset({"a", "clean", "prompt", "recipient", "text"})
 """An argument of one of these names is a prompt, so the tool takes `chat`: texts go through the chat template."""

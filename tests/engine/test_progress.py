@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny_files import hf_directory
 
-from engine import load_model, waiting
+from engine import load_model, progress
 
 pty = pytest.importorskip("pty")
 
@@ -16,7 +16,7 @@ LOAD = f"import sys; sys.path[:0] = {sys.path!r}; from engine import load_model;
 
 @pytest.mark.real
 def test_a_load_that_takes_long_has_a_line_for_each_part(monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "QUIET", 0)
+    monkeypatch.setattr(progress, "QUIET", 0)
     load_model("smollm2-135m-instruct", converted=False, weights="bf16")
     lines = capsys.readouterr().err.splitlines()
     told = [f"loading smollm2-135m-instruct: {part}" for part in ("reading layers", "rounding layers")]
@@ -24,17 +24,17 @@ def test_a_load_that_takes_long_has_a_line_for_each_part(monkeypatch, capsys):
 
 
 def test_a_download_says_so_once(monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "QUIET", 0)
-    with waiting.following("loading small", None, None) as told:
+    monkeypatch.setattr(progress, "QUIET", 0)
+    with progress.following("loading small", None, None) as told:
         for done in range(3):
             told.progress(done, 3, "downloading small")
     assert capsys.readouterr().err == "loading small: downloading small\n"
 
 
 def test_a_short_load_says_nothing_but_what_is_known_to_take_long(monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "QUIET", float("inf"))
+    monkeypatch.setattr(progress, "QUIET", float("inf"))
     load_model("synthetic")
-    with waiting.following("loading small", None, None) as told:
+    with progress.following("loading small", None, None) as told:
         told.tick(1, 2, "reading layer 0")
         told.say("compiling kernels")
     assert capsys.readouterr().err == "loading small: compiling kernels\n"
@@ -42,7 +42,7 @@ def test_a_short_load_says_nothing_but_what_is_known_to_take_long(monkeypatch, c
 
 @pytest.mark.parametrize("given", [{"progress": False}, {"tick": lambda *_: None}, {"progress": lambda *_: None}])
 def test_who_follows_or_wants_silence_sees_no_line(monkeypatch, capsys, tmp_path, given):
-    monkeypatch.setattr(waiting, "QUIET", 0)
+    monkeypatch.setattr(progress, "QUIET", 0)
     model = hf_directory(tmp_path / "tiny")
     load_model(model, **given)
     assert capsys.readouterr().err == ""

@@ -14,7 +14,7 @@ from waiting import PATIENCE
 import server.call
 from server.app import build_server
 from server.lab import Lab
-from server.teller import Teller
+from server.progress import Teller
 
 pytestmark = pytest.mark.anyio
 
